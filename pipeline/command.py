@@ -1,0 +1,31 @@
+"""What every entry point shares: the user's errors, the command line, the places things are kept."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+REPO = Path(__file__).resolve().parents[1]
+DATA = REPO / "data"
+RUNS = REPO / "runs"
+
+
+class UserError(ValueError):
+    """Something the user can mend. The text is one sentence: what was found, what was expected, what to do."""
+
+
+def run_command(config_type: type, main: Callable) -> None:
+    """Parses the command line into `config_type`, calls `main(config)`; a UserError becomes exit code 2.
+
+    An unknown or malformed flag is exit code 2 as well (tyro's). Anything else keeps its traceback:
+    it is a fault of ours, not of the user's.
+    """
+    config = tyro.cli(config_type, description=sys.modules["__main__"].__doc__)
+    try:
+        main(config)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,23 @@
+"""Numbers other people fixed: image statistics, split sizes, checksums. Each with its source."""
+
+# Per-channel mean and standard deviation of ImageNet-1k training pixels, R G B.
+# Source: torchvision's reference transforms; the digits the Barlow Twins code uses.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The same for CIFAR-10. Source: computed from the 50,000 training images whose sha256 stands below.
+CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
+CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+
+# Pillow's grey conversion: (19595 R + 38470 G + 7471 B + 32768) >> 16, the ITU-R 601 weights in 16 bits.
+# Source: Pillow, ImagingConvert, mode "L" from "RGB".
+LUMA_R, LUMA_G, LUMA_B, LUMA_HALF, LUMA_SHIFT = 19595, 38470, 7471, 32768, 16
+
+# sha256 of CIFAR-10's pixels as one uint8 array (N, 32, 32, 3), in the file order of the five training
+# batches and of the test batch. Whatever way the images came, other pixels are refused.
+CIFAR10_TRAIN_SHA256 = "47af8b02cfcfb6cdf3dbbd1969ad7f1b70f4413f6f80f437b020ee4e5bc8304a"
+CIFAR10_TEST_SHA256 = "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c890f5b04"
+
+IMAGENET_TRAIN_IMAGES = 1_281_167
+IMAGENET_VAL_IMAGES = 50_000
+IMAGENET_CLASSES = 1_000

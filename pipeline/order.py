@@ -1,0 +1,87 @@
+"""Which samples, in which order: a pure function of (seed, epoch, step, rank, world size).
+
+    epoch e:  order = ids sorted by a random 64-bit key of (seed, e, id)           one permutation an epoch
+    step s :  order[s·G … (s+1)·G]            G = global batch; the incomplete last batch is dropped
+    rank r :  the r-th of world_size equal slices of that
+
+So a global batch holds the same samples in the same order at any world size, every sample appears at
+most once an epoch, and a run can start at any step without replaying the ones before it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pipeline.command import UserError
+from pipeline.rng import DOMAIN_ORDER, DOMAIN_SPLIT, words_array
+
+
+def _keys(seed: int, domain: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    words = words_array(seed, domain, epoch, ids, 0, 0).astype(np.uint64)
+    return words[:, 0] << np.uint64(32) | words[:, 1]
+
+
+def epoch_order(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """The ids (N,) in the order of this epoch. Ties of the 64-bit keys keep the order given: stable."""
+    return ids[np.argsort(_keys(seed, DOMAIN_ORDER, epoch, ids), kind="stable")]
+
+
+def rank_batch(global_batch: int, world_size: int) -> int:
+    """Images a rank gets of one global batch. Raises UserError where they cannot be shared equally."""
+    if global_batch % world_size:
+        raise UserError(
+            f"--global-batch {global_batch} is not divisible by the world size {world_size}; "
+            f"choose a multiple of {world_size}, for example {max(1, global_batch // world_size) * world_size}"
+        )
+    return global_batch // world_size
+
+
+def steps_per_epoch(images: int, global_batch: int, drop_last: bool = True) -> int:
+    """Steps of one epoch. Raises UserError where not even one batch fills up."""
+    if drop_last and global_batch > images:
+        raise UserError(
+            f"--global-batch {global_batch} is larger than the dataset ({images} images); "
+            f"choose at most {images} (only full batches are trained on)"
+        )
+    return images // global_batch if drop_last else -(-images // global_batch)
+
+
+def shuffled_batches(
+    seed: int, ids: np.ndarray, global_batch: int, rank: int, world_size: int, start_step: int, stop_step: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yields (step, epoch, sample ids of this rank) for steps start_step … stop_step - 1, across epochs."""
+    share = rank_batch(global_batch, world_size)
+    per_epoch = steps_per_epoch(len(ids), global_batch)
+    epoch, order = -1, ids
+    for step in range(start_step, stop_step):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = epoch_order(seed, epoch, ids)
+        first = step % per_epoch * global_batch + rank * share
+        yield step, epoch, order[first : first + share]
+
+
+def sequential_batches(
+    ids: np.ndarray, global_batch: int, rank: int, world_size: int
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yields (step, 0, sample ids of this rank): every id once, in the order given, the last batch short.
+
+    Step s holds ids[s·G … (s+1)·G]; rank r takes every world_size-th of them from the r-th on, so a short
+    batch is shared as evenly as it can be, and a rank's share of it may be empty.
+    """
+    for step in range(steps_per_epoch(len(ids), global_batch, drop_last=False)):
+        yield step, 0, ids[step * global_batch : (step + 1) * global_batch][rank::world_size]
+
+
+def balanced_subset(seed: int, labels: np.ndarray, fraction: float) -> np.ndarray:
+    """A class-balanced share of a dataset: labels (N,) → sorted ids with round(fraction · n) ≥ 1 of each class."""
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction} is outside (0, 1]; give a share such as 0.01, 0.1 or 1.0")
+    ids = np.arange(len(labels))
+    keys = _keys(seed, DOMAIN_SPLIT, 0, ids)
+    chosen = []
+    for label in np.unique(labels):
+        members = ids[labels == label]
+        keep = max(1, round(fraction * len(members)))
+        chosen.append(members[np.argsort(keys[members], kind="stable")[:keep]])
+    return np.sort(np.concatenate(chosen))

@@ -1,0 +1,78 @@
+"""Counter-based random numbers: every draw is a pure function of where it is used.
+
+`uniform(seed, domain, epoch, sample, view, slot)` needs no state, so a draw does not depend on
+workers, batch size, rank, world size, backend, or on what was drawn before. The generator is
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"):
+
+    key     = (seed low 32 bits, seed high 32 bits)
+    counter = (slot // 4, view | domain << 16, sample, epoch)   →   4 words; the slot picks word slot % 4
+
+The same function stands here twice, as numba for kernels and as NumPy for whole arrays; the tests hold
+both to the published vectors and to each other, bit for bit.
+"""
+
+import numba
+import numpy as np
+
+DOMAIN_VIEWS = 0  # the random choices of views (draws.py)
+DOMAIN_ORDER = 1  # the order of samples in an epoch (order.py)
+DOMAIN_SPLIT = 2  # class-balanced subsets of a dataset (order.py)
+
+_M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
+_MASK = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+TWO_POW_MINUS_32 = 2.0**-32
+
+
+@numba.njit(inline="never", cache=True, nogil=True)
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Ten rounds of Philox on one counter. Six words in, four words out, all uint64 holding 32 bits."""
+    c0, c1, c2, c3 = np.uint64(c0), np.uint64(c1), np.uint64(c2), np.uint64(c3)
+    k0, k1 = np.uint64(k0), np.uint64(k1)
+    for _ in range(10):
+        p0 = _M0 * c0
+        p1 = _M1 * c2
+        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _MASK, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _MASK
+        k0 = (k0 + _W0) & _MASK
+        k1 = (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+@numba.njit(cache=True, nogil=True)
+def uniform4(seed, domain, epoch, sample, view, block):
+    """The four uniforms in [0, 1) of slots 4·block … 4·block + 3, float64 with 32 random bits each."""
+    s = np.uint64(seed)
+    words = philox4x32(
+        block, np.uint64(view) | (np.uint64(domain) << np.uint64(16)), sample, epoch, s & _MASK, s >> _SHIFT
+    )
+    return (
+        words[0] * TWO_POW_MINUS_32,
+        words[1] * TWO_POW_MINUS_32,
+        words[2] * TWO_POW_MINUS_32,
+        words[3] * TWO_POW_MINUS_32,
+    )
+
+
+def philox4x32_array(counter, key) -> np.ndarray:
+    """NumPy's form of `philox4x32`: counter (..., 4) and key (..., 2), uint32 → words (..., 4), uint32."""
+    c0, c1, c2, c3 = (np.asarray(counter)[..., i].astype(np.uint64) for i in range(4))
+    k0, k1 = (np.asarray(key)[..., i].astype(np.uint64) for i in range(2))
+    for _ in range(10):
+        p0 = _M0 * c0
+        p1 = _M1 * c2
+        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _MASK, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _MASK
+        k0 = (k0 + _W0) & _MASK
+        k1 = (k1 + _W1) & _MASK
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), -1).astype(np.uint32)
+
+
+def words_array(seed: int, domain: int, epoch: int, samples: np.ndarray, view: int, block: int) -> np.ndarray:
+    """The four uint32 words of one block for many samples at once: (N,) sample ids → (N, 4)."""
+    samples = np.asarray(samples)
+    counter = np.empty((len(samples), 4), np.uint32)
+    counter[:, 0] = block
+    counter[:, 1] = view | (domain << 16)
+    counter[:, 2] = samples
+    counter[:, 3] = epoch
+    return philox4x32_array(counter, np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32))

@@ -1,0 +1,123 @@
+"""What a view is and what a batch is: the contract between the data path and everything that uses it.
+
+Shape legend, used in every docstring of the project:
+
+    N  images in a dataset        B  images of one rank's batch     V  views of an image
+    C  channels (3, R G B)        H  W  height and width, px        D  embedding dimensions
+    K  classes
+
+World size is always spelled `world_size`; `global_batch` = `rank_batch` × `world_size`.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
+
+SOLARIZE_THRESHOLD = 128  # v < 128 stays, v >= 128 becomes 255 - v (Zbontar 2021, appendix A)
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """One row of the view table: the distribution that one view of an image is drawn from.
+
+    The operations run in the order of the fields. `p_<op>` is the probability that the operation
+    IS applied. The four jitter strengths follow torchvision's ColorJitter: a factor is uniform in
+    [max(0, 1 - s), 1 + s], hue in [-s, s] turns.
+    """
+
+    area: tuple[float, float] = (0.08, 1.0)  # crop area as a share of the image's
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # crop width / height, log-uniform
+    interpolation: str = "bicubic"  # or "bilinear"; both antialiased, as Pillow's
+    p_flip: float = 0.5
+    p_jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    p_grey: float = 0.2
+    p_blur: float = 0.0
+    sigma_px: tuple[float, float] = (0.1, 2.0)
+    p_solarize: float = 0.0
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The evaluation view: the shorter side resized to `resize_px`, then a centre crop. Nothing is drawn."""
+
+    resize_px: int = 256
+    interpolation: str = "bilinear"
+
+
+# Zbontar 2021, section 2.2 and appendix A: the two views differ in blur and solarize only.
+BARLOW_TWINS_VIEWS = (
+    ViewSpec(p_blur=1.0, p_solarize=0.0),
+    ViewSpec(p_blur=0.1, p_solarize=0.2),
+)
+
+# CIFAR-10 as solo-learn trains Barlow Twins on it: no blur at 32 px.
+CIFAR_VIEWS = (
+    ViewSpec(p_blur=0.0, p_solarize=0.0),
+    ViewSpec(p_blur=0.0, p_solarize=0.2),
+)
+
+# Supervised training of the linear and semi-supervised protocols: crop and flip.
+SUPERVISED_VIEW = ViewSpec(interpolation="bilinear", p_jitter=0.0, p_grey=0.0)
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel mean and standard deviation in units of [0, 1], applied as (v / 255 - mean) / std."""
+
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+class Batch(NamedTuple):
+    """One rank's share of one step.
+
+    views   V tensors (B, 3, H, W), channels-last in memory, normalized float, on the loader's device
+    label   (B,) int64, the class index
+    sample  (B,) int64, the position in the dataset file; with (seed, epoch, view) it names the pixels
+    step    the global step this batch belongs to
+    epoch   the epoch it belongs to
+    """
+
+    views: tuple[torch.Tensor, ...]
+    label: torch.Tensor
+    sample: torch.Tensor
+    step: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """Everything that decides what a loader yields, and how (the last four) it gets there.
+
+    data            a .beton file with its manifest beside it
+    views           one ViewSpec a view, or a CentreCrop for evaluation
+    resolution_px   side of the square views
+    shuffle         True: shuffled full batches, epoch after epoch (order.shuffled_batches);
+                    False: every sample once, in the order given (order.sequential_batches)
+    ids             positions of the samples to use; None for all
+    workers         threads (ffcv) or processes (torch) of this rank; 0 for one a core this process may use
+    device          where the views end up
+    """
+
+    data: Path
+    views: tuple[ViewSpec, ...] | CentreCrop
+    resolution_px: int
+    global_batch: int
+    seed: int = 0
+    shuffle: bool = True
+    ids: np.ndarray | None = None
+    normalization: Normalization = field(default_factory=Normalization)
+    rank: int = 0
+    world_size: int = 1
+    backend: str = "ffcv"
+    workers: int = 0
+    device: str = "cpu"

@@ -1,0 +1,24 @@
+"""Fixtures the whole suite shares: where real images are, and a small dataset made of them."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images that tests use: $SHARED_DATA, or shared/data beside the checkout."""
+    folder = Path(os.environ.get("SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real images here: {folder} is missing; set SHARED_DATA to a folder that has them")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imagenet_sample(shared_data) -> list[Path]:
+    """500 original ImageNet JPEGs, sorted by path."""
+    paths = sorted((shared_data / "imagenet-sample").glob("*/*.JPEG"))
+    if not paths:
+        pytest.skip(f"no JPEGs under {shared_data / 'imagenet-sample'}")
+    return paths

@@ -22,3 +22,13 @@ def imagenet_sample(shared_data) -> list[Path]:
     if not paths:
         pytest.skip(f"no JPEGs under {shared_data / 'imagenet-sample'}")
     return paths
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu run where a CUDA device is, and say that they were skipped elsewhere."""
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

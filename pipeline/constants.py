@@ -21,3 +21,11 @@ CIFAR10_TEST_SHA256 = "f9b1e2130bab680db56eb06d886f7f1ad0f1183907ceff4659d1735c8
 IMAGENET_TRAIN_IMAGES = 1_281_167
 IMAGENET_VAL_IMAGES = 50_000
 IMAGENET_CLASSES = 1_000
+
+# SimCLR's 1 % and 10 % of ImageNet's training files, one name a line: sha256 of the file and its lines, by percent.
+# Source: google-research/simclr, imagenet_subsets (Chen 2020, section 4.3).
+IMAGENET_LIST_SHA256 = {
+    1: "71e82a48ba78252683ae334c4d019ebd5c6e855b9599c1389fbe83eb9549cf17",
+    10: "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091",
+}
+IMAGENET_LIST_IMAGES = {1: 12_811, 10: 128_116}

@@ -1,0 +1,175 @@
+"""The one supervised loop: linear probes, several heads at once, fine-tuning and transfer all train through `fit`.
+
+    stream of (inputs, labels) ──▶ model ──▶ {head: logits} ──▶ Σ cross-entropy ──▶ SGD, one rate a group
+                                                    after an epoch: validate() → {head: Accuracy}
+
+What differs between protocols is what goes in: the inputs (images, or features of a frozen backbone), the
+parameters that train, and each group's learning rate, weight decay and schedule. The losses of several heads
+are summed; they share no trained parameter when the backbone is frozen, so each head's gradient is its own.
+
+Results are a function of the seed alone on a CPU with a given number of threads; CUDA's kernels may differ in
+the last bits.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from eval.metrics import Accuracy, label_ranks, rank_accuracy
+from pipeline.command import UserError
+from pipeline.order import shuffled_batches
+
+MOMENTUM = 0.9  # every protocol of RECIPE.md trains with this
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate. `milestones` None: cosine to zero; else × 0.1 at each of these epochs."""
+
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+    milestones: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known after an epoch: counted from 1; mean training loss; accuracy by head, None where not validated."""
+
+    epoch: int
+    loss: float
+    accuracy: dict[str, Accuracy] | None
+    seconds: float
+
+
+def scheduled_lr(group: Group, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch (counted from 0): constant within it, as the published evaluations have it."""
+    if group.milestones is None:
+        return group.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    return group.lr * 0.1 ** sum(epoch >= milestone for milestone in group.milestones)
+
+
+def make_head(features: int, classes: int, seed: int) -> nn.Linear:
+    """A linear classifier with weights N(0, 0.01) and bias 0, the same for a seed wherever it runs."""
+    head = nn.utils.skip_init(nn.Linear, features, classes)
+    nn.init.normal_(head.weight, 0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+    nn.init.zeros_(head.bias)
+    return head
+
+
+class Heads(nn.Module):
+    """Linear classifiers on the same features: (B, D) → {name: (B, K)}."""
+
+    def __init__(self, heads: dict[str, nn.Linear]):
+        super().__init__()
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, features):
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+def feature_stream(
+    features: torch.Tensor, labels: torch.Tensor, seed: int, batch: int, epochs: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Shuffled full batches of features held in memory, (N, D) and (N,): the loader's order, without a loader."""
+    stop = epochs * (len(features) // batch)
+    for _, _, ids in shuffled_batches(seed, np.arange(len(features)), batch, 0, 1, 0, stop):
+        rows = torch.from_numpy(ids).to(features.device)
+        yield features[rows].float(), labels[rows]
+
+
+@torch.no_grad()
+def validate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Accuracy]:
+    """Accuracy of every head over (inputs, labels) batches, in evaluation mode."""
+    model.eval()
+    ranks = {}
+    for inputs, labels in batches:
+        for name, logits in model(inputs).items():
+            ranks.setdefault(name, []).append(label_ranks(logits, labels))
+    return {name: rank_accuracy(torch.cat(parts)) for name, parts in ranks.items()}
+
+
+def make_optimizer(groups: list[Group], nesterov: bool) -> torch.optim.SGD:
+    """SGD with momentum 0.9, one parameter group for each of ours, in order."""
+    return torch.optim.SGD(
+        [{"params": g.params, "lr": g.lr, "weight_decay": g.weight_decay} for g in groups],
+        momentum=MOMENTUM,
+        nesterov=nesterov,
+    )
+
+
+def train_epoch(model: nn.Module, optimizer, stream: Iterator, steps: int) -> torch.Tensor:
+    """Takes `steps` batches from the stream and one optimizer step on each. Returns the summed loss, unsynchronized."""
+    model.train()
+    total = torch.zeros(())
+    for _ in range(steps):
+        inputs, labels = next(stream)
+        loss = sum(cross_entropy(logits, labels) for logits in model(inputs).values())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        total = total.to(loss.device) + loss.detach()
+    return total
+
+
+def fit(
+    model: nn.Module,
+    groups: list[Group],
+    stream: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    validation: Callable[[], dict[str, Accuracy]],
+    epochs: int,
+    steps_per_epoch: int,
+    nesterov: bool = False,
+    validate_every: int = 1,
+) -> list[Epoch]:
+    """Trains `model` (inputs → {head: logits}) for `epochs` epochs of `steps_per_epoch` batches of the stream.
+
+    One stream for all epochs, so that a loader can prepare the next batches while this one validates. Validates
+    every `validate_every` epochs and after the last. One line an epoch goes to stderr. Raises UserError where
+    the loss is no longer finite.
+    """
+    optimizer = make_optimizer(groups, nesterov)
+    history = []
+    for epoch in range(epochs):
+        started = time.monotonic()
+        for target, group in zip(optimizer.param_groups, groups, strict=True):
+            target["lr"] = scheduled_lr(group, epoch, epochs)
+        loss = train_epoch(model, optimizer, stream, steps_per_epoch).item() / steps_per_epoch
+        if not math.isfinite(loss):
+            rates = ", ".join(f"{group.lr:g}" for group in groups)
+            raise UserError(
+                f"the training loss is {loss} after epoch {epoch + 1}, a finite number was expected; "
+                f"the learning rates ({rates}) are too high for these features, or the encoder's output is not finite"
+            )
+        validated = epoch + 1 == epochs or (epoch + 1) % validate_every == 0
+        accuracy = validation() if validated else None
+        history.append(Epoch(epoch + 1, loss, accuracy, time.monotonic() - started))
+        print(epoch_line(history[-1], epochs), file=sys.stderr, flush=True)
+    return history
+
+
+def epoch_line(epoch: Epoch, epochs: int) -> str:
+    """One epoch for a person to read."""
+    scores = "".join(f"  {name} top-1 {a.top1:.2f} top-5 {a.top5:.2f}" for name, a in (epoch.accuracy or {}).items())
+    return f"epoch {epoch.epoch}/{epochs}  loss {epoch.loss:.4f}{scores}  {epoch.seconds:.1f} s"
+
+
+def final_scores(history: list[Epoch], head: str) -> dict[str, float]:
+    """The last epoch's accuracy of a head, and the best of all epochs, chosen on the validation images themselves."""
+    validated = [epoch for epoch in history if epoch.accuracy]
+    last = validated[-1].accuracy[head]
+    best = max(validated, key=lambda epoch: epoch.accuracy[head].top1)
+    return {
+        "top1": last.top1,
+        "top5": last.top5,
+        "best_top1": best.accuracy[head].top1,
+        "best_epoch": best.epoch,
+        "final_loss": history[-1].loss,
+    }

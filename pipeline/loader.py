@@ -1,0 +1,42 @@
+"""One way to get batches: `make_loader(config)` picks the backend and imports it only then."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+
+from pipeline.command import UserError
+from pipeline.spec import Batch, LoaderConfig
+
+
+class Loader(Protocol):
+    """What every backend offers. The same config gives the same samples and the same draws on each.
+
+    images           samples in use (config.ids, or all of the file)
+    steps_per_epoch  full batches an epoch when shuffled; all batches of one pass otherwise
+    classes          class names        labels  (N,) int64 of the whole file
+    sizes            heights and widths of the stored images, each (N,) int64, px
+    """
+
+    images: int
+    steps_per_epoch: int
+    classes: list[str]
+    labels: np.ndarray
+    sizes: tuple[np.ndarray, np.ndarray]
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]: ...
+
+    def close(self) -> None: ...
+
+
+def make_loader(config: LoaderConfig) -> Loader:
+    """The loader of `config.backend`. Raises UserError for a dataset, batch size or backend that cannot work."""
+    if config.backend == "ffcv":
+        from pipeline.loader_ffcv import FfcvLoader
+
+        return FfcvLoader(config)
+    if config.backend == "torch":
+        from pipeline.loader_torch import TorchLoader
+
+        return TorchLoader(config)
+    raise UserError(f"--loader {config.backend} is unknown; choose ffcv or torch")

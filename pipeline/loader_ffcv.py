@@ -1,0 +1,194 @@
+"""The fast loader: one thread pool, one decode an image, all views of it while its pixels are in cache.
+
+    order.py ─▶ ids of a step ─▶ split into jobs ─▶ worker threads, each with its own decoder and scratch:
+                                                      draw parameters → decode → every view → normalize
+             ◀─ Batch, in order ◀─ `AHEAD` batches in the making while the consumer uses the last one
+
+A job is one call of a compiled function that holds no lock, so threads scale like processes, share the page
+cache and the numba cache, and cost no pickling. FFCV's own Loader is not used: it compiles anew at each start,
+reorders floating-point arithmetic, keeps a full-size scratch image per batch slot, and hangs where a decode
+fails. The file is FFCV's; the decoder is libjpeg-turbo with the pixels of Pillow.
+
+With `device` on a GPU the worker threads make uint8 views in pinned memory and the GPU normalizes them, a
+quarter of the copy.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numba
+import numpy as np
+import torch
+
+from pipeline.augment_cpu import apply_view, apply_view_normalized, make_scratch, normalization_table
+from pipeline.beton import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle, open_beton
+from pipeline.command import UserError
+from pipeline.draws import ViewParams, centre_views, draw_views
+from pipeline.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
+from pipeline.spec import Batch, CentreCrop, LoaderConfig
+
+AHEAD = 2  # batches in the making beside the one in use: enough to hide the jitter of decode times
+JOBS_PER_WORKER = 4  # a batch is split finer than the workers, so that none waits long for the slowest
+
+
+@numba.njit(cache=True, nogil=True)
+def _make_views(handle, data, ids, table, params, bicubic, pixels, scratch, lut, views_u8, views_f32, status):
+    """Decodes each image once and makes its V views; a status other than OK leaves that image's views unset.
+
+    Of views_u8 (V, B, H, W, 3) and views_f32, the same normalized, the one that is not empty is filled.
+    """
+    offsets, sizes, modes, heights, widths = table
+    for b in range(len(ids)):
+        i = ids[b]
+        height, width = heights[i], widths[i]
+        status[b] = decode_rgb(handle, data, offsets[i], sizes[i], modes[i], height, width, pixels)
+        if status[b] != OK:
+            continue
+        image = pixels[: height * width * 3].reshape(height, width, 3)
+        for v in range(len(bicubic)):
+            if views_f32.size:
+                apply_view_normalized(image, params, b, v, bicubic[v], lut, scratch, views_f32[v, b])
+            else:
+                apply_view(image, params, b, v, bicubic[v], scratch, views_u8[v, b])
+
+
+@dataclass
+class _Pending:
+    """A batch in the making."""
+
+    step: int
+    epoch: int
+    ids: np.ndarray
+    views: torch.Tensor  # (V, B, H, W, 3), float32 or, for a GPU, pinned uint8
+    status: np.ndarray
+    jobs: list[Future]
+
+
+class FfcvLoader:
+    """Batches from a .beton file; see LoaderConfig and Batch for what is in them.
+
+    Raises UserError at construction for a dataset or batch size that cannot work, and while iterating
+    for an image that cannot be decoded.
+    """
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self.config = config
+        self.beton = open_beton(config.data)
+        self.ids = np.arange(len(self.beton)) if config.ids is None else np.asarray(config.ids, np.int64)
+        self.images, self.classes, self.labels = len(self.ids), self.beton.classes, self.beton.labels
+        self.sizes = (self.beton.heights, self.beton.widths)
+        self.steps_per_epoch = steps_per_epoch(self.images, config.global_batch, drop_last=config.shuffle)
+        rank_batch(config.global_batch, config.world_size)
+        self.workers = config.workers or len(os.sched_getaffinity(0))
+        rows = (config.views,) if isinstance(config.views, CentreCrop) else config.views
+        self._bicubic = np.array([row.interpolation == "bicubic" for row in rows])
+        self._lut = normalization_table(config.normalization)
+        self._cuda = torch.device(config.device).type == "cuda"
+        b = self.beton
+        self._table = (b.offsets, b.sizes_bytes, b.modes, b.heights, b.widths)
+        self._image_bytes = int((b.heights * b.widths)[self.ids].max()) * 3
+        self._thread = threading.local()
+        self._handles: list[int] = []
+        self._pool = ThreadPoolExecutor(self.workers, "views", initializer=self._start_thread)
+
+    def _start_thread(self) -> None:
+        """Runs once in each worker thread: its decoder and its scratch memory."""
+        handle = make_handle()
+        self._handles.append(handle)
+        self._thread.handle = handle
+        self._thread.pixels = np.empty(self._image_bytes, np.uint8)
+        heights, widths = self.sizes
+        self._thread.scratch = make_scratch(int(heights.max()), int(widths.max()), self.config.resolution_px)
+
+    def _params(self, ids: np.ndarray, epoch: int) -> ViewParams:
+        c, heights, widths = self.config, self.sizes[0][ids], self.sizes[1][ids]
+        if isinstance(c.views, CentreCrop):
+            return centre_views(heights, widths, c.views, c.resolution_px)
+        return draw_views(c.seed, epoch, ids, heights, widths, c.views, c.resolution_px)
+
+    def _job(self, epoch: int, ids: np.ndarray, views: np.ndarray, status: np.ndarray) -> None:
+        """One worker's share of a batch: ids (b,), views (V, b, H, W, 3), status (b,)."""
+        own = self._thread
+        views_u8 = views if self._cuda else np.empty((0, 0, 0, 0, 0), np.uint8)
+        views_f32 = np.empty((0, 0, 0, 0, 0), np.float32) if self._cuda else views
+        _make_views(
+            own.handle,
+            self.beton.data,
+            ids,
+            self._table,
+            self._params(ids, epoch),
+            self._bicubic,
+            own.pixels,
+            own.scratch,
+            self._lut,
+            views_u8,
+            views_f32,
+            status,
+        )
+
+    def _begin(self, step: int, epoch: int, ids: np.ndarray) -> _Pending:
+        c = self.config
+        shape = (len(self._bicubic), len(ids), c.resolution_px, c.resolution_px, 3)
+        dtype = torch.uint8 if self._cuda else torch.float32
+        views = torch.empty(shape, dtype=dtype, pin_memory=self._cuda)
+        status = np.zeros(len(ids), np.int64)
+        cuts = np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int)
+        array = views.numpy()
+        jobs = [self._pool.submit(self._job, epoch, ids[a:z], array[:, a:z], status[a:z]) for a, z in pairwise(cuts)]
+        return _Pending(step, epoch, ids, views, status, jobs)
+
+    def _finish(self, pending: _Pending) -> Batch:
+        for job in pending.jobs:
+            job.result()
+        if pending.status.any():
+            b = int(np.flatnonzero(pending.status)[0])
+            sample = int(pending.ids[b])
+            raise UserError(
+                f"image {sample} of {self.beton.path} ({self.beton.file_names()[sample]}) cannot be decoded: "
+                f"{STATUS_TEXT[pending.status[b]]}; check the file with pipeline/convert.py --verify, or convert again"
+            )
+        label, sample = torch.from_numpy(self.labels[pending.ids]), torch.from_numpy(pending.ids)
+        views = pending.views
+        if self._cuda:
+            views = self._normalize_on_gpu(views)
+            label, sample = label.to(views.device), sample.to(views.device)
+        return Batch(tuple(v.permute(0, 3, 1, 2) for v in views), label, sample, pending.step, pending.epoch)
+
+    def _normalize_on_gpu(self, views: torch.Tensor) -> torch.Tensor:
+        """torchvision's ToTensor and Normalize: uint8 (V, B, H, W, 3) in pinned memory → float32 on the device."""
+        mean, std = (
+            torch.tensor(x, device=self.config.device)
+            for x in (self.config.normalization.mean, self.config.normalization.std)
+        )
+        return views.to(self.config.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
+        c = self.config
+        if c.shuffle:
+            assert stop_step is not None, "a shuffled stream has no end of its own"
+            plan = shuffled_batches(c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step)
+        else:
+            plan = sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
+        pending: deque[_Pending] = deque()
+        try:
+            for step, epoch, ids in plan:
+                pending.append(self._begin(step, epoch, ids))
+                if len(pending) > AHEAD:
+                    yield self._finish(pending.popleft())
+            while pending:
+                yield self._finish(pending.popleft())
+        finally:
+            for job in [job for batch in pending for job in batch.jobs]:
+                job.cancel()
+
+    def close(self) -> None:
+        """Ends the worker threads and frees their decoders. The loader cannot be used afterwards."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        while self._handles:
+            free_handle(self._handles.pop())

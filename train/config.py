@@ -1,0 +1,221 @@
+"""What one pretraining run is: a frozen dataclass, the presets, and how the two become a command line.
+
+Command line > preset > default. A preset is an experiment card: a whole configuration with its cost,
+hardware, expected result and source beside it. `chosen_preset` looks only for `--preset`, and tyro lays
+the remaining flags over that preset, so `--preset cifar10 --help` shows CIFAR-10's values.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from pipeline.command import DATA, RUNS, UserError
+from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
+from pipeline.spec import Normalization
+
+NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_MEAN, CIFAR10_STD)}
+
+# Global batch → learning rate of the weights, 300 epochs of ResNet-50. Source: Barlow Twins, issue 7
+# (linear top-1 in this order: 69.7, 70.7, 71.4, 71.7, 71.4, 70.7).
+LR_WEIGHTS_BY_BATCH = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}
+
+# Flags that change where a run lives or how fast it goes, not which weights come out of it.
+NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "resume", "compile", "log_every")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Pretrain an encoder without labels. Every default below is the chosen preset's value."""
+
+    preset: Literal["imagenet", "cifar10", "cifar10-demo"] = "imagenet"
+    """The experiment card to start from; every other flag changes one value of it."""
+    data: Path = DATA / "imagenet"
+    """A folder that holds train.beton, or a .beton file."""
+    run: str = ""
+    """Name of the run, a folder under runs/, or a path. Empty: preset, architecture, epochs and a short hash
+    of the recipe, so that the same command finds its own run again and another recipe never meets it."""
+    epochs: int = 300
+    """Passes over the data. 0 writes the untrained network and ends: a control for the evaluations."""
+    global_batch: int = 1024
+    """Images of one step over all ranks. Full batches only: the last, short one of an epoch is dropped."""
+    arch: str = "resnet50"
+    """A ResNet of torchvision by name (resnet18 … wide_resnet101_2), else any model of timm."""
+    stem: Literal["imagenet", "small"] = "imagenet"
+    """How the network begins: 7×7 stride 2 and a max-pool, or, for small images, 3×3 stride 1 and none."""
+    projector: str = "8192-8192-8192"
+    """Widths of the projector's linear layers; the last is the embedding's."""
+    resolution: int = 224
+    """Side of the square views, px."""
+    views: Literal["imagenet", "cifar10"] = "imagenet"
+    """The method's view table and the normalization: as published, or for CIFAR-10 (no blur)."""
+    lambd: float = 0.0051
+    """Weight of the redundancy (off-diagonal) term."""
+    loss_scale: float = 1.0
+    """Factor on the whole loss."""
+    lr_weights: float | None = None
+    """Learning rate of the weights, × global batch / 256. None: by global batch, as measured for 300 epochs
+    (128 → .7, 256 → .4, 512 → .3, 1024 → .25, 2048 and more → .2; Barlow Twins, issue 7)."""
+    lr_biases: float = 0.0048
+    """Learning rate of biases and batch norm (1-d parameters), × global batch / 256."""
+    paper_world_size: int = 16
+    """Divides the gradient of 1-d parameters. The published code's gradient is the true one divided by its
+    world size; LARS hides that for weights, but the published --lr-biases was chosen at 16. Gradients here
+    are the true ones on any number of ranks; 16 reproduces the published bias steps, 1 leaves them as they are."""
+    weight_decay: float = 1e-6
+    """Of the weights; 1-d parameters have none."""
+    lars_eta: float = 0.001
+    """LARS trust coefficient: a weight's step is this share of its norm."""
+    lars_clip: bool = False
+    """Caps LARS's adapted learning rate at the learning rate itself (as LARC does)."""
+    warmup_epochs: int = 10
+    """Linear warm-up from 0; then a cosine to a thousandth."""
+    loader: Literal["ffcv", "torch"] = "ffcv"
+    """Which data path makes the views: the fast one, or the PIL/torchvision reference. Same views, same order."""
+    workers: int = 0
+    """Threads (ffcv) or processes (torch) of each rank's loader; 0: one a core that this process may use."""
+    seed: int = 0
+    """Decides the initial weights, the order of images and every view."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the run's checkpoint where there is one. never: start over, replacing it."""
+    amp: Literal["bf16", "fp16", "off"] = "bf16"
+    """Autocast of backbone and projector; the loss is float32 always. fp16 scales the loss, at one sync a step."""
+    compile: bool = False
+    """torch.compile backbone and projector: minutes at the start, faster steps on a GPU."""
+    log_every: int = 20
+    """Steps between two lines of metrics.jsonl."""
+
+
+PRESETS = {
+    # ImageNet-1k as published, 300 epochs.
+    #   cost      300 × 1.28 M images × 2 views of 224 px; 30 GB for the data, 1.9 GB a checkpoint
+    #   hardware  8 GPUs of 32 GB (or 1–2 of 80 GB); ResNet-50, bf16
+    #   expect    linear top-1 / top-5 71.4 / 90.2 published for 300 epochs, 71.7 top-1 at this batch and rate
+    #   source    Zbontar 2021, section 2.2; batch and learning rate: Barlow Twins, issue 7
+    "imagenet": PretrainConfig(),
+    # CIFAR-10 as solo-learn trains Barlow Twins on it.
+    #   cost      1000 × 50,000 images × 2 views of 32 px
+    #   hardware  one GPU of 12 GB
+    #   expect    linear top-1 92.10 published after 1000 epochs
+    #   source    da Costa 2022 (solo-learn), CIFAR-10 table and its Barlow Twins settings
+    "cifar10": PretrainConfig(
+        preset="cifar10",
+        data=DATA / "cifar10",
+        epochs=1000,
+        global_batch=256,
+        arch="resnet18",
+        stem="small",
+        projector="2048-2048-2048",
+        resolution=32,
+        views="cifar10",
+        loss_scale=0.1,
+        lr_weights=0.3,
+        lr_biases=0.3,
+        paper_world_size=1,
+        weight_decay=1e-4,
+        lars_eta=0.02,
+        lars_clip=True,
+    ),
+    # CIFAR-10 in minutes on two CPU cores: shows that everything works and that it learns, no more.
+    #   cost      a few minutes
+    #   hardware  2 CPU cores
+    #   expect    kNN top-1 at least 8 points above the untrained network's
+    #   source    none; chosen for the time it takes
+    "cifar10-demo": PretrainConfig(
+        preset="cifar10-demo",
+        data=DATA / "cifar10",
+        epochs=4,
+        global_batch=256,
+        arch="resnet18",
+        stem="imagenet",
+        projector="512-512-512",
+        resolution=32,
+        views="cifar10",
+        loss_scale=0.1,
+        lr_weights=0.3,
+        lr_biases=0.3,
+        paper_world_size=1,
+        weight_decay=1e-4,
+        lars_eta=0.02,
+        lars_clip=True,
+        warmup_epochs=1,
+        amp="off",
+    ),
+}
+
+
+def chosen_preset(arguments: list[str]) -> PretrainConfig:
+    """The preset that a command line names, ImageNet's where it names none or an unknown one (tyro tells)."""
+    name = "imagenet"
+    for i, argument in enumerate(arguments):
+        if argument == "--preset" and i + 1 < len(arguments):
+            name = arguments[i + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    return PRESETS.get(name, PRESETS["imagenet"])
+
+
+def lr_weights_for(global_batch: int) -> float:
+    """Published learning rate at a global batch; between two measured batches linear in their logarithm."""
+    batches, rates = zip(*LR_WEIGHTS_BY_BATCH.items(), strict=True)
+    return float(np.interp(np.log2(global_batch), np.log2(batches), rates))
+
+
+def projector_widths(projector: str) -> list[int]:
+    """ "8192-8192-8192" → [8192, 8192, 8192]."""
+    try:
+        widths = [int(width) for width in projector.split("-")]
+    except ValueError:
+        widths = [0]
+    if min(widths) < 1:
+        raise UserError(f"--projector {projector!r} is not a list of widths; write them like 8192-8192-8192")
+    return widths
+
+
+def train_beton(data: Path) -> Path:
+    """The training file that --data means."""
+    path = data if data.suffix == ".beton" else data / "train.beton"
+    if not path.is_file():
+        raise UserError(
+            f"no {path.name} in {path.parent}; make it with pipeline/convert.py "
+            "(scripts/convert_imagenet.sh for ImageNet), or point --data at a folder that holds it"
+        )
+    return path
+
+
+def resolved(config: PretrainConfig) -> PretrainConfig:
+    """The configuration with nothing left open: checked values, absolute paths, the learning rate, the run's folder."""
+    projector_widths(config.projector)
+    bounds = {"epochs": 0, "global_batch": 2, "resolution": 1, "warmup_epochs": 0, "paper_world_size": 1, "seed": 0}
+    bounds |= {"workers": 0, "log_every": 1}
+    for name, least in bounds.items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small; give at least {least}")
+    if config.lr_weights is None:
+        config = replace(config, lr_weights=lr_weights_for(config.global_batch))
+    config = replace(config, data=config.data.expanduser().resolve())
+    return replace(config, run=str(run_folder(config)))
+
+
+def run_folder(config: PretrainConfig) -> Path:
+    """Where a run lives: --run as a name under runs/, as a path where it looks like one, or made from the recipe."""
+    if config.run:
+        is_path = os.sep in config.run or config.run.startswith((".", "~"))
+        return (Path(config.run).expanduser() if is_path else RUNS / config.run).resolve()
+    identity = json.dumps([recipe(as_plain(config)), str(config.data)], sort_keys=True)
+    short = hashlib.sha256(identity.encode()).hexdigest()[:6]
+    return RUNS / f"{config.preset}-{config.arch.replace('/', '_')}-{config.epochs}ep-{short}"
+
+
+def as_plain(config: PretrainConfig) -> dict:
+    """The configuration as JSON would hold it: the form in config.json and in checkpoints."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+
+
+def recipe(plain: dict) -> dict:
+    """The part of a configuration that decides the weights: what a checkpoint must share with the run resuming it."""
+    return {name: value for name, value in plain.items() if name not in NOT_RECIPE}

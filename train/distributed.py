@@ -1,0 +1,124 @@
+"""Rank, world size and the sums over ranks. A single process is world size 1 and starts no process group.
+
+Gradients. DistributedDataParallel averages gradients over ranks, so the objective is the mean of the ranks'
+losses. `sum_over_ranks` is the sum that autograd sees: the gradient of what one rank put in is the sum of the
+gradients of what every rank took out. With both, one update is the same at any world size.
+"""
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=30)
+
+
+class Ranks(NamedTuple):
+    """Which process this is. `control` is a CPU group for small messages, None at world size 1."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None
+
+
+def start_ranks() -> Ranks:
+    """Joins the processes that torchrun (or SLURM with the same variables) started; NCCL on GPUs, gloo on CPUs."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        return Ranks(0, 1, device, None)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+        return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+
+
+def stop_ranks() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(ranks: Ranks, text: str) -> None:
+    """Prints on rank 0, to stderr: stdout is for results."""
+    if ranks.rank == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's x, any shape, differentiable; x itself at world size 1."""
+    return x if world_size() == 1 else _Sum.apply(x)
+
+
+def largest(ranks: Ranks, value: int) -> int:
+    """The largest of the ranks' values, through the control group; waits for every rank."""
+    if ranks.control is None:
+        return value
+    message = torch.tensor([value])
+    dist.all_reduce(message, dist.ReduceOp.MAX, group=ranks.control)
+    return int(message)
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 and SIGINT as a wish to stop that all ranks grant at the same step.
+
+    A signal may reach the ranks in different steps, and one that stopped alone would leave the others waiting
+    in a collective. So every step each rank sends its wish without waiting, and acts on the answer to the wish
+    sent a step before. A second SIGINT ends the process at once.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.ranks = ranks
+        self.signal = 0
+        self.pending = None
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        self.signal = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def agreed(self) -> int:
+        """Called by every rank once a step: 0, or the number of the signal on which all stop now."""
+        if self.ranks.control is None:
+            return self.signal
+        answer = 0
+        if self.pending is not None:
+            message, work = self.pending
+            work.wait()
+            answer = int(message)
+        message = torch.tensor([int(self.signal)])
+        self.pending = message, dist.all_reduce(message, dist.ReduceOp.MAX, group=self.ranks.control, async_op=True)
+        return answer
+
+    def close(self) -> None:
+        if self.pending is not None:
+            self.pending[1].wait()
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

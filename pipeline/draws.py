@@ -21,7 +21,7 @@ import numpy as np
 from pipeline.rng import DOMAIN_VIEWS, uniform4
 from pipeline.spec import CentreCrop, ViewSpec
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = 0, 1, 2, 3  # the values of ViewParams.jitter_order
+BRIGHTNESS, CONTRAST, SATURATION, HUE, NOTHING = 0, 1, 2, 3, 4  # the values of ViewParams.jitter_order
 
 
 class ViewParams(NamedTuple):
@@ -36,7 +36,8 @@ class ViewParams(NamedTuple):
     window_top window_left                  int32, px of the resized box; may be negative: zeros there
     flip                                    uint8, 1 = mirrored left-right, after the resize
     jitter                                  uint8, 1 = the four colour operations run
-    jitter_order                            uint8 (B, V, 4), which operation runs first … last
+    jitter_order                            uint8 (B, V, 4), which operation runs first … last; one whose
+                                            strength is 0 is NOTHING (hue by 0 turns would still round)
     brightness contrast saturation          float32, blend factors, 1 = unchanged
     hue                                     float32, turns in [-0.5, 0.5], 0 = unchanged
     grey                                    uint8, 1 = R = G = B = luma
@@ -90,8 +91,9 @@ def _table(views: tuple[ViewSpec, ...]) -> np.ndarray:
     """The view table as numbers for the compiled loop, one row a view."""
     return np.array(
         [
-            (*v.area, *np.log(v.ratio), v.p_flip, v.p_jitter, v.brightness, v.contrast, v.saturation, v.hue)
-            + (v.p_grey, v.p_blur, *v.sigma_px, v.p_solarize)
+            [*v.area, *np.log(v.ratio), v.p_flip]
+            + [v.p_jitter, v.brightness, v.contrast, v.saturation, v.hue]
+            + [v.p_grey, v.p_blur, *v.sigma_px, v.p_solarize]
             for v in views
         ],
         np.float64,
@@ -153,7 +155,9 @@ def _draw(seed, epoch, samples, heights, widths, table, resolution_px, orders, p
             p.saturation[b, v] = _factor(row[8], u[2])
             p.hue[b, v] = row[9] * (2.0 * u[3] - 1.0)
             u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, 7)
-            p.jitter_order[b, v] = orders[int(u[0] * 24)]
+            for k in range(4):
+                operation = orders[int(u[0] * 24), k]
+                p.jitter_order[b, v, k] = operation if row[6 + operation] > 0 else NOTHING
             p.grey[b, v] = u[1] < row[10]
             p.sigma_px[b, v] = row[12] + (row[13] - row[12]) * u[3] if u[2] < row[11] else 0.0
             u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, 8)
@@ -192,6 +196,8 @@ def centre_views(heights_px: np.ndarray, widths_px: np.ndarray, view: CentreCrop
     longer_px = (view.resize_px * longer / shorter).astype(np.int64)
     params.resized_height[:, 0] = np.where(heights <= widths, view.resize_px, longer_px)
     params.resized_width[:, 0] = np.where(heights <= widths, longer_px, view.resize_px)
-    params.window_top[:, 0] = np.rint((params.resized_height[:, 0] - resolution_px) / 2)
-    params.window_left[:, 0] = np.rint((params.resized_width[:, 0] - resolution_px) / 2)
+    for resized, window in ((params.resized_height, params.window_top), (params.resized_width, params.window_left)):
+        spare = resized - resolution_px
+        # Too small an image is padded first, by spare // 2 (rounded towards 0) at the top and left.
+        window[:] = np.where(spare < 0, -(-spare // 2), np.rint(spare / 2))
     return params

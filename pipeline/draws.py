@@ -89,15 +89,12 @@ def empty_params(images: int, views: int) -> ViewParams:
 
 def _table(views: tuple[ViewSpec, ...]) -> np.ndarray:
     """The view table as numbers for the compiled loop, one row a view."""
-    return np.array(
-        [
-            [*v.area, *np.log(v.ratio), v.p_flip]
-            + [v.p_jitter, v.brightness, v.contrast, v.saturation, v.hue]
-            + [v.p_grey, v.p_blur, *v.sigma_px, v.p_solarize]
-            for v in views
-        ],
-        np.float64,
-    )
+    rows = []
+    for v in views:
+        geometry = (*v.area, *np.log(v.ratio), v.p_flip)
+        jitter = (v.p_jitter, v.brightness, v.contrast, v.saturation, v.hue)
+        rows.append((*geometry, *jitter, v.p_grey, v.p_blur, *v.sigma_px, v.p_solarize))
+    return np.array(rows, np.float64)
 
 
 @numba.njit(cache=True, nogil=True)

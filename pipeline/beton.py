@@ -241,8 +241,8 @@ STATUS_TEXT = (
 )
 (OK, OUTSIDE_FILE, BUFFER_TOO_SMALL, NOT_A_JPEG, WRONG_SIZE, DAMAGED, WRONG_RAW_SIZE, UNKNOWN_MODE) = range(8)
 
-_RGB = 0  # TJPF_RGB
-_LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: refuse a progressive JPEG of more than 500 scans, a known denial of service
+_RGB = 0  # TJPF_RGB: three bytes a pixel
+TJ_LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: refuse a progressive JPEG of more than 500 scans, a known denial of service
 
 
 def _load_turbojpeg() -> ctypes.CDLL | None:
@@ -256,12 +256,12 @@ def _load_turbojpeg() -> ctypes.CDLL | None:
 
 # Compiled code finds these by symbol name when it is linked, in this process. A ctypes function would be
 # compiled in as an address of this process, and the copy in numba's cache would crash the next one.
-_lib = _load_turbojpeg()
-if _lib is not None:
+TURBOJPEG = _load_turbojpeg()
+if TURBOJPEG is not None:
     for _name in ("tjDecompressHeader3", "tjDecompress2"):
-        llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_lib, _name), ctypes.c_void_p).value)
-    _lib.tjInitDecompress.restype = ctypes.c_void_p
-    _lib.tjDestroy.argtypes = [ctypes.c_void_p]
+        llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(TURBOJPEG, _name), ctypes.c_void_p).value)
+    TURBOJPEG.tjInitDecompress.restype = ctypes.c_void_p
+    TURBOJPEG.tjDestroy.argtypes = [ctypes.c_void_p]
 
 _i32, _ptr = numba.types.int32, numba.types.intp
 _tj_header = numba.types.ExternalFunction("tjDecompressHeader3", _i32(_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _ptr))
@@ -272,9 +272,9 @@ _tj_decompress = numba.types.ExternalFunction(
 
 def make_handle() -> int:
     """A decompressor; each thread needs its own. Raises UserError where libjpeg-turbo is not installed."""
-    if _lib is None:
+    if TURBOJPEG is None:
         raise UserError("libturbojpeg.so.0 is missing; install the package libturbojpeg0 (Debian, Ubuntu)")
-    handle = _lib.tjInitDecompress()
+    handle = TURBOJPEG.tjInitDecompress()
     if not handle:
         raise MemoryError("tjInitDecompress failed")
     return handle
@@ -282,7 +282,7 @@ def make_handle() -> int:
 
 def free_handle(handle: int) -> None:
     """Gives a decompressor back."""
-    _lib.tjDestroy(handle)
+    TURBOJPEG.tjDestroy(handle)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -314,6 +314,6 @@ def decode_rgb(handle, data, offset, size, mode, height, width, out):
         return NOT_A_JPEG
     if found[0] != width or found[1] != height:
         return WRONG_SIZE
-    if _tj_decompress(handle, source, size, out.ctypes.data, width, width * 3, height, _RGB, _LIMIT_SCANS) != 0:
+    if _tj_decompress(handle, source, size, out.ctypes.data, width, width * 3, height, _RGB, TJ_LIMIT_SCANS) != 0:
         return DAMAGED
     return OK

@@ -1,0 +1,199 @@
+"""Writes one .beton so that it can be stopped at any moment and gone on with, and appears only when finished.
+
+    x.beton.partial   room for the tables, then the images in order
+    x.beton.journal   a line of settings, then one ROW an image
+
+Every second the partial file is flushed to the disk, and only then the journal gets the rows of what was
+flushed: a row never lacks its image, whether the process is killed or the power fails. What lies behind the
+last row's image is cut off and made again.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import beton
+from pipeline.command import UserError
+from pipeline.sources import Source
+from pipeline.store import HOW, SKIPPED, Stored
+
+CHECKPOINT_S = 1.0  # a killed conversion repeats about this much
+
+ROW = np.dtype(
+    {
+        "names": ["how", "mode", "width", "height", "offset", "bytes", "sha256"],
+        "formats": ["<u1", "<u1", "<u2", "<u2", "<u8", "<u8", ("<u1", 32)],
+    }
+)
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    """`os.pwrite` of all of it; it may stop early, on a full disk for one."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _flush_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+class BetonWriter:
+    """The half-finished file of one conversion of `images` images; `done` of them are in it.
+
+    `identity` names settings and source: a half-finished file of another identity is started again, as is any
+    with `fresh`. Raises UserError where another process is writing the same file.
+    """
+
+    def __init__(self, path: Path, images: int, identity: dict, fresh: bool = False):
+        self.path = path
+        self.partial_path = path.with_suffix(".beton.partial")
+        self.journal_path = path.with_suffix(".beton.journal")
+        self._header = json.dumps(identity, sort_keys=True).encode() + b"\n"
+        self._rows = np.zeros(images, ROW)
+        self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._journal)
+            raise UserError(f"another process is writing {path}; wait for it, or stop it") from None
+        self._partial = os.open(self.partial_path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._start = beton.data_start(images)
+        self.done = self._journaled = 0
+        self._end = self._start
+        if fresh or not self._resume():
+            self._begin()
+        self._checkpoint_at = time.monotonic() + CHECKPOINT_S
+
+    def _resume(self) -> bool:
+        content = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
+        if not content.startswith(self._header):
+            return False
+        count = min((len(content) - len(self._header)) // ROW.itemsize, len(self._rows))
+        rows = np.frombuffer(content, ROW, count, len(self._header))
+        stored = rows[rows["how"] != SKIPPED]
+        end = int(stored["offset"][-1] + stored["bytes"][-1]) if len(stored) else self._start
+        if os.fstat(self._partial).st_size < end:
+            return False
+        os.ftruncate(self._partial, end)
+        self._rows[:count] = rows
+        self.done, self._journaled, self._end = count, count, end
+        return True
+
+    def _begin(self) -> None:
+        os.ftruncate(self._journal, 0)
+        os.ftruncate(self._partial, 0)
+        os.ftruncate(self._partial, self._start)
+        _write_all(self._journal, self._header, 0)
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of images that are in the file."""
+        return self._end - self._start
+
+    def skipped(self) -> np.ndarray:
+        """Positions in the source of the images left out so far."""
+        return np.flatnonzero(self._rows["how"][: self.done] == SKIPPED)
+
+    def append(self, stored: Stored | None) -> None:
+        """The next image of the source, or None where it is left out."""
+        if stored is not None:
+            offset = beton.place(self._end, len(stored.data))
+            _write_all(self._partial, stored.data, offset)
+            self._rows[self.done] = (
+                *(stored.how, stored.mode, stored.width, stored.height, offset, len(stored.data)),
+                np.frombuffer(stored.sha256, np.uint8),
+            )
+            self._end = offset + len(stored.data)
+        self.done += 1
+        if time.monotonic() >= self._checkpoint_at:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Makes everything appended so far survive."""
+        os.fdatasync(self._partial)
+        at = len(self._header) + self._journaled * ROW.itemsize
+        _write_all(self._journal, self._rows[self._journaled : self.done].tobytes(), at)
+        os.fdatasync(self._journal)
+        self._journaled = self.done
+        self._checkpoint_at = time.monotonic() + CHECKPOINT_S
+
+    def finish(self, source: Source, settings: dict) -> dict:
+        """Writes the tables, the file list and the manifest, then gives the file its name. Returns the manifest."""
+        self.checkpoint()
+        kept = np.flatnonzero(self._rows["how"] != SKIPPED)
+        if len(kept) == 0:
+            raise UserError(f"none of the {len(self._rows)} images of {source.where} can be read; nothing was written")
+        rows, labels = self._rows[kept], source.labels[kept]
+        samples, allocations = np.zeros(len(kept), beton.SAMPLE), np.zeros(len(kept), beton.ALLOCATION)
+        for name in ("mode", "width", "height", "offset"):
+            samples[name] = rows[name]
+        samples["label"] = labels
+        allocations["sample"] = np.arange(len(kept))
+        for name in ("offset", "bytes"):
+            allocations[name] = rows[name]
+        head = beton.head_bytes(len(kept), self._end)
+        _write_all(self._partial, head + samples.tobytes(), 0)
+        _write_all(self._partial, allocations.tobytes(), self._end)
+        os.ftruncate(self._partial, self._end + allocations.nbytes)
+        os.fsync(self._partial)
+        files = _file_list(source, kept, rows)
+        manifest = {
+            "format_version": beton.FORMAT_VERSION,
+            "images": len(kept),
+            "bytes": self._end + allocations.nbytes,
+            "classes": source.classes,
+            "images_by_class": dict(
+                zip(source.classes, np.bincount(labels, minlength=len(source.classes)).tolist(), strict=True)
+            ),
+            "source": {"kind": source.kind, "split": source.split, "images": len(source)},
+            "settings": settings,
+            "stored": {how: int((rows["how"] == i).sum()) for i, how in enumerate(HOW) if i != SKIPPED},
+            "skipped": [source.names[i] for i in self.skipped()],
+            "tables_sha256": beton.tables_sha256(head, samples, allocations),
+            "files_sha256": hashlib.sha256(files).hexdigest(),
+            "identity": json.loads(self._header),
+        }
+        self._publish(files, (json.dumps(manifest, indent=1) + "\n").encode())
+        return manifest
+
+    def _publish(self, files: bytes, manifest: bytes) -> None:
+        """The names, in an order in which no moment shows a .beton beside another file's manifest."""
+        targets = (beton.files_path(self.path), files), (beton.manifest_path(self.path), manifest)
+        for path, content in targets:
+            with open(f"{path}.partial", "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        self.path.unlink(missing_ok=True)
+        for path, _ in targets:
+            os.replace(f"{path}.partial", path)
+        _flush_folder(self.path.parent)
+        os.replace(self.partial_path, self.path)
+        _flush_folder(self.path.parent)
+        self.journal_path.unlink()
+
+    def close(self) -> None:
+        """Lets go of the files; what was appended and not yet flushed is flushed by `checkpoint`, not here."""
+        os.close(self._partial)
+        os.close(self._journal)
+
+
+def _file_list(source: Source, kept: np.ndarray, rows: np.ndarray) -> bytes:
+    """`x.files.tsv`: one line a sample."""
+    lines = ["sample\tlabel\tstored\tsha256\tfile"]
+    lines += [
+        f"{sample}\t{source.labels[i]}\t{HOW[how]}\t{sha256.tobytes().hex()}\t{source.names[i]}"
+        for sample, (i, how, sha256) in enumerate(zip(kept, rows["how"], rows["sha256"], strict=True))
+    ]
+    return ("\n".join(lines) + "\n").encode("utf-8", "surrogateescape")

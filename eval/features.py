@@ -1,0 +1,190 @@
+"""Frozen encoder → features (N, D) of a dataset's centre views, extracted once and kept on disk.
+
+    .beton ──loader──▶ centre views (B, 3, H, W) ──encoder, eval mode──▶ (B, D) ──▶ (N, D), row i = ids[i]
+                                                                          │
+                                       <run folder>/features/<hash>.safetensors, written whole or not at all
+
+The hash covers everything that decides the numbers: the checkpoint's sha256, the dataset's digest, the ids, the
+view, the type. The same description stands inside the file and is compared on reading, so that features of
+another checkpoint are never used, however a file came to its name.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from pipeline.beton import Beton
+from pipeline.command import UserError
+from pipeline.loader import make_loader
+from pipeline.spec import CentreCrop, LoaderConfig
+from train.checkpoint import BackboneInfo, load_backbone
+
+FEATURES_VERSION = 1  # of the cache: raise it when the same description would give other numbers
+EXTRACT_BATCH = 128
+PIXELS_MAX_PX = 32  # raw pixels as features are taken at this side at most: 3072 numbers an image
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What is evaluated. `module` maps (B, 3, H, W) to (B, D), lies on `device` and is in evaluation mode.
+
+    kind    "trained", "untrained" (a checkpoint of step 0) or "raw pixels" (the module only flattens)
+    """
+
+    kind: str
+    module: nn.Module
+    info: BackboneInfo
+    device: str
+
+
+def open_encoder(checkpoint: Path, pixels: bool = False) -> Encoder:
+    """The encoder of a run folder or checkpoint file, on a GPU where there is one.
+
+    With `pixels` the checkpoint only says how large the views are and how they are normalized. Raises UserError.
+    """
+    if not checkpoint.exists():
+        raise UserError(
+            f"there is no checkpoint at {checkpoint}; make one with `torchrun train/pretrain.py`, "
+            "or point --checkpoint at a run folder or a checkpoint file"
+        )
+    module, info = load_backbone(checkpoint)
+    kind = "untrained" if info.data and info.step == 0 else "trained"
+    if pixels:
+        side = min(info.resolution_px, PIXELS_MAX_PX)
+        kind, module = "raw pixels", nn.Flatten()
+        info = replace(info, arch="pixels", stem="", features=3 * side * side, resolution_px=side)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Encoder(kind, module.eval().to(device, memory_format=torch.channels_last), info, device)
+
+
+def centre_view(resolution_px: int) -> CentreCrop:
+    """The evaluation view: 256 → 224 px and the like; images of less than 64 px keep every pixel."""
+    return CentreCrop(resize_px=round(resolution_px * 256 / 224) if resolution_px >= 64 else resolution_px)
+
+
+def centre_loader_config(
+    encoder: Encoder, data: Path, ids: np.ndarray | None, backend: str, workers: int
+) -> LoaderConfig:
+    """One pass over the centre views of `ids` (None: of all), in their order."""
+    return LoaderConfig(
+        data=data,
+        views=centre_view(encoder.info.resolution_px),
+        resolution_px=encoder.info.resolution_px,
+        global_batch=EXTRACT_BATCH,
+        shuffle=False,
+        ids=ids,
+        normalization=encoder.info.normalization,
+        backend=backend,
+        workers=workers,
+        device=encoder.device,
+    )
+
+
+@torch.inference_mode()
+def extract_features(encoder: Encoder, config: LoaderConfig, dtype: torch.dtype) -> torch.Tensor:
+    """Features of the config's samples, fresh: (N, D) of `dtype` on the CPU, in the order of its ids."""
+    loader = make_loader(config)
+    try:
+        features, at = torch.empty(loader.images, encoder.info.features, dtype=dtype), 0
+        # The bar shows on a terminal only.
+        for batch in tqdm(loader.batches(), "features", loader.steps_per_epoch, unit="batch", disable=None):
+            rows = encoder.module(batch.views[0])
+            features[at : at + len(rows)] = rows
+            at += len(rows)
+    finally:
+        loader.close()
+    if not features.isfinite().all():
+        raise UserError(
+            f"the encoder's features are not all finite numbers ({encoder.info.arch}, step {encoder.info.step}); "
+            "the run has diverged or float16 overflows: choose another checkpoint, or float32"
+        )
+    return features
+
+
+def dataset_sha256(beton: Beton) -> str:
+    """One digest for all pixels, labels and names of a .beton, from the digests its manifest keeps."""
+    return hashlib.sha256((beton.manifest["tables_sha256"] + beton.manifest["files_sha256"]).encode()).hexdigest()
+
+
+def describe_features(encoder: Encoder, beton: Beton, config: LoaderConfig, dtype: torch.dtype) -> dict:
+    """Everything that decides the numbers, as JSON would hold it."""
+    return {
+        "version": FEATURES_VERSION,
+        "checkpoint_sha256": encoder.info.sha256,
+        "arch": encoder.info.arch,
+        "stem": encoder.info.stem,
+        "dataset_sha256": dataset_sha256(beton),
+        "ids_sha256": "all" if config.ids is None else hashlib.sha256(config.ids.astype("<i8").tobytes()).hexdigest(),
+        "view": asdict(config.views) | {"resolution_px": config.resolution_px, "loader": config.backend},
+        "normalization": [list(config.normalization.mean), list(config.normalization.std)],
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": config.global_batch,
+    }
+
+
+def features_of(
+    encoder: Encoder,
+    beton: Beton,
+    cache: Path,
+    ids: np.ndarray | None = None,
+    backend: str = "ffcv",
+    workers: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Features of `ids` (None: of all), (N, D) of `dtype` on the CPU: from the folder `cache`, or fresh and kept there.
+
+    Raw pixels are not kept: reading them again is as fast.
+    """
+    config = centre_loader_config(encoder, beton.path, ids, backend, workers)
+    if encoder.kind == "raw pixels":
+        return extract_features(encoder, config, dtype)
+    description = json.dumps(describe_features(encoder, beton, config, dtype), sort_keys=True)
+    path = cache / f"{hashlib.sha256(description.encode()).hexdigest()[:32]}.safetensors"
+    kept = read_features(path, description)
+    if kept is not None:
+        return kept
+    features = extract_features(encoder, config, dtype)
+    keep_features(path, description, features)
+    return features
+
+
+def read_features(path: Path, description: str) -> torch.Tensor | None:
+    """Kept features, None where there are none. Raises UserError for a file whose content is something else's."""
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("description")
+            features = file.get_tensor("features") if found == description else None
+    except safetensors.SafetensorError as error:
+        print(f"{path} is damaged ({error}): extracting the features again", file=sys.stderr, flush=True)
+        return None
+    if features is None:
+        raise UserError(
+            f"{path} holds features of another checkpoint, dataset or view than its name says; delete it and run again"
+        )
+    return features
+
+
+def keep_features(path: Path, description: str, features: torch.Tensor) -> None:
+    """Writes a file that is there whole or not at all. Where the disk does not take it, says so and goes on."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file({"features": features}, temporary, {"description": description})
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        print(f"features not kept in {path.parent} ({error}): the next evaluation extracts them again", file=sys.stderr)

@@ -1,0 +1,49 @@
+"""Nearest-neighbour accuracy of a frozen encoder: no training at all.
+
+    python eval/knn.py                                     the newest run, on the data it was trained on
+    python eval/knn.py --checkpoint runs/NAME --data DIR   another run, another dataset
+    python eval/knn.py --features pixels                   the control: raw pixels instead of the encoder
+
+Protocol knn-mmselfsup: features of centre views, cosine similarity, the k nearest training images vote with weight
+exp(similarity / 0.07), k = 10, 20, 100, 200. The headline is k = 20, fixed beforehand; the line has them all.
+"""
+
+from dataclasses import dataclass
+
+from eval.metrics import KNN_NEIGHBOURS, KNN_TEMPERATURE, knn_accuracy
+from eval.subject import SubjectConfig, open_subject, record_result
+from pipeline.command import UserError, run_command
+
+HEADLINE = 20
+
+
+@dataclass(frozen=True)
+class KnnConfig(SubjectConfig):
+    """Nearest-neighbour evaluation."""
+
+    fraction: float = 1.0
+    """Share of the training images that may vote: 0.01, 0.1 or 1.0 (eval/splits.py says which images)."""
+
+
+def main(config: KnnConfig) -> dict:
+    subject = open_subject(config, config.fraction)
+    if subject.subset.images < HEADLINE:
+        raise UserError(
+            f"{subject.dataset.train.path} offers {subject.subset.images} training images at --fraction "
+            f"{config.fraction:g}, at least {HEADLINE} are needed to vote; use a larger fraction or dataset"
+        )
+    by_k = knn_accuracy(
+        subject.train_features(),
+        subject.train_labels(),
+        subject.val_features(),
+        subject.val_labels(),
+        subject.classes,
+    )
+    values = {f"{name}_k{k}": value for k, accuracy in by_k.items() for name, value in accuracy._asdict().items()}
+    settings = {"neighbours": list(KNN_NEIGHBOURS), "temperature": KNN_TEMPERATURE}
+    metric = f"top1_k{HEADLINE}"
+    return record_result(subject, "knn-mmselfsup", settings, settings, metric, values, config.fraction)
+
+
+if __name__ == "__main__":
+    run_command(KnnConfig, main)

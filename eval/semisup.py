@@ -1,0 +1,92 @@
+"""Semi-supervised evaluation: the whole network fine-tuned on a small labelled share of the images.
+
+    python eval/semisup.py --fraction 0.01      the newest run, on the data it was trained on
+    python eval/semisup.py --checkpoint runs/NAME --data DIR --fraction 0.1
+
+Protocol semisup-bt (Zbontar 2021, section 3.2): a linear classifier N(0, 0.01) on the encoder, all weights train
+for 20 epochs with SGD, momentum 0.9, cosine, learning rate 0.005 for the encoder and 0.5 for the classifier, no
+weight decay; random crops and flips. On ImageNet and subsets of its classes the images are those of SimCLR's 1 %
+and 10 % lists, elsewhere a seeded class-balanced share (eval/splits.py).
+"""
+
+from dataclasses import dataclass, fields
+
+from torch import nn
+
+from eval.subject import SubjectConfig, images_per_step, open_subject, record_result
+from eval.supervised import Group, Heads, final_scores, fit, make_head, validate
+from pipeline.command import UserError, run_command
+
+
+@dataclass(frozen=True)
+class SemisupConfig(SubjectConfig):
+    """Semi-supervised evaluation."""
+
+    fraction: float = 0.1
+    """Share of the training labels to use: 0.01, 0.1 or 1.0."""
+    epochs: int = 20
+    """Passes over the labelled images."""
+    batch: int = 256
+    """Images of one step; all images where there are fewer."""
+    lr_backbone: float = 0.005
+    """Learning rate of the encoder's weights, not scaled by the batch."""
+    lr_classifier: float = 0.5
+    """Learning rate of the linear classifier."""
+    weight_decay: float = 0.0
+    """Of all weights."""
+    validate_every: int = 1
+    """Epochs between two validations; the last epoch is always validated."""
+
+
+SETTINGS = ("epochs", "batch", "lr_backbone", "lr_classifier", "weight_decay")
+PUBLISHED = {field.name: field.default for field in fields(SemisupConfig) if field.name in SETTINGS}
+
+
+class FineTuned(nn.Module):
+    """An encoder with classifiers on it: (B, 3, H, W) → {name: (B, K)}."""
+
+    def __init__(self, backbone: nn.Module, heads: Heads):
+        super().__init__()
+        self.backbone, self.heads = backbone, heads
+
+    def forward(self, images):
+        return self.heads(self.backbone(images))
+
+
+def main(config: SemisupConfig) -> dict:
+    if config.features == "pixels":
+        raise UserError("--features pixels has no weights to fine-tune; use eval/linear.py --cached --features pixels")
+    subject = open_subject(config, config.fraction)
+    settings = {key: getattr(config, key) for key in SETTINGS}
+    batch = images_per_step(subject, settings)
+    if batch < 2:
+        raise UserError(f"--batch {config.batch} leaves {batch} image a step, at least 2 are needed for batch norm")
+    steps = subject.subset.images // batch
+    heads = Heads({"semisup": make_head(subject.encoder.info.features, subject.classes, config.seed)})
+    model = FineTuned(subject.encoder.module, heads.to(subject.encoder.device))
+    groups = [
+        Group(list(model.backbone.parameters()), config.lr_backbone, config.weight_decay),
+        Group(list(heads.parameters()), config.lr_classifier, config.weight_decay),
+    ]
+    val_labels = subject.val_labels()
+    train_loader, val_loader = subject.augmented_loader(batch), subject.val_loader()
+    try:
+        stream = ((b.views[0], b.label) for b in train_loader.batches(0, config.epochs * steps))
+        history = fit(
+            model,
+            groups,
+            stream,
+            lambda: validate(model, ((b.views[0], val_labels[b.sample]) for b in val_loader.batches())),
+            config.epochs,
+            steps,
+            validate_every=config.validate_every,
+        )
+    finally:
+        train_loader.close()
+        val_loader.close()
+    values = final_scores(history, "semisup")
+    return record_result(subject, "semisup-bt", PUBLISHED, settings, "top1", values, config.fraction)
+
+
+if __name__ == "__main__":
+    run_command(SemisupConfig, main)

@@ -1,0 +1,95 @@
+"""Which images an evaluation learns from and is judged on: a dataset's two files, and a labelled share of the first.
+
+`eval/splits/` holds SimCLR's lists of ImageNet's 1 % and 10 %. A list applies where all of this is true:
+the fraction is 0.01 or 0.1; every class is named by a WordNet id (n and eight digits); and every class has at
+least one listed file in the dataset. So it applies to ImageNet and to subsets of its classes, of which it picks
+the files that are there. Everything else gets a seeded, class-balanced share. The split's name tells which.
+"""
+
+import functools
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from pipeline.beton import Beton, open_beton
+from pipeline.command import UserError
+from pipeline.constants import IMAGENET_LIST_IMAGES, IMAGENET_LIST_SHA256
+from pipeline.order import balanced_subset
+
+LISTS = Path(__file__).resolve().parent / "splits"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A folder with train.beton and val.beton. `val_labels` (M,) count classes as train does."""
+
+    name: str
+    train: Beton
+    val: Beton
+    val_labels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A labelled share of the training images: sorted ids (n,), or None for all; and how they were chosen."""
+
+    ids: np.ndarray | None
+    name: str
+    images: int
+
+
+def open_dataset(data: Path) -> Dataset:
+    """Opens `data`, a folder or its train.beton. Raises UserError where a file or a class is missing.
+
+    Classes are matched by name, so a validation set may lack some of them; it may not have others.
+    """
+    folder = data.parent if data.suffix == ".beton" else data
+    train = open_beton(data if data.suffix == ".beton" else folder / "train.beton")
+    val = open_beton(folder / "val.beton")
+    unknown = sorted(set(val.classes) - set(train.classes))
+    if unknown:
+        raise UserError(
+            f"{val.path} has {len(unknown)} of {len(val.classes)} classes that {train.path.name} lacks "
+            f"({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}); convert both from the same class folders"
+        )
+    index = {name: i for i, name in enumerate(train.classes)}
+    val_labels = np.array([index[name] for name in val.classes], np.int64)[val.labels]
+    return Dataset(folder.resolve().name, train, val, val_labels)
+
+
+@functools.cache
+def imagenet_list(percent: int) -> frozenset[str]:
+    """The file names of SimCLR's 1 % or 10 % of ImageNet. Raises UserError where the file was changed."""
+    path = LISTS / f"imagenet_{percent}percent.txt"
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != IMAGENET_LIST_SHA256[percent]:
+        raise UserError(f"{path} is not the published list (its sha256 differs); restore it with git checkout")
+    return frozenset(content.decode("ascii").split())
+
+
+def _listed_ids(train: Beton, percent: int) -> np.ndarray | None:
+    """Ids of the listed files, None where the list does not apply."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in train.classes):
+        return None
+    listed = imagenet_list(percent)
+    ids = np.array([i for i, name in enumerate(train.file_names()) if PurePosixPath(name).name in listed], np.int64)
+    return ids if len(np.unique(train.labels[ids])) == len(train.classes) else None
+
+
+def labelled_subset(train: Beton, fraction: float, seed: int) -> Subset:
+    """The training images whose labels may be used. Raises UserError for a fraction outside (0, 1]."""
+    if not 0 < fraction <= 1:
+        raise UserError(f"--fraction {fraction:g} is outside (0, 1]; give a share such as 0.01, 0.1 or 1.0")
+    if fraction == 1:
+        return Subset(None, "all", len(train))
+    percent = {0.01: 1, 0.1: 10}.get(fraction)
+    ids = _listed_ids(train, percent) if percent else None
+    if ids is None:
+        ids = balanced_subset(seed, train.labels, fraction)
+        return Subset(ids, f"balanced-{fraction:g}-seed{seed}", len(ids))
+    total = IMAGENET_LIST_IMAGES[percent]
+    partly = "" if len(ids) == total else f" ({len(ids)} of {total} files)"
+    return Subset(ids, f"imagenet-{percent}percent{partly}", len(ids))

@@ -1,0 +1,199 @@
+"""What every evaluation begins and ends with: the encoder and dataset its flags name, and the line it leaves.
+
+A result is one JSON line in `<run folder>/results.jsonl`, and on stdout. Every line carries its protocol's name;
+with any of the protocol's settings changed the name ends in "-modified" and `changed` says which.
+"""
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from eval.features import Encoder, centre_loader_config, dataset_sha256, features_of, open_encoder
+from eval.splits import Dataset, Subset, labelled_subset, open_dataset
+from pipeline.command import DATA, RUNS, UserError
+from pipeline.loader import Loader, make_loader
+from pipeline.spec import SUPERVISED_VIEW, LoaderConfig
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class SubjectConfig:
+    """The flags that all evaluations share."""
+
+    checkpoint: Path = RUNS / "latest"
+    """A run folder, or a checkpoint file: checkpoint.pt, backbone.safetensors, or a torchvision ResNet's state dict."""
+    data: Path | None = None
+    """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
+    features: Literal["encoder", "pixels"] = "encoder"
+    """What to evaluate: the encoder, or, as a control, the raw pixels of its centre views (at most 32 px)."""
+    loader: Literal["ffcv", "torch"] = "ffcv"
+    """Which data path makes the views: the fast one, or the PIL/torchvision reference."""
+    workers: int = 0
+    """Threads (ffcv) or processes (torch) of the loader; 0: one a core that this process may use."""
+    seed: int = 0
+    """Decides the classifier's initial weights, the order of images, their views, and the balanced subset."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One evaluation's encoder, dataset, labelled share of it, and the run folder that gets the result."""
+
+    config: SubjectConfig
+    encoder: Encoder
+    dataset: Dataset
+    subset: Subset
+    run: Path
+    started: float
+
+    @property
+    def classes(self) -> int:
+        return len(self.dataset.train.classes)
+
+    def train_labels(self) -> torch.Tensor:
+        """Labels of the labelled share, (n,) int64, on the encoder's device."""
+        labels = self.dataset.train.labels
+        return torch.from_numpy(labels if self.subset.ids is None else labels[self.subset.ids]).to(self.encoder.device)
+
+    def val_labels(self) -> torch.Tensor:
+        """Labels of the validation images, (M,) int64, counted as train counts classes, on the encoder's device."""
+        return torch.from_numpy(self.dataset.val_labels).to(self.encoder.device)
+
+    def train_features(self) -> torch.Tensor:
+        """(n, D) float32, on the encoder's device."""
+        return self._features(self.dataset.train, self.subset.ids)
+
+    def val_features(self) -> torch.Tensor:
+        """(M, D) float32, on the encoder's device."""
+        return self._features(self.dataset.val, None)
+
+    def augmented_loader(self, batch: int) -> Loader:
+        """Shuffled full batches of random crops and flips of the labelled share."""
+        config, info = self.config, self.encoder.info
+        return make_loader(
+            LoaderConfig(
+                data=self.dataset.train.path,
+                views=(SUPERVISED_VIEW,),
+                resolution_px=info.resolution_px,
+                global_batch=batch,
+                seed=config.seed,
+                ids=self.subset.ids,
+                normalization=info.normalization,
+                backend=config.loader,
+                workers=config.workers,
+                device=self.encoder.device,
+            )
+        )
+
+    def val_loader(self) -> Loader:
+        """The validation images' centre views, once each a pass, in order."""
+        c = self.config
+        return make_loader(centre_loader_config(self.encoder, self.dataset.val.path, None, c.loader, c.workers))
+
+    def _features(self, beton, ids) -> torch.Tensor:
+        c = self.config
+        return features_of(self.encoder, beton, self.run / "features", ids, c.loader, c.workers).to(self.encoder.device)
+
+
+def open_subject(config: SubjectConfig, fraction: float) -> Subject:
+    """Everything the flags name, opened and checked. Raises UserError."""
+    started = time.monotonic()
+    checkpoint = config.checkpoint.expanduser()
+    encoder = open_encoder(checkpoint, config.features == "pixels")
+    dataset = open_dataset(config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet"))
+    subset = labelled_subset(dataset.train, fraction, config.seed)
+    checkpoint = checkpoint.resolve()
+    run = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return Subject(config, encoder, dataset, subset, run, started)
+
+
+def images_per_step(subject: Subject, settings: dict) -> int:
+    """The batch, or all images where there are fewer. Raises UserError for settings that cannot train."""
+    for flag in ("epochs", "batch"):
+        if settings[flag] < 1:
+            raise UserError(f"--{flag} {settings[flag]} was given, at least 1 is expected")
+    return min(settings["batch"], subject.subset.images)
+
+
+def protocol_name(name: str, published: dict, settings: dict) -> tuple[str, dict]:
+    """The protocol's name, marked where a setting differs from the published one, and those that do."""
+    changed = {key: settings[key] for key in published if settings[key] != published[key]}
+    return name + ("-modified" if changed else ""), changed
+
+
+def record_result(
+    subject: Subject, protocol: str, published: dict, settings: dict, metric: str, values: dict, fraction: float
+) -> dict:
+    """Prints the result and appends it to the run folder's results.jsonl in one write; returns it.
+
+    `metric` names the one of `values` that is the headline. Raises UserError where the folder cannot be written.
+    """
+    protocol, changed = protocol_name(protocol, published, settings)
+    info, dataset = subject.encoder.info, subject.dataset
+    result = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "protocol": protocol,
+        "metric": metric,
+        "value": values[metric],
+        "values": values,
+        "encoder": subject.encoder.kind,
+        "arch": info.arch,
+        "step": info.step,
+        "epochs": info.epochs,
+        "resolution_px": info.resolution_px,
+        "checkpoint": str(subject.config.checkpoint),
+        "checkpoint_sha256": info.sha256,
+        "dataset": dataset.name,
+        "dataset_sha256": {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)},
+        "fraction": fraction,
+        "split": subject.subset.name,
+        "train_images": subject.subset.images,
+        "val_images": len(dataset.val),
+        "classes": subject.classes,
+        "seed": subject.config.seed,
+        "settings": settings,
+        "changed": changed,
+        "loader": subject.config.loader,
+        "device": torch.cuda.get_device_name() if subject.encoder.device == "cuda" else "cpu",
+        "seconds": round(time.monotonic() - subject.started, 2),
+    }
+    line = json.dumps(result, allow_nan=False)
+    print(line, flush=True)
+    append_line(subject.run / RESULTS, line)
+    return result
+
+
+def append_line(path: Path, line: str) -> None:
+    """Appends one line in one write, so that evaluations running at once do not mix theirs."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, line.encode() + b"\n")
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise UserError(
+            f"the result printed above could not be added to {path} ({error.strerror}); "
+            "make the run folder writable and run again, or keep the printed line"
+        ) from error
+
+
+def read_results(run: Path) -> list[dict]:
+    """The results of a run folder, oldest first. Raises UserError where there are none."""
+    path = run / RESULTS
+    if not path.is_file():
+        raise UserError(f"{path} is missing; measure this run first, for example with `python eval/knn.py`")
+    results = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            results.append(json.loads(line))
+        except ValueError:
+            print(f"{path}, line {number} is no result and was left out: {line[:60]!r}", file=sys.stderr)
+    return results

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# ImageNet → data/imagenet/{train,val}.beton, each with its manifest.
+#   usage: IMAGENET=/path/to/imagenet bash scripts/convert_imagenet.sh [pipeline/convert.py flags ...]
+# $IMAGENET has train/ and val/ with one folder a class; or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as
+# downloaded, with ILSVRC2012_devkit_t12.tar.gz beside them (it knows the classes of the val images).
+# Images with a side above 500 px are resized to that (--max-side), JPEG quality 90 (--quality); the others are kept
+# byte for byte, after decoding each once to see that it is sound (--check structure leaves that out: faster).
+# Interrupted, the same command goes on where it stopped. --out FOLDER puts the files elsewhere.
+set -euo pipefail
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+for flag in "$@"; do
+  if [[ $flag == -h || $flag == --help ]]; then sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0; fi
+done
+if [[ -z "${IMAGENET:-}" ]]; then
+  echo "error: IMAGENET is not set; set it to the folder that has ImageNet's train/ and val/ (or its tar files), for example: IMAGENET=/data/imagenet bash scripts/convert_imagenet.sh" >&2
+  exit 2
+fi
+python=$repo/.venv/bin/python
+[[ -x $python ]] || python=python3
+exec "$python" "$repo/pipeline/convert.py" --source "$IMAGENET" --out "$repo/data/imagenet" --check decode "$@"

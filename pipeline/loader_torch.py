@@ -1,0 +1,165 @@
+"""The reference: Pillow decodes, torchvision's functions make the views, DataLoader processes do the work.
+
+`apply_view_pil` is the definition of a view; every other backend is tested against it. The loader yields
+what the fast one yields, from the same file, order and draws, at the speed such pipelines usually have.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.utils.data
+import torchvision.transforms.functional as F
+from PIL import Image, ImageFilter
+from torchvision.transforms import InterpolationMode
+
+from pipeline.beton import MODE_RAW, Beton, jpeg_bytes, open_beton
+from pipeline.command import UserError
+from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, centre_views, draw_views
+from pipeline.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
+from pipeline.spec import SOLARIZE_THRESHOLD, Batch, CentreCrop, LoaderConfig
+
+
+def _apply_jitter_pil(image: Image.Image, p: ViewParams, b: int, v: int) -> Image.Image:
+    for operation in p.jitter_order[b, v]:
+        if operation == BRIGHTNESS:
+            image = F.adjust_brightness(image, float(p.brightness[b, v]))
+        elif operation == CONTRAST:
+            image = F.adjust_contrast(image, float(p.contrast[b, v]))
+        elif operation == SATURATION:
+            image = F.adjust_saturation(image, float(p.saturation[b, v]))
+        elif operation == HUE:
+            image = F.adjust_hue(image, float(p.hue[b, v]))
+    return image
+
+
+def apply_view_pil(
+    image: Image.Image, p: ViewParams, b: int, v: int, interpolation: str, resolution_px: int
+) -> Image.Image:
+    """View v of the RGB image that row b of the parameters was drawn for: the definition, on Pillow images."""
+    top, left, height, width = (int(a[b, v]) for a in (p.box_top, p.box_left, p.box_height, p.box_width))
+    image = F.crop(image, top, left, height, width)
+    size = [int(p.resized_height[b, v]), int(p.resized_width[b, v])]
+    image = F.resize(image, size, InterpolationMode(interpolation))
+    image = F.crop(image, int(p.window_top[b, v]), int(p.window_left[b, v]), resolution_px, resolution_px)
+    if p.flip[b, v]:
+        image = F.hflip(image)
+    if p.jitter[b, v]:
+        image = _apply_jitter_pil(image, p, b, v)
+    if p.grey[b, v]:
+        image = F.to_grayscale(image, 3)
+    if p.sigma_px[b, v] > 0:
+        image = image.filter(ImageFilter.GaussianBlur(float(p.sigma_px[b, v])))
+    if p.solarize[b, v]:
+        image = F.solarize(image, SOLARIZE_THRESHOLD)
+    return image
+
+
+def decode_pil(beton: Beton, sample: int) -> Image.Image:
+    """The stored image as RGB. Raises UserError, with the file's name, where it is not the image the table says."""
+    height, width = int(beton.heights[sample]), int(beton.widths[sample])
+    stored = jpeg_bytes(beton, sample)
+    try:
+        if beton.modes[sample] == MODE_RAW:
+            return Image.fromarray(np.asarray(stored).reshape(height, width, 3))
+        image = Image.open(io.BytesIO(stored)).convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(_damaged(beton, sample, str(error))) from None
+    if image.size != (width, height):
+        raise UserError(_damaged(beton, sample, f"it is {image.size} px, the table says {(width, height)}"))
+    return image
+
+
+def _damaged(beton: Beton, sample: int, reason: str) -> str:
+    name = beton.file_names()[sample]
+    return f"image {sample} of {beton.path} ({name}) cannot be decoded: {reason}; convert the dataset again"
+
+
+class _Steps(torch.utils.data.Dataset):
+    """(step, epoch, ids) → that batch's tensors, made in a DataLoader process; a UserError comes back as a value."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self.config = config
+        self.beton: Beton | None = None  # opened where it is used: a memory map must not be pickled
+
+    def __getitem__(self, plan: tuple[int, int, np.ndarray]) -> tuple | UserError:
+        step, epoch, ids = plan
+        self.beton = self.beton or open_beton(self.config.data)
+        try:
+            return step, epoch, ids, self._views(epoch, ids)
+        except UserError as error:
+            return error
+
+    def _views(self, epoch: int, ids: np.ndarray) -> tuple[torch.Tensor, ...]:
+        c, beton = self.config, self.beton
+        if isinstance(c.views, CentreCrop):
+            rows, params = (c.views,), centre_views(beton.heights[ids], beton.widths[ids], c.views, c.resolution_px)
+        else:
+            rows = c.views
+            params = draw_views(c.seed, epoch, ids, beton.heights[ids], beton.widths[ids], rows, c.resolution_px)
+        shape = (len(ids), 3, c.resolution_px, c.resolution_px)
+        views = tuple(torch.empty(shape, memory_format=torch.channels_last) for _ in rows)
+        for b, sample in enumerate(ids):
+            image = decode_pil(beton, int(sample))
+            for v, row in enumerate(rows):
+                view = apply_view_pil(image, params, b, v, row.interpolation, c.resolution_px)
+                views[v][b] = F.normalize(F.to_tensor(view), c.normalization.mean, c.normalization.std)
+        return views
+
+
+class TorchLoader:
+    """Batches from a .beton file by Pillow and torchvision; see LoaderConfig and Batch for what is in them.
+
+    Raises UserError at construction for a dataset or batch size that cannot work, and while iterating
+    for an image that cannot be decoded. One pass of batches() at a time.
+    """
+
+    def __init__(self, config: LoaderConfig) -> None:
+        beton = open_beton(config.data)
+        self.config = config
+        self.ids = np.arange(len(beton)) if config.ids is None else np.asarray(config.ids, np.int64)
+        self.images, self.classes, self.labels = len(self.ids), beton.classes, beton.labels
+        self.sizes = (beton.heights, beton.widths)
+        self.steps_per_epoch = steps_per_epoch(self.images, config.global_batch, drop_last=config.shuffle)
+        rank_batch(config.global_batch, config.world_size)
+        self.workers = config.workers or len(os.sched_getaffinity(0))
+        self._plan: list | Iterator = []
+        # A forked process would inherit numba's and torch's thread pools in an unknown state: a clean server forks.
+        self._loader = torch.utils.data.DataLoader(
+            _Steps(config),
+            batch_size=None,
+            sampler=self,
+            num_workers=self.workers,
+            multiprocessing_context="forkserver",
+            persistent_workers=True,
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, int, np.ndarray]]:
+        """What the DataLoader takes its work from: the plan of the current pass."""
+        return iter(self._plan)
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
+        c = self.config
+        if c.shuffle:
+            assert stop_step is not None, "a shuffled stream has no end of its own"
+            self._plan = shuffled_batches(c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step)
+        else:
+            self._plan = sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
+        for made in self._loader:
+            if isinstance(made, UserError):
+                raise made
+            step, epoch, ids, views = made
+            yield Batch(
+                tuple(view.to(c.device) for view in views),
+                torch.from_numpy(self.labels[ids]).to(c.device),
+                torch.from_numpy(ids).to(c.device),
+                step,
+                epoch,
+            )
+
+    def close(self) -> None:
+        """Ends the worker processes. The loader cannot be used afterwards."""
+        self._loader = None

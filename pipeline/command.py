@@ -15,13 +15,14 @@ class UserError(ValueError):
     """Something the user can mend. The text is one sentence: what was found, what was expected, what to do."""
 
 
-def run_command(config_type: type, main: Callable) -> None:
+def run_command(config_type: type, main: Callable, default=None) -> None:
     """Parses the command line into `config_type`, calls `main(config)`; a UserError becomes exit code 2.
 
+    `default`, an instance of `config_type`, stands in for the flags that are not given (a preset).
     An unknown or malformed flag is exit code 2 as well (tyro's). Anything else keeps its traceback:
     it is a fault of ours, not of the user's.
     """
-    config = tyro.cli(config_type, description=sys.modules["__main__"].__doc__)
+    config = tyro.cli(config_type, description=sys.modules["__main__"].__doc__, default=default)
     try:
         main(config)
     except UserError as error:

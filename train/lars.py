@@ -1,0 +1,56 @@
+"""LARS (You 2017) as Barlow Twins uses it (Zbontar 2021, section 2.2), without a single host sync.
+
+For every parameter p with gradient g and momentum m:
+
+    dp = g + weight_decay · p
+    q  = eta · ‖p‖ / ‖dp‖          1 where either norm is 0, and in groups that are not adapted
+    m  = momentum · m + q · dp
+    p  = p − lr · m                the learning rate stays outside the momentum
+
+A group without adaptation and weight decay is plain SGD with momentum.
+"""
+
+import torch
+
+
+class LARS(torch.optim.Optimizer):
+    """Groups need `lr`; `weight_decay` (0) and `adapt` (True) may differ by group.
+
+    `clip` makes q min(q / lr, 1), so that lr · q is never above lr: LARC's rule, as solo-learn trains on CIFAR-10.
+    """
+
+    def __init__(self, groups, momentum: float = 0.9, eta: float = 0.001, clip: bool = False):
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "adapt": True})
+        self.momentum, self.eta, self.clip = momentum, eta, clip
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is None, "the gradients are there already"
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                self._update_(parameters, group)
+
+    def _update_(self, parameters: list[torch.Tensor], group: dict) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momentum = [self.state[p]["momentum"] for p in parameters]
+        update = [p.grad for p in parameters]
+        if group["weight_decay"]:
+            update = torch._foreach_add(update, parameters, alpha=group["weight_decay"])
+        if group["adapt"]:
+            update = torch._foreach_mul(update, self._trust(parameters, update, group["lr"]))
+        torch._foreach_mul_(momentum, self.momentum)
+        torch._foreach_add_(momentum, update)
+        torch._foreach_add_(parameters, momentum, alpha=-group["lr"])
+
+    def _trust(self, parameters, update, lr: float) -> list[torch.Tensor]:
+        """q of every parameter, 0-d tensors on the parameters' device: nothing is read back to decide anything."""
+        norm = torch.stack(torch._foreach_norm(parameters))
+        update_norm = torch.stack(torch._foreach_norm(update))
+        trust = self.eta * norm / update_norm
+        if self.clip:
+            trust = (trust / lr).clamp(max=1.0)
+        trust = torch.where((norm > 0) & (update_norm > 0), trust, 1.0)
+        return list(trust.unbind())

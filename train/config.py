@@ -44,7 +44,7 @@ class PretrainConfig:
     global_batch: int = 1024
     """Images of one step over all ranks. Full batches only: the last, short one of an epoch is dropped."""
     arch: str = "resnet50"
-    """A ResNet of torchvision by name (resnet18 … wide_resnet101_2), else any model of timm."""
+    """A ResNet of torchvision by name (resnet18 … wide_resnet101_2), resnet10_narrow, else any model of timm."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """How the network begins: 7×7 stride 2 and a max-pool, or, for small images, 3×3 stride 1 and none."""
     projector: str = "8192-8192-8192"
@@ -130,8 +130,7 @@ PRESETS = {
         data=DATA / "cifar10",
         epochs=4,
         global_batch=256,
-        arch="resnet18",
-        stem="imagenet",
+        arch="resnet10_narrow",
         projector="512-512-512",
         resolution=32,
         views="cifar10",

@@ -17,6 +17,17 @@ def torchvision_resnets() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models, include=["resne*", "wide_resnet*"])
 
 
+def resnet10_narrow() -> nn.Module:
+    """For small images on a CPU: four basic blocks of 32, 64, 128, 256 channels behind a 3×3 stride-2 stem."""
+    import timm
+
+    backbone = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
+    backbone.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    backbone.maxpool = nn.Identity()
+    return backbone
+
+
 def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """An untrained backbone and its number of features D. Weights come from torch's generator.
 
@@ -30,6 +41,8 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
         return (with_small_stem(backbone) if stem == "small" else backbone), features
     import timm  # two seconds that torchvision's ResNets need not wait for
 
+    if arch == "resnet10_narrow":
+        return resnet10_narrow(), 256
     if arch not in timm.list_models():
         known = sorted({*torchvision_resnets(), *timm.list_models()})
         near = difflib.get_close_matches(arch, known, n=4, cutoff=0.5)

@@ -235,11 +235,14 @@ STATUS_TEXT = (
     "the output buffer is too small",
     "not a JPEG",
     "the JPEG has another size than the table says",
-    "the JPEG is damaged or cut off",
+    "the JPEG is damaged or cut off, part of its pixels are guesses",
     "the raw pixels have another size than the table says",
     "unknown storage mode",
+    "the JPEG cannot be decoded",
 )
-(OK, OUTSIDE_FILE, BUFFER_TOO_SMALL, NOT_A_JPEG, WRONG_SIZE, DAMAGED, WRONG_RAW_SIZE, UNKNOWN_MODE) = range(8)
+(OK, OUTSIDE_FILE, BUFFER_TOO_SMALL, NOT_A_JPEG, WRONG_SIZE, DAMAGED, WRONG_RAW_SIZE, UNKNOWN_MODE, UNDECODABLE) = (
+    range(9)
+)
 
 _RGB = 0  # TJPF_RGB: three bytes a pixel
 TJ_LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: refuse a progressive JPEG of more than 500 scans, a known denial of service
@@ -258,40 +261,57 @@ def _load_turbojpeg() -> ctypes.CDLL | None:
 # compiled in as an address of this process, and the copy in numba's cache would crash the next one.
 TURBOJPEG = _load_turbojpeg()
 if TURBOJPEG is not None:
-    for _name in ("tjDecompressHeader3", "tjDecompress2"):
+    for _name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjGetErrorCode", "tjDestroy"):
         llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(TURBOJPEG, _name), ctypes.c_void_p).value)
     TURBOJPEG.tjInitDecompress.restype = ctypes.c_void_p
     TURBOJPEG.tjDestroy.argtypes = [ctypes.c_void_p]
 
 _i32, _ptr = numba.types.int32, numba.types.intp
+_tj_init = numba.types.ExternalFunction("tjInitDecompress", _ptr())
 _tj_header = numba.types.ExternalFunction("tjDecompressHeader3", _i32(_ptr, _ptr, _ptr, _ptr, _ptr, _ptr, _ptr))
 _tj_decompress = numba.types.ExternalFunction(
     "tjDecompress2", _i32(_ptr, _ptr, _ptr, _ptr, _i32, _i32, _i32, _i32, _i32)
 )
+_tj_error_code = numba.types.ExternalFunction("tjGetErrorCode", _i32(_ptr))
+_tj_destroy = numba.types.ExternalFunction("tjDestroy", _i32(_ptr))
 
 
-def make_handle() -> int:
-    """A decompressor; each thread needs its own. Raises UserError where libjpeg-turbo is not installed."""
+def make_handle() -> np.ndarray:
+    """A decompressor for `decode_rgb`; each thread needs its own. Raises UserError without libjpeg-turbo."""
     if TURBOJPEG is None:
         raise UserError("libturbojpeg.so.0 is missing; install the package libturbojpeg0 (Debian, Ubuntu)")
-    handle = TURBOJPEG.tjInitDecompress()
-    if not handle:
+    handle = np.array([TURBOJPEG.tjInitDecompress() or 0], np.int64)
+    if not handle[0]:
         raise MemoryError("tjInitDecompress failed")
     return handle
 
 
-def free_handle(handle: int) -> None:
+def free_handle(handle: np.ndarray) -> None:
     """Gives a decompressor back."""
-    TURBOJPEG.tjDestroy(handle)
+    TURBOJPEG.tjDestroy(int(handle[0]))
+
+
+@numba.njit(cache=True, nogil=True)
+def _decode_jpeg(decompressor, source, size, height, width, target):
+    """Status of decoding the JPEG at address `source` to the height·width·3 bytes at address `target`."""
+    found = np.zeros(4, np.int32)  # width, height, subsampling, colour space
+    at = found.ctypes.data
+    if _tj_header(decompressor, source, size, at, at + 4, at + 8, at + 12) != 0 or found[0] < 1:
+        return NOT_A_JPEG
+    if found[0] != width or found[1] != height:
+        return WRONG_SIZE
+    if _tj_decompress(decompressor, source, size, target, width, width * 3, height, _RGB, TJ_LIMIT_SCANS) == 0:
+        return OK
+    return DAMAGED if _tj_error_code(decompressor) == 0 else UNDECODABLE  # 0 is a warning
 
 
 @numba.njit(cache=True, nogil=True)
 def decode_rgb(handle, data, offset, size, mode, height, width, out):
     """One sample's pixels into out[: height·width·3], R G B rows; greyscale comes out as R = G = B.
 
-    data uint8 and `offset`, `size` as in Beton; `out` contiguous uint8 of at least height·width·3 elements.
-    Returns OK, or the status that says what is wrong (STATUS_TEXT); then `out` may hold part of an image.
-    A JPEG that libjpeg warns about (cut off, damaged codes) is DAMAGED: the converter stores none such.
+    `handle` from make_handle; data, offset and size as in Beton; `out` contiguous uint8 of at least
+    height·width·3 elements, of which no other is written. Returns OK or the status that says what is wrong
+    (STATUS_TEXT). Where libjpeg has warnings the status is DAMAGED and `out` holds what Pillow would show.
     The accurate integer transform and smooth upsampling, libjpeg's defaults: Pillow's pixels, bit for bit.
     """
     if offset < 0 or size < 1 or offset > len(data) - size:
@@ -307,13 +327,8 @@ def decode_rgb(handle, data, offset, size, mode, height, width, out):
         return OK
     if mode != MODE_JPEG:
         return UNKNOWN_MODE
-    source = data.ctypes.data + offset
-    found = np.zeros(4, np.int32)  # width, height, subsampling, colour space
-    at = found.ctypes.data
-    if _tj_header(handle, source, size, at, at + 4, at + 8, at + 12) != 0 or found[0] < 1:
-        return NOT_A_JPEG
-    if found[0] != width or found[1] != height:
-        return WRONG_SIZE
-    if _tj_decompress(handle, source, size, out.ctypes.data, width, width * 3, height, _RGB, TJ_LIMIT_SCANS) != 0:
-        return DAMAGED
-    return OK
+    status = _decode_jpeg(handle[0], data.ctypes.data + offset, size, height, width, out.ctypes.data)
+    if status != OK:  # after some faults (a bogus Huffman table) a decompressor refuses every later image
+        _tj_destroy(handle[0])
+        handle[0] = _tj_init()
+    return status

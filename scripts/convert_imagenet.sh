@@ -4,7 +4,7 @@
 # $IMAGENET has train/ and val/ with one folder a class; or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as
 # downloaded, with ILSVRC2012_devkit_t12.tar.gz beside them (it knows the classes of the val images).
 # Images with a side above 500 px are resized to that (--max-side), JPEG quality 90 (--quality); the others are kept
-# byte for byte, after decoding each once to see that it is sound (--check structure leaves that out: faster).
+# byte for byte, after decoding each once to see that it is sound (--check quick looks at their start only: faster).
 # Interrupted, the same command goes on where it stopped. --out FOLDER puts the files elsewhere.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -18,4 +18,4 @@ if [[ -z "${IMAGENET:-}" ]]; then
 fi
 python=$repo/.venv/bin/python
 [[ -x $python ]] || python=python3
-exec "$python" "$repo/pipeline/convert.py" --source "$IMAGENET" --out "$repo/data/imagenet" --check decode "$@"
+exec "$python" "$repo/pipeline/convert.py" --source "$IMAGENET" --out "$repo/data/imagenet" --check full "$@"

@@ -1,0 +1,256 @@
+"""What is kept of one image file: byte-identical where it can be, right side up and right colours where not."""
+
+import contextlib
+import io
+import struct
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from pipeline.beton import STATUS_TEXT, decode_rgb, free_handle, make_handle
+from pipeline.store import HOW, KEPT, MAX_SCANS, RECODED, RESIZED, Unreadable, jpeg_structure, store_image
+
+QUALITY = 90
+
+
+def encoded(image: Image.Image, fmt: str = "JPEG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, fmt, **options)
+    return buffer.getvalue()
+
+
+def decoded(stored) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(stored.data)).convert("RGB"))
+
+
+def difference(stored, expected: Image.Image) -> float:
+    """Mean absolute difference to what should be seen, itself encoded once at the same quality."""
+    reference = np.asarray(Image.open(io.BytesIO(encoded(expected, quality=QUALITY))).convert("RGB"), float)
+    return float(np.abs(decoded(stored) - reference).mean())
+
+
+@pytest.fixture(scope="module")
+def photo(imagenet_sample) -> Image.Image:
+    """A real colour photograph, 320 × 240."""
+    return Image.open(imagenet_sample[0]).convert("RGB").resize((320, 240), Image.Resampling.LANCZOS)
+
+
+@pytest.fixture(scope="module")
+def photo_jpeg(photo) -> bytes:
+    return encoded(photo, quality=92)
+
+
+def test_real_jpegs_are_kept_byte_for_byte(imagenet_sample):
+    for path in imagenet_sample:
+        data = path.read_bytes()
+        stored = store_image(data, 65535, QUALITY, False)
+        with Image.open(path) as image:
+            assert (stored.width, stored.height) == image.size
+        assert stored.how == KEPT and stored.data == data, path
+
+
+def test_decoding_all_keeps_the_same(imagenet_sample):
+    for path in imagenet_sample[::10]:
+        data = path.read_bytes()
+        assert store_image(data, 500, QUALITY, True) == store_image(data, 500, QUALITY, False)
+
+
+def test_resized_are_close_to_pillows_own(imagenet_sample):
+    for path in imagenet_sample[::25]:
+        stored = store_image(path.read_bytes(), 200, QUALITY, False)
+        with Image.open(path) as image:
+            scale = 200 / max(image.size)
+            size = tuple(round(side * scale) for side in image.size)
+            reference = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        assert stored.how == RESIZED and max(stored.height, stored.width) == 200
+        assert difference(stored, reference) < 2, path
+
+
+@pytest.mark.parametrize("factor", [4, 9, 17])
+def test_very_large_images_are_shrunk_while_decoding(photo, factor):
+    large = photo.resize((320 * factor, 240 * factor), Image.Resampling.BICUBIC)
+    stored = store_image(encoded(large, quality=95), 320, QUALITY, False)
+    assert (stored.how, stored.width, stored.height) == (RESIZED, 320, 240)
+    assert difference(stored, photo) < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(photo, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photo, quality=95, exif=exif)
+    stored = store_image(data, 500, QUALITY, False)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert (stored.width, stored.height) == upright.size
+    assert difference(stored, upright.convert("RGB")) < 2
+    assert stored.how == (KEPT if orientation == 1 else RECODED)
+    assert Image.open(io.BytesIO(stored.data)).getexif().get(0x0112, 1) == 1
+
+
+def test_exif_rotation_of_a_large_image(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = store_image(encoded(photo, quality=95, exif=exif), 160, QUALITY, False)
+    assert (stored.how, stored.width, stored.height) == (RESIZED, 120, 160)
+    assert difference(stored, photo.resize((160, 120)).transpose(Image.Transpose.ROTATE_270)) < 3
+
+
+def test_damaged_exif_does_not_matter(photo_jpeg):
+    app1 = b"\xff\xe1" + struct.pack(">H", 2 + 14) + b"Exif\0\0II*\0\xff\xff\xff\xff"
+    data = photo_jpeg[:2] + app1 + photo_jpeg[2:]
+    assert store_image(data, 500, QUALITY, False).data == data
+
+
+def test_greyscale_is_kept_as_greyscale(photo):
+    data = encoded(photo.convert("L"))
+    assert store_image(data, 500, QUALITY, False).data == data
+    smaller = store_image(data, 100, QUALITY, False)
+    assert smaller.how == RESIZED and Image.open(io.BytesIO(smaller.data)).mode == "L"
+
+
+def test_cmyk_jpeg_becomes_rgb(photo):
+    cmyk = photo.convert("CMYK")
+    stored = store_image(encoded(cmyk, quality=95), 500, QUALITY, False)
+    assert stored.how == RECODED and Image.open(io.BytesIO(stored.data)).mode == "RGB"
+    assert difference(stored, photo) < 3
+
+
+def test_sixteen_bit_grey_png(photo):
+    grey = photo.convert("L")
+    data = encoded(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257), "PNG")
+    assert difference(store_image(data, 500, QUALITY, False), grey) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("mode", "fmt"),
+    [
+        *(("RGB", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("1", "PNG"), ("P", "GIF")),
+        *(("RGB", "BMP"), ("RGB", "PPM"), ("RGB", "TIFF"), ("CMYK", "TIFF")),
+    ],
+)
+def test_other_formats_whatever_their_name(photo, mode, fmt):
+    image = photo.convert(mode)
+    stored = store_image(encoded(image, fmt), 500, QUALITY, False)
+    assert (stored.how, stored.width, stored.height) == (RECODED, 320, 240)
+    assert difference(stored, image.convert("RGB")) < 0.5
+
+
+def test_webp(photo):
+    stored = store_image(encoded(photo, "WEBP", lossless=True), 500, QUALITY, False)
+    assert stored.how == RECODED and difference(stored, photo) < 0.5
+
+
+def test_progressive_and_restart_markers_are_kept(photo):
+    for options in ({"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": "4:4:4"}, {"optimize": True}):
+        data = encoded(photo, **options)
+        assert store_image(data, 500, QUALITY, False).data == data, options
+
+
+def test_a_flat_image_is_kept(photo):
+    """Flat areas make long runs of equal bytes, which look like a hole in the file; decoding clears the doubt."""
+    for colour in (0, 128, 255):
+        data = encoded(Image.new("RGB", (500, 500), (colour,) * 3), optimize=True)
+        assert store_image(data, 500, QUALITY, False).data == data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"\xff", b"\xff\xd8", b"\xff\xd8\xff\xd9", b"<html><body>404 not found</body></html>", bytes(5000)),
+        *(np.random.default_rng(0).bytes(5000), b"\xff\xd8\xff\xe0" + np.random.default_rng(1).bytes(5000)),
+    ],
+    ids=range(8),
+)
+@pytest.mark.parametrize("decode_all", [False, True])
+def test_what_is_no_image_is_unreadable(data, decode_all):
+    with pytest.raises(Unreadable):
+        store_image(data, 500, QUALITY, decode_all)
+
+
+def test_a_cut_off_file_is_unreadable(imagenet_sample):
+    rng = np.random.default_rng(2)
+    for path in imagenet_sample[::50]:
+        data = path.read_bytes()
+        for cut in (*rng.integers(1, len(data) - 200, 8), len(data) // 2):
+            for max_side in (100, 65535):
+                with pytest.raises(Unreadable):
+                    store_image(data[:cut], max_side, QUALITY, False)
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "GIF", "WEBP", "BMP"])
+def test_a_cut_off_file_of_another_format_is_unreadable(photo, fmt):
+    data = encoded(photo, fmt)
+    with pytest.raises(Unreadable):
+        store_image(data[: len(data) // 2], 500, QUALITY, False)
+
+
+def test_a_missing_end_marker_alone_is_mended(photo, photo_jpeg):
+    stored = store_image(photo_jpeg[:-2], 500, QUALITY, False)
+    assert stored.how == RECODED and difference(stored, photo) < 3
+
+
+def test_a_tail_of_zeros_is_unreadable(photo_jpeg):
+    """What a crash leaves of a file: its full length, the end never written."""
+    half = len(photo_jpeg) // 2
+    with pytest.raises(Unreadable):
+        store_image(photo_jpeg[:half] + bytes(len(photo_jpeg) - half), 500, QUALITY, False)
+
+
+def test_a_hole_is_not_kept(photo_jpeg):
+    third = len(photo_jpeg) // 3
+    holed = photo_jpeg[:third] + bytes(1000) + photo_jpeg[third + 1000 :]
+    with contextlib.suppress(Unreadable):
+        assert store_image(holed, 500, QUALITY, False).how != KEPT
+
+
+def test_a_bomb_of_pixels_is_unreadable(photo_jpeg):
+    frame = photo_jpeg.index(b"\xff\xc0")
+    bomb = photo_jpeg[: frame + 5] + struct.pack(">HH", 30000, 30000) + photo_jpeg[frame + 9 :]
+    with pytest.raises(Unreadable, match="30000"):
+        store_image(bomb, 500, QUALITY, False)
+
+
+def test_a_bomb_of_scans_is_unreadable(photo):
+    data = encoded(photo, progressive=True)
+    last = data.rindex(b"\xff\xda")
+    bomb = data[:-2] + data[last:-2] * (MAX_SCANS + 1) + data[-2:]
+    for max_side in (100, 500):
+        with pytest.raises(Unreadable, match="scans"):
+            store_image(bomb, max_side, QUALITY, False)
+
+
+def test_structure_says_what_pillow_says(imagenet_sample):
+    for path in imagenet_sample[::5]:
+        with Image.open(path) as image:
+            found = jpeg_structure(path.read_bytes())
+            assert (found.width, found.height, found.components) == (*image.size, len(image.getbands()))
+
+
+def mutated(data: bytes, rng: np.random.Generator) -> bytes:
+    """A few bytes changed, the front half of them in the header."""
+    changed = bytearray(data)
+    for _ in range(rng.integers(1, 6)):
+        end = len(data) if rng.random() < 0.5 else min(700, len(data))
+        changed[rng.integers(0, end)] = rng.integers(0, 256)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("decode_all", [False, True])
+def test_mutations_are_stored_or_refused_and_never_crash(photo_jpeg, decode_all):
+    """Whatever is stored has the size it says, or the decoder says what is wrong with it."""
+    rng, handle, counts = np.random.default_rng(3), make_handle(), Counter()
+    for _ in range(300):
+        try:
+            stored = store_image(mutated(photo_jpeg, rng), 2000, QUALITY, decode_all)
+        except Unreadable:
+            counts["unreadable"] += 1
+            continue
+        data = np.frombuffer(stored.data, np.uint8)
+        out = np.empty(stored.height * stored.width * 3, np.uint8)
+        status = decode_rgb(handle, data, 0, len(data), stored.mode, stored.height, stored.width, out)
+        counts[HOW[stored.how], STATUS_TEXT[status]] += 1
+        assert status == 0 or (stored.how == KEPT and not decode_all)
+    free_handle(handle)
+    assert counts["unreadable"] > 10 and sum(counts.values()) - counts["unreadable"] > 10

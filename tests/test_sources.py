@@ -1,0 +1,264 @@
+"""Datasets on disk: the right images, classes and order, and clear words where something is wrong."""
+
+import io
+import json
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+from pipeline import constants, sources
+from pipeline.command import DATA, UserError
+from pipeline.sources import image_places, open_source, read_place, split_names
+
+
+def write(path: Path, content: bytes = b"x") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+# ---- one folder a class ----
+
+
+def test_order_is_by_class_then_by_name(tmp_path):
+    for name in ("b/2.jpg", "b/10.JPEG", "a/z.png", "a/sub/k.jpg", "c/1.webp"):
+        write(tmp_path / name)
+    for ignored in ("a/notes.txt", "a/.hidden.jpg", ".cache/1.jpg", "loose.jpg"):
+        write(tmp_path / ignored)
+    source = open_source(tmp_path)
+    assert source.names == ["a/sub/k.jpg", "a/z.png", "b/10.JPEG", "b/2.jpg", "c/1.webp"]
+    assert source.classes == ["a", "b", "c"] and source.labels.tolist() == [0, 0, 1, 1, 2]
+    assert source.labels.dtype == np.int64
+
+
+def test_bytes_are_the_files(imagenet_sample):
+    source = open_source(imagenet_sample[0].parents[1])
+    assert [source.where / name for name in source.names] == imagenet_sample
+    for i in (0, 250, 499):
+        assert read_place(image_places(source, i, i + 1)[0]) == imagenet_sample[i].read_bytes()
+
+
+def test_splits_of_a_folder(tmp_path):
+    write(tmp_path / "train" / "a" / "1.jpg")
+    write(tmp_path / "val" / "a" / "2.jpg")
+    assert split_names(tmp_path) == ["train", "val"] and split_names(tmp_path / "train") == []
+    assert open_source(tmp_path, "val").names == ["a/2.jpg"]
+    with pytest.raises(UserError, match="more than one possible split, found train and val"):
+        open_source(tmp_path)
+
+
+def test_a_split_that_is_not_there(tmp_path):
+    write(tmp_path / "train" / "a" / "1.jpg")
+    with pytest.raises(UserError, match="no split 'val', found train"):
+        open_source(tmp_path, "val")
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="is missing"):
+        open_source(tmp_path / "none")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    write(tmp_path / "file.tar")
+    with pytest.raises(UserError, match="is not a folder"):
+        open_source(tmp_path / "file.tar")
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(UserError, match="no class folders"):
+        open_source(tmp_path)
+
+
+def test_images_without_class_folders(tmp_path):
+    write(tmp_path / "1.jpg")
+    with pytest.raises(UserError, match="1 images but no class folders"):
+        open_source(tmp_path)
+
+
+def test_a_class_without_images(tmp_path):
+    write(tmp_path / "cat" / "1.jpg")
+    write(tmp_path / "dog" / "readme.txt")
+    with pytest.raises(UserError, match="dog has no images"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a\tb.jpg", "a\nb.jpg"])
+def test_names_that_break_the_file_list(tmp_path, name):
+    write(tmp_path / "cat" / name)
+    with pytest.raises(UserError, match="rename it"):
+        open_source(tmp_path)
+
+
+def test_names_that_are_no_utf8(tmp_path):
+    (tmp_path / "cat").mkdir()
+    with open(os.fsencode(tmp_path) + b"/cat/\xff.jpg", "wb") as file:
+        file.write(b"content")
+    source = open_source(tmp_path)
+    assert read_place(image_places(source, 0, 1)[0]) == b"content"
+
+
+# ---- ImageNet's own tar files ----
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def tars(tmp_path, monkeypatch) -> Path:
+    """Both tar files and the devkit, as ImageNet lays them out, with 3 classes of 4 train and 2 val images."""
+    wnids, root = ["n03", "n01", "n02"], tmp_path / "tars"
+    monkeypatch.setattr(constants, "IMAGENET_CLASSES", 3)
+    monkeypatch.setattr(constants, "IMAGENET_TRAIN_IMAGES", 12)
+    monkeypatch.setattr(constants, "IMAGENET_VAL_IMAGES", 6)
+    rng = np.random.default_rng(0)
+    train = {w: {f"{w}_{k}.JPEG": rng.bytes(rng.integers(1, 3000)) for k in (30, 4, 200, 1)} for w in wnids}
+    val = {f"ILSVRC2012_val_{k:08d}.JPEG": rng.bytes(rng.integers(1, 3000)) for k in range(1, 7)}
+    truth = [2, 1, 3, 3, 2, 1]  # ILSVRC2012_ID of each val image; IDs count from 1 in the order of meta.mat
+    write(root / "ILSVRC2012_img_train.tar", tar_of({f"{w}.tar": tar_of(files) for w, files in train.items()}))
+    write(root / "ILSVRC2012_img_val.tar", tar_of(val))
+    synsets = np.zeros(4, [("ILSVRC2012_ID", object), ("WNID", object), ("num_children", object)])
+    for i, row in enumerate([(1, "n03", 0), (2, "n01", 0), (3, "n02", 0), (4, "n09", 2)]):
+        synsets[i] = row
+    meta = io.BytesIO()
+    scipy.io.savemat(meta, {"synsets": synsets})
+    devkit = {
+        "ILSVRC2012_devkit_t12/data/meta.mat": meta.getvalue(),
+        "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt": "\n".join(map(str, truth)).encode(),
+    }
+    with tarfile.open(root / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        for name, content in devkit.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    for wnid, files in train.items():
+        for name, content in files.items():
+            write(tmp_path / "folder" / "train" / wnid / name, content)
+    for (name, content), number in zip(val.items(), truth, strict=True):
+        write(tmp_path / "folder" / "val" / wnids[number - 1] / name, content)
+    return root
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_tars_are_the_unpacked_folder(tars, split):
+    packed, unpacked = open_source(tars, split), open_source(tars.parent / "folder", split)
+    assert packed.names == unpacked.names and packed.classes == unpacked.classes
+    assert np.array_equal(packed.labels, unpacked.labels) and packed.labels.dtype == unpacked.labels.dtype
+    for place, other in zip(image_places(packed, 0, 12), image_places(unpacked, 0, 12), strict=True):
+        assert read_place(place) == read_place(other)
+
+
+def test_the_val_tar_needs_the_devkit(tars):
+    (tars / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    with pytest.raises(UserError, match=r"put ILSVRC2012_devkit_t12.tar.gz beside it"):
+        open_source(tars, "val")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.5])
+def test_a_truncated_tar(tars, split, share):
+    path = tars / f"ILSVRC2012_img_{split}.tar"
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(UserError, match="download it again"):
+        open_source(tars, split)
+
+
+def test_something_else_named_tar(tars):
+    write(tars / "ILSVRC2012_img_train.tar", np.random.default_rng(0).bytes(20000))
+    with pytest.raises(UserError, match="not a tar file"):
+        open_source(tars, "train")
+
+
+# ---- CIFAR-10 ----
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Random images in CIFAR-10's two layouts, with their checksums as the published ones."""
+    rng, roots = np.random.default_rng(0), {name: tmp_path / name for name in ("pickles", "sheets")}
+    for split, batches in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
+        pixels = rng.integers(0, 256, (len(batches) * 20, 32, 32, 3), np.uint8)
+        labels = rng.integers(0, 10, len(pixels))
+        for name, content in (("", pixels), ("LABELS_", labels.astype(np.uint8))):
+            digest = sources.hashlib.sha256(content.tobytes()).hexdigest()
+            monkeypatch.setattr(constants, f"CIFAR10_{split.upper()}_{name}SHA256", digest)
+        for batch, part, own in zip(
+            batches, np.split(pixels, len(batches)), np.split(labels, len(batches)), strict=True
+        ):
+            planes = {b"data": part.transpose(0, 3, 1, 2).reshape(-1, 3072).copy(), b"labels": own.tolist()}
+            write(roots["pickles"] / "cifar-10-batches-py" / batch, pickle.dumps(planes, 2))
+            sheet = io.BytesIO()
+            Image.fromarray(part.reshape(20, 1024, 3)).save(sheet, "PNG")
+            write(roots["sheets"] / f"{batch}.png", sheet.getvalue())
+        write(roots["sheets"] / f"{split}_lables.json", json.dumps(labels.tolist()).encode())
+    return roots
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 100), ("val", 20)])
+def test_both_layouts_of_cifar10_are_the_same(cifar, split, count):
+    first, second = (open_source(root, split) for root in cifar.values())
+    assert len(first) == count and first.pixels.shape == (count, 32, 32, 3)
+    assert np.array_equal(first.pixels, second.pixels) and np.array_equal(first.labels, second.labels)
+    assert first.names == second.names and first.classes == second.classes
+    assert first.classes[0] == "airplane" and len(first.classes) == 10
+
+
+def test_other_pixels_are_refused(cifar):
+    path = cifar["sheets"] / "data_batch_3.png"
+    pixels = np.array(Image.open(path))
+    pixels[4, 100] ^= 1
+    Image.fromarray(pixels).save(path)
+    with pytest.raises(UserError, match="pixels of CIFAR-10's train split"):
+        open_source(cifar["sheets"], "train")
+    assert len(open_source(cifar["sheets"], "val")) == 20
+
+
+def test_other_labels_are_refused(cifar):
+    path = cifar["sheets"] / "test_lables.json"
+    labels = json.loads(path.read_text())
+    path.write_text(json.dumps(labels[1:] + labels[:1]))
+    with pytest.raises(UserError, match="labels of CIFAR-10's val split"):
+        open_source(cifar["sheets"], "val")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02", b"<html>", pickle.dumps({}), pickle.dumps([1])])
+def test_damaged_batches_are_refused(cifar, content):
+    write(cifar["pickles"] / "cifar-10-batches-py" / "data_batch_2", content)
+    with pytest.raises(UserError, match="cannot be read"):
+        open_source(cifar["pickles"], "train")
+
+
+class _Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_batch_cannot_run_code(cifar, tmp_path):
+    write(cifar["pickles"] / "cifar-10-batches-py" / "data_batch_2", pickle.dumps(_Attack(tmp_path / "attacked")))
+    with pytest.raises(UserError, match="mkdir is not expected"):
+        open_source(cifar["pickles"], "train")
+    assert not (tmp_path / "attacked").exists()
+
+
+def test_the_real_cifar10():
+    """Where scripts/fetch_cifar10.py has been run: the published pixels, the published counts."""
+    folder = DATA / "cifar10" / "source"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is missing; scripts/fetch_cifar10.py makes it")
+    source = open_source(folder, "val")
+    assert np.bincount(source.labels).tolist() == [1000] * 10
+    assert (source.pixels.mean((0, 1, 2)) / 255).round(3).tolist() == [0.494, 0.485, 0.45]

@@ -9,11 +9,9 @@ python=.venv/bin/python
 data=data/cifar10
 start=$SECONDS
 
-if [[ ! -f $data/train.beton || ! -f $data/val.beton ]]; then
+if [[ ! -f $data/train.manifest.json || ! -f $data/val.manifest.json ]]; then
   $python scripts/fetch_cifar10.py --out $data/source
-  for split in train val; do
-    $python pipeline/convert.py --source $data/source --split $split --out $data/$split.beton
-  done
+  $python pipeline/convert.py --source $data/source --out $data
 fi
 
 rm -rf runs/demo runs/demo-untrained   # the demo measures a run from its first step

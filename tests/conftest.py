@@ -24,6 +24,20 @@ def imagenet_sample(shared_data) -> list[Path]:
     return paths
 
 
+@pytest.fixture(scope="session")
+def small_beton(tmp_path_factory, imagenet_sample) -> Path:
+    """A .beton file of 48 of the real JPEGs in 6 classes, at their original sizes; file names in id order."""
+    from pipeline.convert import ConvertConfig, main
+
+    root = tmp_path_factory.mktemp("small_beton")
+    for i, path in enumerate(imagenet_sample[:48]):
+        target = root / "images" / f"class_{i % 6}" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    main(ConvertConfig(out=root / "train.beton", source=root / "images", max_side=10_000, workers=1))
+    return root / "train.beton"
+
+
 def pytest_collection_modifyitems(items):
     """Tests marked gpu run where a CUDA device is, and say that they were skipped elsewhere."""
     import torch

@@ -30,7 +30,8 @@ from pipeline.spec import CentreCrop, LoaderConfig
 from train.checkpoint import BackboneInfo, load_backbone
 
 FEATURES_VERSION = 1  # of the cache: raise it when the same description would give other numbers
-EXTRACT_BATCH = 128
+EXTRACT_BATCH = 128  # at 224 px; more where the images are smaller, so that a batch is as much work
+EXTRACT_BATCH_MOST = 1024
 PIXELS_MAX_PX = 32  # raw pixels as features are taken at this side at most: 3072 numbers an image
 
 
@@ -72,6 +73,11 @@ def centre_view(resolution_px: int) -> CentreCrop:
     return CentreCrop(resize_px=round(resolution_px * 256 / 224) if resolution_px >= 64 else resolution_px)
 
 
+def extract_batch(resolution_px: int) -> int:
+    """Images of one forward pass. Fixed by the resolution alone, as it may decide the last bits of the features."""
+    return max(1, min(EXTRACT_BATCH_MOST, EXTRACT_BATCH * 224**2 // resolution_px**2))
+
+
 def centre_loader_config(
     encoder: Encoder, data: Path, ids: np.ndarray | None, backend: str, workers: int
 ) -> LoaderConfig:
@@ -80,7 +86,7 @@ def centre_loader_config(
         data=data,
         views=centre_view(encoder.info.resolution_px),
         resolution_px=encoder.info.resolution_px,
-        global_batch=EXTRACT_BATCH,
+        global_batch=extract_batch(encoder.info.resolution_px),
         shuffle=False,
         ids=ids,
         normalization=encoder.info.normalization,

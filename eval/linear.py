@@ -12,6 +12,7 @@ training mean and deviation and divided by √D, and the classifier trains on th
 It costs one pass over the images and reads lower or higher than linear-bt: never compare the two.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 
 from eval.features import Encoder
 from eval.subject import SubjectConfig, images_per_step, open_subject, record_result
-from eval.supervised import Group, Heads, feature_stream, final_scores, fit, make_head, validate
+from eval.supervised import Group, Heads, feature_stream, final_scores, fit, make_head, threads_for, validate
 from pipeline.command import UserError, run_command
 from pipeline.loader import Loader
 
@@ -57,11 +58,12 @@ def chosen_settings(config: LinearConfig) -> tuple[str, dict]:
     return name, PROTOCOLS[name] | {key: value for key, value in flags.items() if value is not None}
 
 
-def standardize(train: torch.Tensor, val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, D), (M, D) → the same with training mean 0, deviation 1/√D in every dimension; constant ones become 0."""
+def standardize_(train: torch.Tensor, val: torch.Tensor) -> None:
+    """(N, D), (M, D) in place: training mean 0 and deviation 1/√D in every dimension; constant dimensions become 0."""
     mean, deviation = train.mean(0), train.std(0, correction=0)
     scale = torch.where(deviation > 1e-6 * deviation.max(), 1 / (deviation * train.shape[1] ** 0.5), 0.0)
-    return (train - mean) * scale, (val - mean) * scale
+    for features in (train, val):
+        features.sub_(mean).mul_(scale)
 
 
 def frozen_stream(encoder: Encoder, loader: Loader, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -79,19 +81,23 @@ def main(config: LinearConfig) -> dict:
     epochs, batch = settings["epochs"], images_per_step(subject, settings)
     steps = subject.subset.images // batch
     val_features, val_labels = subject.val_features(), subject.val_labels()
-    heads = Heads({"linear": make_head(subject.encoder.info.features, subject.classes, config.seed)})
-    heads.to(subject.encoder.device)
+    features = subject.encoder.info.features
+    heads = Heads({"linear": make_head(features, subject.classes, config.seed)}).to(subject.encoder.device)
     groups = [Group(list(heads.parameters()), settings["lr"], settings["weight_decay"])]
     loader = None
     if config.cached:
-        train_features, val_features = standardize(subject.train_features(), val_features)
+        train_features = subject.train_features()
+        standardize_(train_features, val_features)
         stream = feature_stream(train_features, subject.train_labels(), config.seed, batch, epochs)
     else:
         loader = subject.augmented_loader(batch)
         stream = frozen_stream(subject.encoder, loader, epochs * steps)
+    # A frozen encoder needs every core; a small classifier alone is fastest on one.
+    multiplications = batch * subject.classes * features if config.cached else sys.maxsize
     validation = list(zip(val_features.split(VALIDATION_CHUNK), val_labels.split(VALIDATION_CHUNK), strict=True))
     try:
-        history = fit(heads, groups, stream, lambda: validate(heads, validation), epochs, steps)
+        with threads_for(multiplications):
+            history = fit(heads, groups, stream, lambda: validate(heads, validation), epochs, steps)
     finally:
         if loader:
             loader.close()

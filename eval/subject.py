@@ -34,6 +34,8 @@ class SubjectConfig:
     """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
     features: Literal["encoder", "pixels"] = "encoder"
     """What to evaluate: the encoder, or, as a control, the raw pixels of its centre views (at most 32 px)."""
+    feature_type: Literal["float32", "float16"] = "float32"
+    """Type in which a frozen encoder's features are kept; float16 halves the disk they take."""
     loader: Literal["ffcv", "torch"] = "ffcv"
     """Which data path makes the views: the fast one, or the PIL/torchvision reference."""
     workers: int = 0
@@ -98,8 +100,9 @@ class Subject:
         return make_loader(centre_loader_config(self.encoder, self.dataset.val.path, None, c.loader, c.workers))
 
     def _features(self, beton, ids) -> torch.Tensor:
-        c = self.config
-        return features_of(self.encoder, beton, self.run / "features", ids, c.loader, c.workers).to(self.encoder.device)
+        c, dtype = self.config, getattr(torch, self.config.feature_type)
+        features = features_of(self.encoder, beton, self.run / "features", ids, c.loader, c.workers, dtype)
+        return features.to(self.encoder.device).float()
 
 
 def open_subject(config: SubjectConfig, fraction: float) -> Subject:
@@ -161,6 +164,7 @@ def record_result(
         "settings": settings,
         "changed": changed,
         "loader": subject.config.loader,
+        "feature_type": subject.config.feature_type,
         "device": torch.cuda.get_device_name() if subject.encoder.device == "cuda" else "cpu",
         "seconds": round(time.monotonic() - subject.started, 2),
     }

@@ -11,6 +11,7 @@ Results are a function of the seed alone on a CPU with a given number of threads
 the last bits.
 """
 
+import contextlib
 import math
 import sys
 import time
@@ -26,7 +27,8 @@ from eval.metrics import Accuracy, label_ranks, rank_accuracy
 from pipeline.command import UserError
 from pipeline.order import shuffled_batches
 
-MOMENTUM = 0.9  # every protocol of RECIPE.md trains with this
+MOMENTUM = 0.9  # every published protocol here trains with this
+SMALL_STEP = 1 << 25  # multiplications of one forward pass that a single core does in a millisecond
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,20 @@ def feature_stream(
     for _, _, ids in shuffled_batches(seed, np.arange(len(features)), batch, 0, 1, 0, stop):
         rows = torch.from_numpy(ids).to(features.device)
         yield features[rows].float(), labels[rows]
+
+
+@contextlib.contextmanager
+def threads_for(multiplications: int) -> Iterator[None]:
+    """One CPU thread inside where a step has too few multiplications for more than one to pay.
+
+    Waking the others costs more than such a step, and on a busy machine ten times more.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if multiplications < SMALL_STEP else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @torch.no_grad()

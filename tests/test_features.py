@@ -1,0 +1,177 @@
+"""Features of a frozen encoder: equal to plain torch on the pixels, and to themselves when read back."""
+
+import os
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from eval import features as features_module
+from eval.features import (
+    centre_loader_config,
+    centre_view,
+    describe_features,
+    extract_features,
+    features_of,
+    keep_features,
+    open_encoder,
+    read_features,
+)
+from pipeline.beton import open_beton
+from pipeline.command import UserError
+from tests.evaluation import NORMALIZATION, coloured_images, write_dataset, write_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def val(data):
+    return open_beton(data / "val.beton")
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory, data):
+    return open_encoder(write_run(tmp_path_factory.mktemp("run"), data))
+
+
+def normalized_pixels(labels: np.ndarray) -> torch.Tensor:
+    """(N, 3, 32, 32) from the arrays that the dataset was made of."""
+    pixels = coloured_images(2, labels, 5).transpose(0, 3, 1, 2) / 255
+    mean, std = (np.array(x).reshape(1, 3, 1, 1) for x in (NORMALIZATION.mean, NORMALIZATION.std))
+    return torch.from_numpy((pixels - mean) / std).float()
+
+
+def no_extraction(*_):
+    raise AssertionError("the encoder ran although its features were kept")
+
+
+def test_features_are_the_encoders_output_on_the_pixels(encoder, val, tmp_path):
+    with torch.no_grad():
+        expected = encoder.module(normalized_pixels(val.labels))
+    found = features_of(encoder, val, tmp_path)
+    assert found.shape == (60, 96)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_follow_the_ids(encoder, val, tmp_path):
+    everything = features_of(encoder, val, tmp_path)
+    ids = np.array([7, 3, 50, 4])
+    assert torch.allclose(features_of(encoder, val, tmp_path, ids), everything[ids], atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_kept_features_equal_fresh_ones_bit_for_bit(encoder, val, tmp_path, monkeypatch, dtype):
+    first = features_of(encoder, val, tmp_path, dtype=dtype)
+    fresh = extract_features(encoder, centre_loader_config(encoder, val.path, None, "ffcv", 1), dtype)
+    monkeypatch.setattr(features_module, "extract_features", no_extraction)
+    kept = features_of(encoder, val, tmp_path, dtype=dtype)
+    assert kept.dtype == first.dtype == dtype
+    assert torch.equal(kept, first) and torch.equal(kept, fresh)
+
+
+def test_half_precision_is_the_rounding_of_full(encoder, val, tmp_path):
+    full = features_of(encoder, val, tmp_path)
+    assert torch.equal(features_of(encoder, val, tmp_path, dtype=torch.float16), full.half())
+
+
+def test_another_checkpoint_never_gets_these_features(encoder, val, data, tmp_path):
+    features_of(encoder, val, tmp_path / "kept")
+    other = open_encoder(write_run(tmp_path / "other", data, seed=1))
+    found = features_of(other, val, tmp_path / "kept")
+    assert torch.equal(found, features_of(other, val, tmp_path / "nothing kept"))
+    assert not torch.allclose(found, features_of(encoder, val, tmp_path / "kept"))
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_everything_that_decides_the_numbers_is_in_the_description(encoder, val, data, tmp_path):
+    def describe(encoder=encoder, beton=val, ids=None, backend="ffcv", dtype=torch.float32):
+        return str(describe_features(encoder, beton, centre_loader_config(encoder, beton.path, ids, backend, 1), dtype))
+
+    other_run = open_encoder(write_run(tmp_path, data, seed=1))
+    others = [
+        describe(encoder=other_run),
+        describe(beton=open_beton(data / "train.beton")),
+        describe(ids=np.arange(5)),
+        describe(ids=np.arange(5)[::-1]),
+        describe(backend="torch"),
+        describe(dtype=torch.float16),
+    ]
+    assert len({describe(), *others}) == 7
+    assert describe() == describe()
+
+
+def test_a_file_with_another_description_is_refused(tmp_path):
+    path = tmp_path / "kept.safetensors"
+    keep_features(path, "checkpoint one", torch.rand(3, 2))
+    with pytest.raises(UserError, match=r"kept\.safetensors holds features of another checkpoint.*delete it"):
+        read_features(path, "checkpoint two")
+
+
+def test_a_file_without_description_is_refused(tmp_path):
+    safetensors.torch.save_file({"features": torch.rand(3, 2)}, tmp_path / "kept.safetensors")
+    with pytest.raises(UserError, match="another checkpoint"):
+        read_features(tmp_path / "kept.safetensors", "checkpoint one")
+
+
+def test_a_damaged_file_is_replaced(encoder, val, tmp_path, capsys):
+    first = features_of(encoder, val, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:1000])
+    assert torch.equal(features_of(encoder, val, tmp_path), first)
+    assert "is damaged" in capsys.readouterr().err
+    assert torch.equal(read_features(path, safetensors.safe_open(path, "pt").metadata()["description"]), first)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    keep_features(tmp_path / "kept.safetensors", "checkpoint", torch.rand(3, 2))
+    assert list(tmp_path.iterdir()) == []
+    assert "features not kept" in capsys.readouterr().err
+
+
+def test_raw_pixels_are_the_normalized_pixels(val, data, tmp_path):
+    pixels = open_encoder(write_run(tmp_path / "run", data), pixels=True)
+    found = features_of(pixels, val, tmp_path / "kept")
+    assert (pixels.kind, pixels.info.arch, found.shape) == ("raw pixels", "pixels", (60, 3072))
+    assert torch.allclose(found, normalized_pixels(val.labels).flatten(1), atol=1e-5)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_kind_of_an_encoder(data, tmp_path):
+    assert open_encoder(write_run(tmp_path / "a", data, step=3)).kind == "trained"
+    assert open_encoder(write_run(tmp_path / "b", data, step=0)).kind == "untrained"
+
+
+@pytest.mark.parametrize(("resolution_px", "resize_px"), [(224, 256), (128, 146), (64, 73), (63, 63), (32, 32)])
+def test_centre_view(resolution_px, resize_px):
+    assert centre_view(resolution_px).resize_px == resize_px
+
+
+def test_features_that_are_not_finite_are_refused(data, val, tmp_path):
+    encoder = open_encoder(write_run(tmp_path, data))
+    next(encoder.module.parameters()).data.fill_(torch.nan)
+    with pytest.raises(UserError, match="not all finite numbers"):
+        features_of(encoder, val, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_missing_checkpoint_names_the_command(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint at .*latest; make one with `torchrun train/pretrain\.py`"):
+        open_encoder(tmp_path / "latest")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(data, tmp_path):
+    """The weights of one network under the name of another."""
+    run = write_run(tmp_path, data)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
+    state["backbone"]["arch"] = "test_vit"
+    torch.save(state, run / "checkpoint.pt")
+    with pytest.raises(UserError, match="does not fit the architecture it names, test_vit"):
+        open_encoder(run)

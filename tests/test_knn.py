@@ -1,0 +1,142 @@
+"""The kNN command from flags to the line it leaves, and what all evaluations share: subject, record, errors."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval import subject as subject_module
+from eval.features import features_of, open_encoder
+from eval.knn import KnnConfig, main
+from eval.subject import append_line, open_subject, read_results
+from pipeline.beton import open_beton
+from pipeline.command import UserError
+from tests.evaluation import write_dataset, write_run
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("coloured"))
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    return write_run(tmp_path / "run", data)
+
+
+def brute_force_top1(run, data, k) -> float:
+    """Share of validation images whose class wins the vote: float64, one image at a time."""
+    encoder = open_encoder(run)
+    train, val = (open_beton(data / f"{split}.beton") for split in ("train", "val"))
+    bank, queries = (features_of(encoder, b, run / "oracle").double().numpy() for b in (train, val))
+    bank /= np.linalg.norm(bank, axis=1, keepdims=True)
+    hits = 0
+    for query, label in zip(queries, val.labels, strict=True):
+        similarity = bank @ (query / np.linalg.norm(query))
+        nearest = np.argsort(-similarity)[:k]
+        votes = np.bincount(train.labels[nearest], np.exp(similarity[nearest] / 0.07), minlength=5)
+        hits += votes.argmax() == label
+    return 100 * hits / len(queries)
+
+
+def test_from_flags_to_the_line(run, data, capsys):
+    result = main(KnnConfig(checkpoint=run))
+    (line,) = (run / "results.jsonl").read_text().splitlines()
+    assert json.loads(line) == json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
+    assert result["value"] == pytest.approx(brute_force_top1(run, data, 20), abs=1e-9)
+    assert result["values"]["top1_k10"] == pytest.approx(brute_force_top1(run, data, 10), abs=1e-9)
+    assert 20 < result["value"] < 100, "the case decides nothing"
+    expected = {
+        "protocol": "knn-mmselfsup",
+        "metric": "top1_k20",
+        "encoder": "trained",
+        "arch": "test_resnet",
+        "step": 9,
+        "seed": 0,
+        "fraction": 1.0,
+        "split": "all",
+        "train_images": 200,
+        "val_images": 60,
+        "classes": 5,
+        "changed": {},
+    }
+    assert {key: result[key] for key in expected} == expected
+    assert result["checkpoint_sha256"] == open_encoder(run).info.sha256
+    assert "top1_k200" in result["values"]
+
+
+def test_lines_add_up_and_file_or_folder_name_the_same_run(run):
+    main(KnnConfig(checkpoint=run))
+    main(KnnConfig(checkpoint=run / "checkpoint.pt", features="pixels"))
+    main(KnnConfig(checkpoint=run, fraction=0.5))
+    results = read_results(run)
+    assert [r["encoder"] for r in results] == ["trained", "raw pixels", "trained"]
+    assert [r["train_images"] for r in results] == [200, 200, 100]
+    assert results[2]["split"] == "balanced-0.5-seed0"
+
+
+def test_without_flags_the_newest_run_and_its_data(run, tmp_path, monkeypatch):
+    assert KnnConfig().checkpoint == REPO / "runs" / "latest"
+    (tmp_path / "latest").symlink_to(run, target_is_directory=True)
+    subject = open_subject(KnnConfig(checkpoint=tmp_path / "latest"), 1.0)
+    assert subject.run == run.resolve()
+    assert subject.dataset.name.startswith("coloured")
+    weights = open_encoder(run).module.state_dict()
+    torch.save(weights | {"fc.weight": torch.zeros(1)}, tmp_path / "foreign.pth")
+    monkeypatch.setattr(subject_module, "DATA", tmp_path)
+    write_resnet(tmp_path / "resnet18.pth")
+    with pytest.raises(UserError, match=f"{tmp_path}/imagenet/train.beton is missing"):
+        open_subject(KnnConfig(checkpoint=tmp_path / "resnet18.pth"), 1.0)
+
+
+def write_resnet(path):
+    """torchvision's own state dict: a file that does not say what it was trained on."""
+    import torchvision
+
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+
+
+def test_too_few_images_to_vote(run):
+    with pytest.raises(UserError, match=r"offers 10 training images at --fraction 0\.05, at least 20"):
+        main(KnnConfig(checkpoint=run, fraction=0.05))
+    assert not (run / "results.jsonl").exists()
+
+
+def test_a_damaged_line_is_left_out(run, capsys):
+    append_line(run / "results.jsonl", '{"value": 1}')
+    append_line(run / "results.jsonl", '{"value": ')
+    assert read_results(run) == [{"value": 1}]
+    assert "line 2 is no result" in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_recorded_is_printed_all_the_same(run, capsys):
+    (run / "results.jsonl").mkdir()
+    with pytest.raises(UserError, match="the result printed above could not be added"):
+        main(KnnConfig(checkpoint=run))
+    assert json.loads(capsys.readouterr().out)["protocol"] == "knn-mmselfsup"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", ["knn", "linear", "semisup", "report"])
+def test_a_missing_run_is_exit_code_2_and_one_line(entry, tmp_path):
+    where = [tmp_path / "nowhere"] if entry == "report" else ["--checkpoint", tmp_path / "nowhere"]
+    done = subprocess.run([sys.executable, REPO / "eval" / f"{entry}.py", *where], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "nowhere" in done.stderr and ("pretrain.py" in done.stderr or "eval/knn.py" in done.stderr)
+
+
+def test_a_moved_dataset_says_so(run, data, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(data, moved)
+    assert main(KnnConfig(checkpoint=run, data=moved))["dataset"] == "moved"
+    (moved / "train.manifest.json").unlink()
+    with pytest.raises(UserError, match=r"train\.manifest\.json"):
+        main(KnnConfig(checkpoint=run, data=moved))

@@ -96,7 +96,7 @@ def centre_loader_config(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def extract_features(encoder: Encoder, config: LoaderConfig, dtype: torch.dtype) -> torch.Tensor:
     """Features of the config's samples, fresh: (N, D) of `dtype` on the CPU, in the order of its ids."""
     loader = make_loader(config)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 from torch import nn
 
-from eval.subject import SubjectConfig, images_per_step, open_subject, record_result
+from eval.subject import SubjectConfig, images_per_step, open_subject, record_result, require_positive
 from eval.supervised import Group, Heads, final_scores, fit, make_head, validate
 from pipeline.command import UserError, run_command
 
@@ -56,6 +56,7 @@ class FineTuned(nn.Module):
 def main(config: SemisupConfig) -> dict:
     if config.features == "pixels":
         raise UserError("--features pixels has no weights to fine-tune; use eval/linear.py --cached --features pixels")
+    require_positive("validate-every", config.validate_every)
     subject = open_subject(config, config.fraction)
     settings = {key: getattr(config, key) for key in SETTINGS}
     batch = images_per_step(subject, settings)

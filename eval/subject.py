@@ -117,11 +117,15 @@ def open_subject(config: SubjectConfig, fraction: float) -> Subject:
     return Subject(config, encoder, dataset, subset, run, started)
 
 
+def require_positive(flag: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"--{flag} {value} was given, at least 1 is expected")
+
+
 def images_per_step(subject: Subject, settings: dict) -> int:
     """The batch, or all images where there are fewer. Raises UserError for settings that cannot train."""
     for flag in ("epochs", "batch"):
-        if settings[flag] < 1:
-            raise UserError(f"--{flag} {settings[flag]} was given, at least 1 is expected")
+        require_positive(flag, settings[flag])
     return min(settings["batch"], subject.subset.images)
 
 

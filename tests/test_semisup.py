@@ -1,0 +1,129 @@
+"""Semi-supervised evaluation: every weight trains, each at its own rate, on the right images."""
+
+import pytest
+import torch
+
+from eval import semisup
+from eval.features import open_encoder
+from eval.semisup import SemisupConfig, main
+from eval.splits import labelled_subset
+from eval.subject import open_subject
+from eval.supervised import fit, scheduled_lr
+from pipeline.beton import open_beton
+from pipeline.command import UserError
+from tests.evaluation import write_dataset, write_run
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("coloured"))
+
+
+@pytest.fixture
+def run(data, tmp_path):
+    return write_run(tmp_path / "run", data)
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What `main` hands to the loop, while the loop runs as ever."""
+    seen = {}
+
+    def watch(model, groups, stream, validation, epochs, steps, validate_every):
+        seen.update(model=model, groups=groups, epochs=epochs, steps=steps, validate_every=validate_every)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        history = fit(model, groups, tee(stream), validation, epochs, steps, validate_every=validate_every)
+        seen.update(before=before, after=dict(model.named_parameters()), history=history)
+        return history
+
+    def tee(stream):
+        seen["batches"] = []
+        for images, labels in stream:
+            seen["batches"].append((images, labels))
+            yield images, labels
+
+    monkeypatch.setattr(semisup, "fit", watch)
+    return seen
+
+
+def test_published_rates_on_every_weight(run, watched):
+    result = main(SemisupConfig(checkpoint=run, fraction=0.2, validate_every=20))
+    assert (result["protocol"], result["changed"]) == ("semisup-bt", {})
+    assert (watched["epochs"], watched["steps"]) == (20, 1)  # 40 images are one batch
+    backbone, classifier = watched["groups"]
+    assert (backbone.lr, classifier.lr) == (0.005, 0.5)
+    assert (backbone.weight_decay, classifier.weight_decay) == (0, 0)
+    for epoch, share in ((0, 1.0), (5, 0.853553), (10, 0.5), (19, 0.006156)):  # (1 + cos(π e / 20)) / 2
+        assert scheduled_lr(backbone, epoch, 20) == pytest.approx(0.005 * share, rel=1e-4)
+        assert scheduled_lr(classifier, epoch, 20) == pytest.approx(0.5 * share, rel=1e-4)
+    encoder = open_encoder(run).module
+    assert len(backbone.params) == len(list(encoder.parameters()))
+    assert len(classifier.params) == 2
+    names = {id(p): name for name, p in watched["model"].named_parameters()}
+    assert {names[id(p)] for p in backbone.params} == {f"backbone.{name}" for name, _ in encoder.named_parameters()}
+    still = [name for name, p in watched["before"].items() if torch.equal(p, watched["after"][name])]
+    assert all(".bn" in name for name in still), "only a batch norm's 1.0 may swallow so small a step"
+    assert len(still) < 6
+
+
+def test_one_step_moves_each_group_at_its_rate(run, watched):
+    """After one step of SGD a weight has moved by its rate times its gradient."""
+    main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1))
+    for group in watched["groups"]:
+        for p in group.params:
+            name = next(n for n, q in watched["model"].named_parameters() if q is p)
+            moved = watched["before"][name] - p.detach()
+            assert torch.allclose(moved, group.lr * p.grad, rtol=1e-3, atol=2e-6), name
+
+
+def test_rate_zero_keeps_the_backbone(run, watched):
+    result = main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1, lr_backbone=0.0))
+    moved = {name for name, p in watched["before"].items() if not torch.equal(p, watched["after"][name])}
+    assert moved == {"heads.heads.semisup.weight", "heads.heads.semisup.bias"}
+    assert (result["protocol"], result["changed"]) == ("semisup-bt-modified", {"epochs": 1, "lr_backbone": 0.0})
+
+
+def test_only_the_labelled_share_is_seen(run, data, watched, monkeypatch):
+    subjects = []
+    monkeypatch.setattr(semisup, "open_subject", lambda *a: subjects.append(open_subject(*a)) or subjects[-1])
+    result = main(SemisupConfig(checkpoint=run, fraction=0.1, epochs=3, batch=10))
+    expected = labelled_subset(open_beton(data / "train.beton"), 0.1, 0)
+    assert subjects[0].subset.ids.tolist() == expected.ids.tolist()
+    assert (result["train_images"], result["split"]) == (20, "balanced-0.1-seed0")
+    labels = torch.stack([y for _, y in watched["batches"]])
+    assert labels.shape == (6, 10)
+    for epoch in range(3):
+        seen = labels[2 * epoch : 2 * epoch + 2].flatten()
+        assert torch.bincount(seen).tolist() == [4, 4, 4, 4, 4]
+    assert watched["batches"][0][0].shape == (10, 3, 32, 32)
+    assert not torch.equal(watched["batches"][0][0], watched["batches"][2][0])
+
+
+def test_learns_and_leaves_the_checkpoint_alone(run, watched):
+    file = (run / "checkpoint.pt").read_bytes()
+    result = main(SemisupConfig(checkpoint=run, fraction=1.0, epochs=6, batch=50, lr_backbone=0.02, validate_every=2))
+    assert result["value"] > 50  # chance is 20
+    assert [e.accuracy is not None for e in watched["history"]] == [False, True] * 3
+    assert (run / "checkpoint.pt").read_bytes() == file
+    assert not (run / "features").exists()
+
+
+def test_same_command_same_number(run):
+    config = SemisupConfig(checkpoint=run, fraction=0.2, epochs=2)
+    assert main(config)["values"] == main(config)["values"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"fraction": 2.0}, r"--fraction 2 is outside \(0, 1\]"),
+        ({"features": "pixels"}, "no weights to fine-tune"),
+        ({"batch": 1}, "at least 2 are needed for batch norm"),
+        ({"batch": 0}, "--batch 0 was given"),
+        ({"validate_every": 0}, "--validate-every 0 was given"),
+    ],
+)
+def test_bad_flags(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        main(SemisupConfig(checkpoint=run, **flags))
+    assert not (run / "results.jsonl").exists()

@@ -18,7 +18,7 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipeline.beton import MODE_JPEG, MODE_RAW, PAGE_BYTES, TJ_LIMIT_SCANS, TURBOJPEG, free_handle, make_handle
 
@@ -213,6 +213,8 @@ def _pillow_decode(data: bytes) -> Image.Image:
             return image.convert("L" if image.mode in ("1", "L") else "RGB")
     except Unreadable:
         raise
+    except UnidentifiedImageError:
+        raise Unreadable("no known image format") from None
     except Exception as error:  # foreign bytes can fail in any of Pillow's parsers, in any way
         raise Unreadable(f"{type(error).__name__}: {error}") from None
 

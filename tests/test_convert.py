@@ -1,0 +1,509 @@
+"""Conversions as a user runs them: what comes out, interrupted or not, and what a wrong input is told."""
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline import beton, beton_writer, convert, store
+from pipeline.command import UserError
+from pipeline.convert import ConvertConfig
+from pipeline.sources import Source
+
+REPO = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, str(REPO / "pipeline" / "convert.py")]
+
+
+def run(*arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Name → sha256 of every file in a folder."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def drawn(path: Path, seed: int, side: int = 40) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (side // 8, side // 8, 3), np.uint8)
+    Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(path)
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """70 small images of two classes: three chunks of work."""
+    for i in range(70):
+        drawn(tmp_path / "images" / f"class_{i % 2}" / f"{i:02d}.jpg", i)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out" / "set.beton"
+
+
+# ---- what comes out ----
+
+
+def test_real_images_round_trip(imagenet_sample, out):
+    """Every kept JPEG is its file byte for byte; the sizes, labels and checksums of all are right."""
+    convert.main(ConvertConfig(out, imagenet_sample[0].parents[1], workers=2))
+    opened, rows = beton.open_beton(out), beton.file_rows(beton.open_beton(out))
+    assert len(opened) == 500
+    for sample, path in enumerate(imagenet_sample):
+        data = beton.jpeg_bytes(opened, sample).tobytes()
+        number, label, how, sha256, name = rows[sample]
+        assert (int(number), int(label)) == (sample, opened.labels[sample]) and name.endswith(path.name)
+        assert opened.classes[opened.labels[sample]] == path.parent.name
+        assert hashlib.sha256(data).hexdigest() == sha256
+        with Image.open(path) as image:
+            small = max(image.size) <= 500
+            assert how == ("kept" if small else "resized")
+            if small:
+                assert data == path.read_bytes()
+                assert (opened.widths[sample], opened.heights[sample]) == image.size
+            else:
+                assert max(opened.widths[sample], opened.heights[sample]) == 500
+
+
+def test_the_manifest(images, out):
+    drawn(images / "class_0" / "large.png", 1, 640)
+    convert.main(ConvertConfig(out, images, workers=1, quality=80))
+    manifest = json.loads(beton.manifest_path(out).read_text())
+    assert manifest["images"] == 71 and manifest["classes"] == ["class_0", "class_1"]
+    assert manifest["images_by_class"] == {"class_0": 36, "class_1": 35}
+    assert manifest["settings"] == {"max_side_px": 500, "quality": 80, "check": "quick"}
+    assert manifest["stored"] == {"kept": 70, "resized": 1, "recoded": 0, "raw": 0} and manifest["skipped"] == []
+    assert manifest["bytes"] == out.stat().st_size
+    assert sorted(path.name for path in out.parent.iterdir()) == ["set.beton", "set.files.tsv", "set.manifest.json"]
+
+
+def test_workers_do_not_matter(images, tmp_path):
+    for workers in (1, 3):
+        convert.main(ConvertConfig(tmp_path / str(workers) / "set.beton", images, workers=workers, max_side=24))
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+
+
+def test_raw_pixels(out):
+    """A source of pixels, as CIFAR-10 is: they come out unchanged."""
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
+    names = [f"train/{i:05d}" for i in range(100)]
+    source = Source("cifar-10", "train", ["a", "b"], names, np.arange(100) % 2, out.parent, pixels=pixels)
+    convert.convert(source, out, ConvertConfig(out))
+    opened = beton.open_beton(out)
+    stored = np.stack([beton.jpeg_bytes(opened, i).reshape(32, 32, 3) for i in range(100)])
+    assert (opened.modes == beton.MODE_RAW).all() and np.array_equal(stored, pixels)
+    convert.verify(out, 1)
+
+
+def test_both_splits(images, tmp_path, capsys):
+    (tmp_path / "both").mkdir()
+    for split in ("train", "val"):
+        os.symlink(images, tmp_path / "both" / split)
+    convert.main(ConvertConfig(tmp_path / "out", tmp_path / "both", workers=1, verify=True))
+    made = contents(tmp_path / "out")
+    assert made["train.beton"] == made["val.beton"] and len(made) == 6
+    assert "val.beton: all 70 images are in order" in capsys.readouterr().out
+
+
+def test_again_is_nothing_to_do(images, out, capsys):
+    convert.main(ConvertConfig(out, images, workers=1))
+    before = out.stat().st_mtime_ns
+    convert.main(ConvertConfig(out, images, workers=2))
+    assert "nothing to do" in capsys.readouterr().out and out.stat().st_mtime_ns == before
+
+
+def test_other_settings_do_not_replace_a_finished_file(images, out):
+    convert.main(ConvertConfig(out, images, workers=1))
+    with pytest.raises(UserError, match="quality 90, asked for is 50; pass --fresh"):
+        convert.main(ConvertConfig(out, images, workers=1, quality=50))
+    drawn(images / "class_0" / "more.jpg", 9)
+    with pytest.raises(UserError, match="pass --fresh"):
+        convert.main(ConvertConfig(out, images, workers=1))
+    convert.main(ConvertConfig(out, images, workers=1, fresh=True))
+    assert len(beton.open_beton(out)) == 71
+
+
+# ---- unreadable images ----
+
+
+def test_an_unreadable_image_stops_it(images, out):
+    (images / "class_1" / "33.jpg").write_text("<html>not found</html>")
+    with pytest.raises(UserError, match=r"class_1/33\.jpg is not a readable image .*--skip-unreadable"):
+        convert.main(ConvertConfig(out, images, workers=2))
+    assert not out.exists() and not beton.manifest_path(out).exists()
+    with pytest.raises(UserError, match="is missing"):
+        beton.open_beton(out)
+
+
+def test_mended_it_goes_on(images, out, tmp_path, capsys):
+    path = images / "class_1" / "33.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content[:-100])
+    with pytest.raises(UserError, match=r"33\.jpg"):
+        convert.main(ConvertConfig(out, images, workers=1))
+    path.write_bytes(content)
+    convert.main(ConvertConfig(out, images, workers=1))
+    assert "going on after 51 of 70" in capsys.readouterr().err
+    convert.main(ConvertConfig(tmp_path / "straight" / "set.beton", images, workers=1))
+    assert contents(out.parent) == contents(tmp_path / "straight")
+
+
+def test_skipped_images_are_listed(images, out):
+    for name in ("class_0/00.jpg", "class_1/33.jpg"):
+        (images / name).write_bytes(b"")
+    convert.main(ConvertConfig(out, images, workers=2, skip_unreadable=True))
+    opened = beton.open_beton(out)
+    assert opened.manifest["skipped"] == ["class_0/00.jpg", "class_1/33.jpg"] and len(opened) == 68
+    names = opened.file_names()
+    assert "class_1/33.jpg" not in names and names[0] == "class_0/02.jpg"
+    for sample in (0, 30, 50, 67):
+        assert beton.jpeg_bytes(opened, sample).tobytes() == (images / names[sample]).read_bytes()
+    assert opened.labels.tolist() == [int(name[6]) for name in names]
+
+
+def test_skipping_has_to_be_asked_for_again(images, out, monkeypatch):
+    (images / "class_0" / "00.jpg").write_bytes(b"")
+    stop_after(monkeypatch, 40)
+    with pytest.raises(KeyboardInterrupt):
+        convert.main(ConvertConfig(out, images, workers=1, skip_unreadable=True))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"00\.jpg was skipped before as unreadable"):
+        convert.main(ConvertConfig(out, images, workers=1))
+
+
+def test_a_disk_error_is_never_skipped(images, out):
+    """A file that is listed and then cannot be read is no bad image: the disk or its permissions are at fault."""
+    listed = convert.sources.open_source(images)
+    (images / "class_1" / "69.jpg").unlink()
+    with pytest.raises(UserError, match=r"69\.jpg cannot be read from the disk \(No such file"):
+        convert.convert(listed, out, ConvertConfig(out, workers=1, skip_unreadable=True))
+
+
+def test_nothing_readable(tmp_path, out):
+    for i in range(3):
+        (tmp_path / "images" / "cat").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / "cat" / f"{i}.jpg").write_bytes(b"no")
+    with pytest.raises(UserError, match="none of the 3 images"):
+        convert.main(ConvertConfig(out, tmp_path / "images", workers=1, skip_unreadable=True))
+    assert not out.exists()
+
+
+# ---- interruptions ----
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """400 images that take a few seconds: they are resized."""
+    root = tmp_path_factory.mktemp("many") / "images"
+    drawn(root / "class_0" / "000.png", 0, 640)
+    for i in range(1, 400):
+        path = root / f"class_{i % 3}" / f"{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        os.link(root / "class_0" / "000.png", path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def straight(many, tmp_path_factory) -> dict[str, str]:
+    """The result of converting them without a stop."""
+    out = tmp_path_factory.mktemp("straight") / "set.beton"
+    convert.main(ConvertConfig(out, many, workers=2))
+    return contents(out.parent)
+
+
+def start(many: Path, out: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*COMMAND, "--source", str(many), "--out", str(out), "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_rows(journal: Path, rows: int, process: subprocess.Popen) -> None:
+    while process.poll() is None and not (
+        journal.exists() and journal.stat().st_size > rows * beton_writer.ROW.itemsize
+    ):
+        time.sleep(0.01)
+
+
+def living(group: int) -> list[str]:
+    """Processes of a process group that still run."""
+    listing = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True).stdout
+    rows = [line.split(maxsplit=2) for line in listing.splitlines()]
+    return [row[2] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(many, straight, out):
+    """Killed with SIGKILL again and again, each time after some more images; no process is left behind."""
+    rng, kills, rows = np.random.default_rng(), 0, 0
+    journal = out.with_suffix(".beton.journal")
+    while True:
+        process = start(many, out)
+        wait_for_rows(journal, rows + int(rng.integers(10, 150)), process)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        _, stderr = process.communicate()
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 0, stderr
+            break
+        kills += 1
+        rows = (journal.stat().st_size - 300) // beton_writer.ROW.itemsize if journal.exists() else 400
+        assert not out.exists() or contents(out.parent).items() >= straight.items()
+        deadline = time.monotonic() + 10
+        while living(process.pid):
+            assert time.monotonic() < deadline, living(process.pid)
+            time.sleep(0.05)
+    assert kills >= 2
+    assert contents(out.parent) == straight
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_cleanly(many, straight, out):
+    process = start(many, out)
+    wait_for_rows(out.with_suffix(".beton.journal"), 50, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    assert "the same command goes on there" in stderr and not out.exists()
+    assert run("--source", many, "--out", out).returncode == 0
+    assert contents(out.parent) == straight
+
+
+def test_settings_changed_midway_start_again(images, out, tmp_path, monkeypatch):
+    """What is half there with another quality is not mixed with the new one."""
+    stop_after(monkeypatch, 40)
+    with pytest.raises(KeyboardInterrupt):
+        convert.main(ConvertConfig(out, images, workers=1, max_side=24, quality=30))
+    monkeypatch.undo()
+    convert.main(ConvertConfig(out, images, workers=1, max_side=24))
+    convert.main(ConvertConfig(tmp_path / "straight" / "set.beton", images, workers=1, max_side=24))
+    assert contents(out.parent) == contents(tmp_path / "straight")
+
+
+def stop_after(monkeypatch, count: int, error: type[BaseException] | Exception = KeyboardInterrupt) -> None:
+    """Makes the writer fail at its `count`-th image."""
+    append = beton_writer.BetonWriter.append
+
+    def appending(writer, stored):
+        if writer.done == count:
+            raise error
+        append(writer, stored)
+
+    monkeypatch.setattr(beton_writer.BetonWriter, "append", appending)
+
+
+@pytest.mark.parametrize("damage", ["row", "partial", "header", "gone"])
+def test_a_damaged_journal(images, out, tmp_path, monkeypatch, damage):
+    """A row cut in half is made again; a file shorter than its journal, or no journal, starts again."""
+    stop_after(monkeypatch, 40)
+    with pytest.raises(KeyboardInterrupt):
+        convert.main(ConvertConfig(out, images, workers=1))
+    monkeypatch.undo()
+    journal, partial = out.with_suffix(".beton.journal"), out.with_suffix(".beton.partial")
+    if damage == "row":
+        os.truncate(journal, journal.stat().st_size - 7)
+    elif damage == "partial":
+        os.truncate(partial, partial.stat().st_size - 7)
+    elif damage == "header":
+        os.truncate(journal, 7)
+    else:
+        journal.unlink()
+    convert.main(ConvertConfig(out, images, workers=1))
+    convert.main(ConvertConfig(tmp_path / "straight" / "set.beton", images, workers=1))
+    assert contents(out.parent) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("step", range(7))
+def test_killed_while_finishing(images, out, tmp_path, monkeypatch, step):
+    """The last steps (tables, lists, names) one by one: nothing looks finished before its manifest is right."""
+    steps = iter(range(100))
+
+    class Killed(BaseException):
+        pass
+
+    def counted(function):
+        def call(*arguments, **options):
+            if next(steps) == step:
+                raise Killed
+            return function(*arguments, **options)
+
+        return call
+
+    finish = beton_writer.BetonWriter.finish
+
+    def finishing(writer, *arguments):
+        for name in ("replace", "fsync", "ftruncate"):
+            monkeypatch.setattr(os, name, counted(getattr(os, name)))
+        return finish(writer, *arguments)
+
+    monkeypatch.setattr(beton_writer.BetonWriter, "finish", finishing)
+    with pytest.raises(Killed):
+        convert.main(ConvertConfig(out, images, workers=1))
+    monkeypatch.undo()
+    assert not out.exists()
+    convert.main(ConvertConfig(out, images, workers=1))
+    convert.main(ConvertConfig(tmp_path / "straight" / "set.beton", images, workers=1))
+    assert contents(out.parent) == contents(tmp_path / "straight")
+
+
+def test_a_full_disk(images, out, tmp_path, monkeypatch):
+    stop_after(monkeypatch, 40, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(UserError, match=r"is full after 40 of 70 images; make room"):
+        convert.main(ConvertConfig(out, images, workers=1))
+    assert not out.exists()
+    monkeypatch.undo()
+    convert.main(ConvertConfig(out, images, workers=1))
+    convert.verify(out, 1)
+
+
+def test_too_little_space_is_seen_beforehand(images, out, monkeypatch):
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match=r"0\.0 GB free, about 0\.0 GB are needed for 70 images"):
+        convert.main(ConvertConfig(out, images, workers=1))
+    assert not out.exists()
+
+
+def test_the_predicted_size_is_about_right(imagenet_sample, out, monkeypatch):
+    """Real images: it refuses where 9/10 of the true size are free, and does not where 17/10 are."""
+    config = ConvertConfig(out, imagenet_sample[0].parents[1], workers=2)
+    convert.main(config)
+    size = out.stat().st_size
+    source, other = convert.sources.open_source(config.source), out.with_name("other.beton")
+    writer = beton_writer.BetonWriter(other, 500, {})
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=size * 0.9))
+    with pytest.raises(UserError, match="make room"):
+        convert._check_space(source, writer, config)
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=size * 1.7))
+    convert._check_space(source, writer, config)
+    writer.close()
+
+
+def test_two_at_once(images, out):
+    identity = {"any": "one"}
+    out.parent.mkdir()
+    writer = beton_writer.BetonWriter(out, 70, identity)
+    with pytest.raises(UserError, match="another process is writing"):
+        convert.main(ConvertConfig(out, images, workers=1))
+    writer.close()
+
+
+def test_an_image_too_large_for_a_page(monkeypatch):
+    """FFCV's format cannot hold more than a page of one image; a huge header makes a JPEG that large."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    data = store._encode(Image.fromarray(pixels), 90)
+    comment = b"\xff\xfe\xff\xff" + bytes(65533)
+    large = data[:2] + comment * (beton.PAGE_BYTES // len(comment) + 1) + data[2:]
+    stored = store.store_image(large, 500, 90, False)
+    assert stored.how == store.RECODED and len(stored.data) < 100_000
+    monkeypatch.setattr(store, "PAGE_BYTES", 1000)
+    with pytest.raises(store.Unreadable, match="lower --max-side"):
+        store.store_image(data, 500, 90, False)
+
+
+# ---- verify ----
+
+
+def test_verify_finds_one_changed_byte(images, out):
+    convert.main(ConvertConfig(out, images, workers=1))
+    convert.verify(out, 1)
+    opened = beton.open_beton(out)
+    with open(out, "r+b") as file:
+        file.seek(opened.offsets[41] + 200)
+        changed = bytes([file.read(1)[0] ^ 1])
+        file.seek(opened.offsets[41] + 200)
+        file.write(changed)
+    with pytest.raises(UserError, match=r"1 bad images of 70 \(class_1/13.jpg: its bytes have changed\)"):
+        convert.verify(out, 2)
+
+
+def test_verify_finds_what_a_quick_check_misses(images, out):
+    """Codes changed inside a scan, behind its start: kept by the quick check, mended or refused by the full one."""
+    drawn(images / "class_0" / "large.jpg", 3, 480)
+    path = images / "class_0" / "large.jpg"
+    content = bytearray(path.read_bytes())
+    content[len(content) * 3 // 4 : len(content) * 3 // 4 + 40] = b"\x55" * 40
+    path.write_bytes(content)
+    convert.main(ConvertConfig(out, images, workers=1))
+    with pytest.raises(UserError, match=r"large\.jpg: the JPEG is damaged .* --check full --fresh"):
+        convert.verify(out, 1)
+    convert.main(ConvertConfig(out, images, workers=1, check="full", fresh=True, skip_unreadable=True))
+    convert.verify(out, 1)
+
+
+# ---- the command line ----
+
+BAD = {
+    "missing": (["--source", "none", "--out", "o.beton"], "none is missing"),
+    "empty": (["--source", "empty", "--out", "o.beton"], "has no class folders"),
+    "no source": (["--out", "o.beton"], "give --source to convert, or --verify"),
+    "class without images": (["--source", "hollow", "--out", "o.beton"], "dog has no images"),
+    "other classes": (["--source", "unequal", "--out", "o"], "val lacks dog"),
+    "no splits": (["--source", "good", "--out", "o"], "ends with .beton"),
+    "which split": (["--source", "unequal", "--out", "o.beton"], "choose one with --split"),
+    "unreadable": (["--source", "broken", "--out", "o.beton", "--workers", "1"], "html.jpg is not a readable image"),
+    "side": (["--source", "good", "--out", "o.beton", "--max-side", "0"], "expected 1 … 65535"),
+    "quality": (["--source", "good", "--out", "o.beton", "--quality", "101"], "1 … 100"),
+    "verify nothing": (["--out", "o.beton", "--verify"], "o.beton is missing"),
+    "verify other": (["--out", "other.beton", "--verify"], "another tool"),
+    "unknown flag": (["--source", "good", "--out", "o.beton", "--fast"], "--fast"),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("bad")
+    (root / "empty").mkdir()
+    (root / "hollow" / "dog").mkdir(parents=True)
+    for name in ("hollow/cat", "good/cat", "broken/cat", "unequal/train/cat", "unequal/train/dog", "unequal/val/cat"):
+        drawn(root / name / "1.jpg", 0)
+    (root / "broken" / "cat" / "html.jpg").write_text("<html>")
+    (root / "other.beton").write_bytes(bytes(10000))
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(bad_folder, case):
+    arguments, expected = BAD[case]
+    before = sorted(path.name for path in bad_folder.rglob("*"))
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=bad_folder)
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+    if case != "unknown flag":
+        assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    after = sorted(path.name for path in bad_folder.rglob("*"))
+    assert [name for name in after if name not in before and "partial" not in name and "journal" not in name] == []
+
+
+@pytest.mark.slow
+def test_convert_imagenet_script(bad_folder, images, tmp_path):
+    script = ["bash", str(REPO / "scripts" / "convert_imagenet.sh")]
+    environment = {key: value for key, value in os.environ.items() if key != "IMAGENET"}
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: IMAGENET is not set")
+    (tmp_path / "imagenet").mkdir()
+    for split in ("train", "val"):
+        os.symlink(images, tmp_path / "imagenet" / split)
+    command = [*script, "--out", str(tmp_path / "made"), "--workers", "1"]
+    environment["IMAGENET"] = "imagenet"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert beton.open_beton(tmp_path / "made" / "val.beton").manifest["settings"]["check"] == "full"
+    environment["IMAGENET"] = str(bad_folder / "unequal")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "val lacks dog" in done.stderr

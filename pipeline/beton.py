@@ -114,20 +114,23 @@ class Beton:
         return len(self.labels)
 
     def file_names(self) -> list[str]:
-        """The source file of each sample, by id, relative to the source's root. Read on each call."""
-        return [row[4] for row in file_rows(self)]
+        """The source file of each sample, by id, relative to the source's root. Read on each call: 1 s for ImageNet."""
+        return [line[line.rindex("\t") + 1 :] for line in _file_lines(self)]
 
 
 def file_rows(beton: Beton) -> list[list[str]]:
     """`x.files.tsv` by sample id: [id, label, how it was stored, sha256, file name], all text."""
+    return [line.split("\t") for line in _file_lines(beton)]
+
+
+def _file_lines(beton: Beton) -> list[str]:
     path = files_path(beton.path)
     if not path.is_file():
         raise UserError(f"{path} is missing; it belongs to {beton.path.name}: copy it too, or convert again")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != beton.manifest["files_sha256"]:
         raise UserError(f"{path} does not belong to {beton.path.name} (its sha256 differs); convert again")
-    lines = content.decode("utf-8", "surrogateescape").split("\n")[1:-1]
-    return [line.split("\t") for line in lines]
+    return content.decode("utf-8", "surrogateescape").split("\n")[1:-1]
 
 
 def require_same_classes(first: str, classes: list[str], second: str, other_classes: list[str]) -> None:

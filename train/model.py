@@ -20,11 +20,14 @@ def torchvision_resnets() -> list[str]:
 def resnet10_narrow() -> nn.Module:
     """For small images on a CPU: four basic blocks of 32, 64, 128, 256 channels behind a 3×3 stride-2 stem."""
     import timm
+    from timm.models.resnet import BasicBlock
 
     backbone = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
-    backbone.conv1 = nn.Conv2d(3, 64, 3, stride=2, padding=1, bias=False)
+    backbone.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-    backbone.maxpool = nn.Identity()
+    backbone.bn1, backbone.maxpool = nn.BatchNorm2d(32), nn.Identity()
+    backbone.layer1 = nn.Sequential(BasicBlock(32, 32))
+    nn.init.zeros_(backbone.layer1[0].bn2.weight)
     return backbone
 
 

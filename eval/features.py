@@ -31,7 +31,7 @@ from train.checkpoint import BackboneInfo, load_backbone
 
 FEATURES_VERSION = 1  # of the cache: raise it when the same description would give other numbers
 EXTRACT_BATCH = 128  # at 224 px; more where the images are smaller, so that a batch is as much work
-EXTRACT_BATCH_MOST = 1024
+EXTRACT_BATCH_MOST = 256
 PIXELS_MAX_PX = 32  # raw pixels as features are taken at this side at most: 3072 numbers an image
 
 

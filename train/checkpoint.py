@@ -192,12 +192,13 @@ def _foreign_resnet(state, path: Path) -> tuple[dict, BackboneInfo]:
     prefix = min(names, key=len, default="").removesuffix("conv1.weight")
     weights = _weights_below(state, prefix) if names else {}
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
-    for arch in torchvision_resnets():
-        for stem in ("imagenet", "small"):
-            with torch.device("meta"):
-                expected = make_backbone(arch, stem)[0].state_dict()
-            if weights and _shapes(weights) == _shapes(expected):
-                return {name: weights.get(name, torch.tensor(0)) for name in expected}, BackboneInfo(arch, stem)
+    stem = "small" if names and weights["conv1.weight"].shape[-1] == 3 else "imagenet"
+    candidates = sorted(torchvision_resnets(), key=lambda arch: arch != "resnet50")  # the usual one first
+    for arch in candidates if "layer4.0.conv1.weight" in weights else ():
+        with torch.device("meta"):
+            expected = make_backbone(arch, stem)[0].state_dict()
+        if _shapes(weights) == _shapes(expected):
+            return {name: weights.get(name, torch.tensor(0)) for name in expected}, BackboneInfo(arch, stem)
     raise UserError(
         f"{path} holds no ResNet known to torchvision; give a run folder, its checkpoint, "
         "or a state dict with torchvision's parameter names"

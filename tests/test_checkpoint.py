@@ -1,0 +1,180 @@
+"""Checkpoints whole or absent, refused where they do not belong, and read back as backbones."""
+
+import resource
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+
+from pipeline.command import UserError
+from train.checkpoint import (
+    BACKBONE,
+    CHECKPOINT,
+    BackboneInfo,
+    export_backbone,
+    file_sha256,
+    load_backbone,
+    read_checkpoint,
+    refuse_other_recipe,
+    save_checkpoint,
+    write_atomically,
+)
+from train.config import NORMALIZATIONS, PRESETS, as_plain, resolved
+from train.model import make_backbone
+
+INFO = BackboneInfo("resnet18", "small", 512, 32, NORMALIZATIONS["cifar10"], "/somewhere/cifar10", 3, 40, 5)
+
+
+def state_of(backbone: torch.nn.Module) -> dict:
+    model = {f"backbone.{name}": w for name, w in backbone.state_dict().items()} | {"projector.0.weight": torch.ones(2)}
+    return {
+        "config": as_plain(PRESETS["cifar10"]),
+        "backbone": asdict(INFO),
+        "step": 40,
+        "images": 100,
+        "model": model,
+        "optimizer": {},
+        "scaler": {},
+    }
+
+
+@pytest.fixture(scope="module")
+def backbone() -> torch.nn.Module:
+    torch.manual_seed(1)
+    return make_backbone("resnet18", "small")[0].eval()
+
+
+@pytest.fixture
+def picture() -> torch.Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def test_round_trip_without_arbitrary_pickles(tmp_path, backbone):
+    save_checkpoint(tmp_path, state_of(backbone))
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT]
+    again = read_checkpoint(tmp_path / CHECKPOINT)
+    assert again["step"] == 40 and again["config"] == as_plain(PRESETS["cifar10"])
+    for name, tensor in state_of(backbone)["model"].items():
+        assert torch.equal(again["model"][name], tensor)
+
+
+def test_a_run_folder_gives_its_backbone(tmp_path, backbone, picture):
+    save_checkpoint(tmp_path, state_of(backbone))
+    loaded, info = load_backbone(tmp_path)
+    assert torch.equal(loaded(picture), backbone(picture))
+    assert not loaded.training
+    assert info == replace(INFO, sha256=file_sha256(tmp_path / CHECKPOINT))
+
+
+def test_export_loads_here_and_in_torchvision(tmp_path, picture):
+    torch.manual_seed(2)
+    backbone = make_backbone("resnet18")[0].to(memory_format=torch.channels_last).eval()
+    export_backbone(tmp_path, backbone, replace(INFO, stem="imagenet"))
+    loaded, info = load_backbone(tmp_path / BACKBONE)
+    assert torch.equal(loaded(picture), backbone(picture)) and info.stem == "imagenet"
+    assert info.normalization == NORMALIZATIONS["cifar10"]
+    theirs = torchvision.models.resnet18()
+    result = theirs.load_state_dict(safetensors.torch.load_file(tmp_path / BACKBONE), strict=False)
+    assert result.missing_keys == ["fc.weight", "fc.bias"] and not result.unexpected_keys
+
+
+@pytest.mark.parametrize("layout", ["resnet50.pth", "full checkpoint", "other prefix", "without counters"])
+def test_published_layouts(tmp_path, layout):
+    weights = torchvision.models.resnet50().state_dict()
+    backbone = {n: w for n, w in weights.items() if not n.startswith("fc.")}
+    file = {
+        "resnet50.pth": backbone,
+        "full checkpoint": {
+            "epoch": 1000,
+            "model": {f"module.backbone.{n}": w for n, w in backbone.items()}
+            | {"module.projector.0.weight": torch.ones(1)},
+            "optimizer": {"state": {}},
+        },
+        "other prefix": {f"module.pre.{n}": w for n, w in weights.items()},
+        "without counters": {n: w for n, w in backbone.items() if not n.endswith("num_batches_tracked")},
+    }[layout]
+    torch.save(file, tmp_path / "published.pth")
+    loaded, info = load_backbone(tmp_path / "published.pth")
+    assert (info.arch, info.stem, info.features) == ("resnet50", "imagenet", 2048)
+    assert torch.equal(loaded.layer3[4].conv2.weight, weights["layer3.4.conv2.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not a checkpoint", "cannot be read"),
+        (b"", "cannot be read"),
+        ({"weights": torch.ones(3)}, "holds no ResNet"),
+        ({"conv1.weight": torch.ones(64, 3, 7, 7)}, "holds no ResNet"),
+        ([1, 2], "holds no ResNet"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        load_backbone(path)
+
+
+def test_missing_truncated_and_future_checkpoints_are_refused(tmp_path, backbone):
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load_backbone(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        load_backbone(tmp_path)
+    save_checkpoint(tmp_path, state_of(backbone))
+    path = tmp_path / CHECKPOINT
+    whole = path.read_bytes()
+    for keep in (10, len(whole) // 2, len(whole) - 10):
+        path.write_bytes(whole[:keep])
+        with pytest.raises(UserError, match="damaged or incomplete"):
+            read_checkpoint(path)
+    save_checkpoint(tmp_path, state_of(backbone) | {"version": 99})
+    with pytest.raises(UserError, match="version 99"):
+        load_backbone(tmp_path)
+
+
+def test_another_recipe_is_refused_and_every_difference_named():
+    config = as_plain(resolved(PRESETS["cifar10"]))
+    state = {"config": config | {"arch": "resnet50", "epochs": 7, "run": "x", "workers": 9}, "images": 100}
+    with pytest.raises(UserError, match=r"arch resnet50 there, resnet18 here, epochs 7 there, 1000 here\)"):
+        refuse_other_recipe(state, config, 100, Path("c.pt"))
+    with pytest.raises(UserError, match="images 100 there, 50 here"):
+        refuse_other_recipe({"config": config, "images": 100}, config, 50, Path("c.pt"))
+    refuse_other_recipe({"config": config | {"loader": "torch"}, "images": 100}, config, 100, Path("c.pt"))
+
+
+def test_a_file_size_limit_leaves_the_checkpoint_before_untouched(tmp_path):
+    path = tmp_path / "state"
+    write_atomically(path, b"before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"could not write .*state \(1 MB\).*the one before it is untouched"):
+            write_atomically(path, bytes(1_000_000))
+        with pytest.raises(UserError, match="nothing was left behind"):
+            write_atomically(tmp_path / "new", bytes(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_untouched(tmp_path, backbone):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small disk here")
+    try:
+        save_checkpoint(disk, state_of(backbone))
+        whole = (disk / CHECKPOINT).read_bytes()
+        with pytest.raises(UserError, match="No space left on device; the one before it is untouched"):
+            save_checkpoint(disk, state_of(backbone))
+        assert (disk / CHECKPOINT).read_bytes() == whole
+        assert [p.name for p in disk.iterdir()] == [CHECKPOINT]
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,110 @@
+"""Presets, their precedence below the command line, and everything --run and --data can mean."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import tyro
+
+from pipeline.command import RUNS, UserError
+from train.config import (
+    NOT_RECIPE,
+    PRESETS,
+    PretrainConfig,
+    as_plain,
+    chosen_preset,
+    lr_weights_for,
+    projector_widths,
+    recipe,
+    resolved,
+    run_folder,
+    train_beton,
+)
+
+
+def parse(*arguments: str) -> PretrainConfig:
+    return tyro.cli(PretrainConfig, args=list(arguments), default=chosen_preset(["pretrain.py", *arguments]))
+
+
+def test_presets_carry_their_names():
+    assert all(preset.preset == name for name, preset in PRESETS.items())
+
+
+def test_the_command_line_beats_the_preset_beats_the_default():
+    assert parse() == PretrainConfig()
+    assert parse("--preset", "cifar10") == PRESETS["cifar10"]
+    assert parse("--epochs", "7", "--preset=cifar10") == replace(PRESETS["cifar10"], epochs=7)
+    assert parse("--preset", "cifar10", "--no-lars-clip").lars_clip is False
+
+
+@pytest.mark.parametrize("arguments", [["--preset", "imagenette"], ["--batch", "3"], ["--amp", "fp8"]])
+def test_unknown_flags_and_values_are_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*arguments)
+    assert stopped.value.code == 2
+
+
+def test_every_promised_flag_is_there():
+    promised = """data run epochs global_batch arch projector resolution lambd lr_weights lr_biases weight_decay
+    warmup_epochs loader workers seed preset resume amp compile paper_world_size stem""".split()
+    assert set(promised) <= {f.name for f in fields(PretrainConfig)}
+
+
+def test_published_learning_rates_by_batch():
+    assert [lr_weights_for(b) for b in (128, 256, 512, 1024, 2048, 4096)] == [0.7, 0.4, 0.3, 0.25, 0.2, 0.2]
+    assert lr_weights_for(64) == 0.7 and lr_weights_for(16384) == 0.2
+    assert 0.25 < lr_weights_for(700) < 0.3
+    assert resolved(PretrainConfig(global_batch=256)).lr_weights == 0.4
+    assert resolved(PretrainConfig(global_batch=256, lr_weights=0.1)).lr_weights == 0.1
+
+
+def test_a_run_is_a_name_or_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_folder(PretrainConfig(run="demo")) == RUNS / "demo"
+    assert run_folder(PretrainConfig(run=str(tmp_path / "x"))) == tmp_path / "x"
+    assert run_folder(PretrainConfig(run="./x")) == tmp_path / "x"
+
+
+def test_an_unnamed_run_is_named_by_its_recipe():
+    base = run_folder(PretrainConfig())
+    assert base.parent == RUNS and base.name.startswith("imagenet-resnet50-300ep-")
+    assert run_folder(PretrainConfig(workers=3, loader="torch", compile=True)) == base
+    others = [PretrainConfig(seed=1), PretrainConfig(lambd=0.01), PretrainConfig(data=Path("elsewhere"))]
+    assert len({base, *map(run_folder, others)}) == 4
+
+
+def test_recipe_leaves_out_what_does_not_change_the_weights():
+    plain = as_plain(PretrainConfig())
+    assert set(plain) - set(recipe(plain)) == set(NOT_RECIPE)
+    assert isinstance(plain["data"], str)
+
+
+def test_projector_widths():
+    assert projector_widths("8192-8192-8192") == [8192] * 3
+    for bad in ("", "8192-", "8192-x", "0-8"):
+        with pytest.raises(UserError, match="8192-8192-8192"):
+            projector_widths(bad)
+
+
+def test_too_small_values_are_refused():
+    with pytest.raises(UserError, match="--global-batch 1 "):
+        resolved(PretrainConfig(global_batch=1))
+    with pytest.raises(UserError, match="--epochs -1 "):
+        resolved(PretrainConfig(epochs=-1))
+
+
+def test_data_is_a_folder_or_a_file(tmp_path):
+    with pytest.raises(UserError, match=r"no train\.beton in"):
+        train_beton(tmp_path)
+    (tmp_path / "train.beton").touch()
+    (tmp_path / "other.beton").touch()
+    assert train_beton(tmp_path) == tmp_path / "train.beton"
+    assert train_beton(tmp_path / "other.beton") == tmp_path / "other.beton"
+
+
+def test_help_shows_the_presets_values(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--preset", "cifar10", "--help")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", "").split())
+    assert "(default: 2048-2048-2048)" in text

@@ -1,0 +1,91 @@
+"""Backbones by name, stems, projector, and their errors."""
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from pipeline.command import UserError
+from train.batchnorm import CrossRankBatchNorm, with_global_batch_norm
+from train.model import make_backbone, make_projector
+
+
+def test_resnet_has_torchvisions_names_and_zero_initialized_residuals():
+    backbone, features = make_backbone("resnet50")
+    theirs = torchvision.models.resnet50().state_dict()
+    assert {n: w.shape for n, w in backbone.state_dict().items()} == {
+        n: w.shape for n, w in theirs.items() if not n.startswith("fc.")
+    }
+    assert features == 2048
+    assert all((block.bn3.weight == 0).all() for block in backbone.layer1)
+
+
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("small", 4)])
+def test_stems(stem, side):
+    backbone, features = make_backbone("resnet18", stem)
+    seen = []
+    backbone.layer4.register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, features) == (2, 512)
+    assert seen[0] == (2, 512, side, side)
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", "mobilenetv3_small_050"])
+def test_timm_models_tell_their_feature_dimension(arch):
+    backbone, features = make_backbone(arch)
+    assert backbone.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, features)
+
+
+def test_unknown_architecture_names_the_nearest():
+    with pytest.raises(UserError, match=r"resnet5O.*did you mean.*resnet50"):
+        make_backbone("resnet5O")
+    with pytest.raises(UserError, match="list_models"):
+        make_backbone("qqqqqqqqqq")
+
+
+def test_small_stem_is_for_torchvisions_resnets():
+    with pytest.raises(UserError, match="--stem"):
+        make_backbone("test_resnet", "small")
+
+
+def test_projector_layers():
+    projector = make_projector(2048, [8192, 4096, 128])
+    kinds = [type(layer) for layer in projector]
+    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert [tuple(layer.weight.shape) for layer in projector[::3]] == [(8192, 2048), (4096, 8192), (128, 4096)]
+    assert all(layer.bias is None for layer in projector[::3])
+
+
+@pytest.mark.parametrize(("theirs", "shape"), [(nn.BatchNorm2d(6), (5, 6, 3, 4)), (nn.BatchNorm1d(6), (5, 6))])
+def test_our_batch_norm_is_torchs_at_world_size_1(theirs, shape):
+    torch.manual_seed(0)
+    nn.init.normal_(theirs.weight)
+    nn.init.normal_(theirs.bias)
+    theirs = theirs.double()
+    ours = CrossRankBatchNorm(6).double()
+    ours.load_state_dict(theirs.state_dict())
+    x = (torch.randn(shape, dtype=torch.float64) * 3 + 1).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    weight = torch.randn(shape, dtype=torch.float64)
+    for training in (True, True, False):
+        out, expected = ours.train(training)(x), theirs.train(training)(y)
+        torch.testing.assert_close(out, expected)
+        (out * weight).sum().backward()
+        (expected * weight).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad)
+    torch.testing.assert_close(ours.bias.grad, theirs.bias.grad)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, msg=name)
+
+
+def test_one_process_keeps_torchs_batch_norm():
+    backbone, _ = make_backbone("resnet18")
+    assert with_global_batch_norm(backbone, torch.device("cpu")) is backbone
+    assert not any(isinstance(m, CrossRankBatchNorm) for m in backbone.modules())
+
+
+def test_foreign_batch_norm_on_several_cpu_ranks(monkeypatch):
+    monkeypatch.setattr("train.batchnorm.world_size", lambda: 2)
+    backbone, _ = make_backbone("test_efficientnet")
+    with pytest.raises(UserError, match="BatchNormAct2d"):
+        with_global_batch_norm(backbone, torch.device("cpu"))

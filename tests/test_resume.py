@@ -1,0 +1,190 @@
+"""A run stopped anywhere and started again ends with the same bits as one that was never stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.oracles_train import SyntheticLoader
+from train.checkpoint import read_checkpoint
+from train.config import PretrainConfig, resolved
+from train.distributed import Ranks
+from train.pretrain import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, train
+
+CPU = Ranks(0, 1, torch.device("cpu"), None)
+TINY = PretrainConfig(
+    arch="test_resnet", projector="24-16", resolution=16, global_batch=8, epochs=3, warmup_epochs=1, amp="off",
+    lr_weights=2.0, lr_biases=0.1, lars_eta=0.02, paper_world_size=1, log_every=3,
+)  # fmt: skip
+STEPS = 15
+
+
+class Killed(Exception):
+    """Stands for the end of the process: nothing after it in the run's code is reached."""
+
+
+class StoppingLoader(SyntheticLoader):
+    """Five steps an epoch; before it gives batch `at` it kills the run or sends the process a signal."""
+
+    def __init__(self, at: int = -1, send: int = 0):
+        super().__init__(images=43, global_batch=8)
+        self.at, self.send = at, send
+
+    def batches(self, start_step=0, stop_step=None):
+        for batch in super().batches(start_step, stop_step):
+            if batch.step == self.at and not self.send:
+                raise Killed
+            if batch.step == self.at:
+                os.kill(os.getpid(), self.send)
+            yield batch
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.runlog.RUNS", tmp_path)
+
+
+def run(folder: Path, loader=None, **flags) -> int:
+    config = resolved(replace(TINY, run=str(folder), **flags))
+    loader = loader or StoppingLoader()
+    loader.size_px = config.resolution
+    return train(config, CPU, loader)
+
+
+def bits(value):
+    """A checkpoint as nested plain values, tensors as bytes."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype, value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: bits(item) for name, item in value.items() if name != "config"}
+    return [bits(item) for item in value] if isinstance(value, list) else value
+
+
+def end_of(folder: Path) -> dict:
+    return bits(read_checkpoint(folder / "checkpoint.pt"))
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+# bf16 at 32 px: below, oneDNN 3.13 gives garbage for the gradient of a stride-2 convolution on a 1×1 input.
+@pytest.mark.parametrize("flags", [{"amp": "off"}, {"amp": "bf16", "resolution": 32}], ids=["off", "bf16"])
+def test_killed_before_several_steps(tmp_path, flags):
+    assert run(tmp_path / "whole", **flags) == EXIT_FINISHED
+    for at in (0, 7, 10, 14):  # in the first epoch, inside one, at an epoch's start, at the last step
+        with pytest.raises(Killed):
+            run(tmp_path / "cut", StoppingLoader(at), **flags)
+    assert read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"] == 10
+    assert run(tmp_path / "cut", **flags) == EXIT_FINISHED
+    assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
+    assert [step for step, _ in losses(tmp_path / "cut")] == sorted({step for step, _ in losses(tmp_path / "cut")})
+
+
+def test_the_comparison_sees_a_difference(tmp_path):
+    run(tmp_path / "a", epochs=1)
+    run(tmp_path / "b", epochs=1, seed=1)
+    assert end_of(tmp_path / "a") != end_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGUSR1, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)],
+)
+def test_a_signal_writes_a_checkpoint_at_the_next_step(tmp_path, number, code):
+    before = signal.getsignal(number)
+    assert run(tmp_path / "whole") == EXIT_FINISHED
+    assert run(tmp_path / "cut", StoppingLoader(6, number)) == code
+    assert signal.getsignal(number) == before
+    assert read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"] == 7
+    assert run(tmp_path / "cut") == EXIT_FINISHED
+    assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    class Impatient(StoppingLoader):
+        def batches(self, start_step=0, stop_step=None):
+            for batch in SyntheticLoader.batches(self, start_step, stop_step):
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "r", Impatient())
+    assert read_checkpoint(tmp_path / "r" / "checkpoint.pt")["step"] == 0
+
+
+def test_a_network_with_dropout_resumes_to_the_same_bits(tmp_path, monkeypatch):
+    import train.pretrain as pretrain
+
+    def with_dropout(arch, stem):
+        backbone, features = real(arch, stem)
+        return torch.nn.Sequential(backbone, torch.nn.Dropout(0.5)), features
+
+    real = pretrain.make_backbone
+    monkeypatch.setattr(pretrain, "make_backbone", with_dropout)
+    assert run(tmp_path / "whole", epochs=2) == EXIT_FINISHED
+    assert run(tmp_path / "cut", StoppingLoader(3, signal.SIGTERM), epochs=2) == EXIT_REQUEUE
+    torch.rand(100)
+    assert run(tmp_path / "cut", epochs=2) == EXIT_FINISHED
+    assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run(tmp_path / "r", epochs=1)
+    before = (tmp_path / "r" / "checkpoint.pt").stat().st_mtime_ns, losses(tmp_path / "r")
+    assert run(tmp_path / "r", epochs=1) == EXIT_FINISHED
+    assert ((tmp_path / "r" / "checkpoint.pt").stat().st_mtime_ns, losses(tmp_path / "r")) == before
+
+
+def test_resume_never_starts_over(tmp_path):
+    run(tmp_path / "r", epochs=1)
+    first = losses(tmp_path / "r"), end_of(tmp_path / "r")
+    assert run(tmp_path / "r", epochs=1, resume="never") == EXIT_FINISHED
+    assert (losses(tmp_path / "r"), end_of(tmp_path / "r")) == first
+
+
+PROGRAM = """
+import sys, torch
+from pathlib import Path
+import train.runlog
+from tests.test_resume import run
+torch.set_num_threads(1)
+train.runlog.RUNS = Path(sys.argv[1])
+sys.exit(run(Path(sys.argv[1]) / "cut", epochs=8))
+"""
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments(tmp_path):
+    """Real kills, in a step, in a checkpoint write or at the start; the survivor equals the uninterrupted run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    run(tmp_path / "whole", epochs=8)
+    torch.set_num_threads(threads)
+    moments = random.Random(0)
+    metrics = tmp_path / "cut" / "metrics.jsonl"
+    for _ in range(3):
+        process = start(tmp_path)
+        touched = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > touched):
+            time.sleep(0.005)  # the loop is about to begin
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert start(tmp_path).wait() == EXIT_FINISHED
+    assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
+
+
+def start(folder: Path) -> subprocess.Popen:
+    repo = Path(__file__).resolve().parents[1]
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], cwd=repo, stderr=subprocess.DEVNULL)

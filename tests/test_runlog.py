@@ -1,0 +1,90 @@
+"""The run's record: lines, their means, what a resumed run keeps, the picture, and a lost loss."""
+
+import json
+
+import pytest
+import torch
+
+from pipeline.command import UserError
+from train.config import PretrainConfig, as_plain
+from train.distributed import Ranks
+from train.runlog import RunLog, describe_run, keep_lines_before, open_run_folder, plot_loss
+
+CPU = Ranks(0, 1, torch.device("cpu"), None)
+
+
+def metrics(loss: float) -> dict[str, torch.Tensor]:
+    return {n: torch.tensor(v) for n, v in {"loss": loss, "diagonal_mean": 0.5, "off_diagonal_rms": 0.1}.items()}
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_are_means_over_their_steps(tmp_path):
+    log = RunLog(tmp_path, PretrainConfig(log_every=3, global_batch=10), CPU, 0, 8, 4)
+    for step in range(8):
+        log.record(step, metrics(float(step)), {"weights": 0.1 * step, "biases": 0.0}, waited_s=0.0)
+    log.close()
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [3, 6, 8]
+    assert [line["epoch"] for line in found] == [0.75, 1.5, 2.0]
+    assert [line["loss"] for line in found] == [1.0, 4.0, 6.5]
+    assert found[1]["lr_weights"] == pytest.approx(0.5)
+    assert all(line["images_per_s"] > 0 and 0 <= line["data_wait_share"] <= 1 for line in found)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_keeps_only_what_it_does_not_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
+    keep_lines_before(path, 4)
+    assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
+    keep_lines_before(tmp_path / "none.jsonl", 4)
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = RunLog(tmp_path, PretrainConfig(log_every=1), Ranks(1, 2, torch.device("cpu"), None), 0, 2, 2)
+    log.record(0, metrics(1.0), {}, 0.0)
+    log.flush()
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lost_loss_stops_the_run(tmp_path):
+    log = RunLog(tmp_path, PretrainConfig(log_every=1), CPU, 0, 2, 2)
+    with pytest.raises(UserError, match="the loss is nan in the steps before 1"):
+        log.record(0, metrics(float("nan")), {}, 0.0)
+    log.close()
+
+
+def test_description_and_latest(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.runlog.RUNS", tmp_path / "runs")
+    for name in ("a", "b"):
+        folder = tmp_path / "runs" / name
+        open_run_folder(folder)
+        describe_run(folder, as_plain(PretrainConfig()), CPU, 5)
+        assert (tmp_path / "runs" / "latest").resolve() == folder
+    assert not (tmp_path / "runs" / "latest").readlink().is_absolute()
+    outside = tmp_path / "outside"
+    open_run_folder(outside)
+    describe_run(outside, as_plain(PretrainConfig()), CPU, 5)
+    assert (tmp_path / "runs" / "latest").resolve() == outside
+    assert json.loads((folder / "config.json").read_text()) == as_plain(PretrainConfig())
+    env = json.loads((folder / "env.json").read_text())
+    assert env["start_step"] == 5 and env["torch"] == torch.__version__.split("+")[0]
+
+
+def test_an_impossible_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--run"):
+        open_run_folder(tmp_path / "file" / "run")
+
+
+def test_picture(tmp_path):
+    values = {"loss": 1.0, "diagonal_mean": 0.5, "off_diagonal_rms": 0.1}
+    text = "".join(json.dumps({"step": s, "epoch": s / 2, **values}) + "\n" for s in range(3))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    plot_loss(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -35,15 +35,23 @@ def rank_accuracy(ranks: torch.Tensor) -> Accuracy:
     return Accuracy(*(100.0 * (ranks < k).double().mean().item() for k in (1, 5)))
 
 
-def nearest(bank: torch.Tensor, queries: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest dot products of each query: (N, D), (B, D) → similarities and bank rows, both (B, k), sorted.
+def inverse_lengths(features: torch.Tensor) -> torch.Tensor:
+    """1 / ‖row‖, (N, D) of any float type → (N,) float32. A row of zeros gets a large number, and so stays zero."""
+    return torch.cat([1 / part.float().norm(dim=1).clamp(min=1e-12) for part in features.split(BANK_CHUNK)])
 
-    Exact; the bank goes through in pieces, so memory does not grow with N.
+
+def nearest(
+    bank: torch.Tensor, scale: torch.Tensor, queries: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest of `scale` (N,) × dot product: (N, D), (B, D) → similarities and bank rows, (B, k), sorted.
+
+    Exact. The bank goes through in pieces and is never copied, so memory does not grow with N.
     """
     best = torch.empty(len(queries), 0, device=queries.device)
     rows = torch.empty(len(queries), 0, dtype=torch.int64, device=queries.device)
     for start in range(0, len(bank), BANK_CHUNK):
-        similarity = queries @ bank[start : start + BANK_CHUNK].T
+        piece = slice(start, start + BANK_CHUNK)
+        similarity = (queries @ bank[piece].float().T).mul_(scale[piece])
         values, columns = similarity.topk(min(k, similarity.shape[1]), dim=1, sorted=False)
         best, rows = torch.cat([best, values], 1), torch.cat([rows, columns + start], 1)
         best, kept = best.topk(min(k, best.shape[1]), dim=1)
@@ -68,16 +76,16 @@ def knn_ranks(
 ) -> dict[int, torch.Tensor]:
     """The rank of each query's label in the vote of its k nearest, for every k: {k: (M,) int64}.
 
-    `bank` (N, D) and `queries` (M, D) are features of any float type; both are scaled to unit length here, so
-    that a dot product is the cosine. A k above N is left out. A class without a vote is never a hit.
+    `bank` (N, D) and `queries` (M, D) are features of any float type and length; the similarity is the cosine.
+    A k above N is left out. A class without a vote is never a hit.
     """
     neighbours = tuple(k for k in neighbours if k <= len(bank))
-    bank = normalize(bank.float(), dim=1)
+    scale = inverse_lengths(bank)
     ranks = {k: [] for k in neighbours}
     for start in range(0, len(queries) if neighbours else 0, QUERY_CHUNK):
         chunk = normalize(queries[start : start + QUERY_CHUNK].float(), dim=1)
         labels = query_labels[start : start + QUERY_CHUNK]
-        similarity, rows = nearest(bank, chunk, max(neighbours))
+        similarity, rows = nearest(bank, scale, chunk, max(neighbours))
         for k in neighbours:
             votes = knn_votes(similarity[:, :k], bank_labels[rows[:, :k]], classes)
             voted = votes.gather(1, labels[:, None])[:, 0] > 0

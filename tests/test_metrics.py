@@ -82,8 +82,11 @@ def test_knn_agrees_with_brute_force(features, chunks, monkeypatch):
 def test_nearest_is_exact_and_sorted(monkeypatch):
     monkeypatch.setattr(metrics, "BANK_CHUNK", 50)
     bank, queries = torch.randn(333, 8, dtype=torch.float64), torch.randn(9, 8, dtype=torch.float64)
-    values, rows = metrics.nearest(bank.float(), queries.float(), 60)
-    expected = np.sort((queries @ bank.T).numpy(), axis=1)[:, ::-1][:, :60]
+    bank[5] = 0
+    values, rows = metrics.nearest(bank.float(), metrics.inverse_lengths(bank), queries.float(), 60)
+    lengths = np.linalg.norm(bank, axis=1)
+    lengths[5] = 1
+    expected = np.sort((queries @ bank.T).numpy() / lengths, axis=1)[:, ::-1][:, :60]
     assert np.allclose(values.numpy(), expected, atol=1e-5)
     assert all(len(set(row.tolist())) == 60 for row in rows)
 

@@ -15,7 +15,6 @@ Source of the layout: ffcv 1.0.2, `types.py`, `writer.py`, `memory_allocator.py`
 """
 
 import ctypes
-import ctypes.util
 import hashlib
 import json
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numba
 import numpy as np
 
 from pipeline.command import UserError
+from pipeline.jpeg import LIMIT_SCANS, RGB, load_library, turbojpeg
 
 FORMAT_VERSION = 1  # of our manifest and file table; FFCV's own version stands in the header
 FFCV_VERSION = 2
@@ -247,27 +247,12 @@ STATUS_TEXT = (
     range(9)
 )
 
-_RGB = 0  # TJPF_RGB: three bytes a pixel
-TJ_LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: refuse a progressive JPEG of more than 500 scans, a known denial of service
-
-
-def _load_turbojpeg() -> ctypes.CDLL | None:
-    for name in ("libturbojpeg.so.0", ctypes.util.find_library("turbojpeg")):
-        try:
-            return ctypes.CDLL(name) if name else None
-        except OSError:
-            continue
-    return None
-
-
 # Compiled code finds these by symbol name when it is linked, in this process. A ctypes function would be
 # compiled in as an address of this process, and the copy in numba's cache would crash the next one.
-TURBOJPEG = _load_turbojpeg()
-if TURBOJPEG is not None:
+_lib = load_library()
+if _lib is not None:
     for _name in ("tjInitDecompress", "tjDecompressHeader3", "tjDecompress2", "tjGetErrorCode", "tjDestroy"):
-        llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(TURBOJPEG, _name), ctypes.c_void_p).value)
-    TURBOJPEG.tjInitDecompress.restype = ctypes.c_void_p
-    TURBOJPEG.tjDestroy.argtypes = [ctypes.c_void_p]
+        llvmlite.binding.add_symbol(_name, ctypes.cast(getattr(_lib, _name), ctypes.c_void_p).value)
 
 _i32, _ptr = numba.types.int32, numba.types.intp
 _tj_init = numba.types.ExternalFunction("tjInitDecompress", _ptr())
@@ -281,9 +266,7 @@ _tj_destroy = numba.types.ExternalFunction("tjDestroy", _i32(_ptr))
 
 def make_handle() -> np.ndarray:
     """A decompressor for `decode_rgb`; each thread needs its own. Raises UserError without libjpeg-turbo."""
-    if TURBOJPEG is None:
-        raise UserError("libturbojpeg.so.0 is missing; install the package libturbojpeg0 (Debian, Ubuntu)")
-    handle = np.array([TURBOJPEG.tjInitDecompress() or 0], np.int64)
+    handle = np.array([turbojpeg().tjInitDecompress() or 0], np.int64)
     if not handle[0]:
         raise MemoryError("tjInitDecompress failed")
     return handle
@@ -291,7 +274,7 @@ def make_handle() -> np.ndarray:
 
 def free_handle(handle: np.ndarray) -> None:
     """Gives a decompressor back."""
-    TURBOJPEG.tjDestroy(int(handle[0]))
+    turbojpeg().tjDestroy(int(handle[0]))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -303,7 +286,7 @@ def _decode_jpeg(decompressor, source, size, height, width, target):
         return NOT_A_JPEG
     if found[0] != width or found[1] != height:
         return WRONG_SIZE
-    if _tj_decompress(decompressor, source, size, target, width, width * 3, height, _RGB, TJ_LIMIT_SCANS) == 0:
+    if _tj_decompress(decompressor, source, size, target, width, width * 3, height, RGB, LIMIT_SCANS) == 0:
         return OK
     return DAMAGED if _tj_error_code(decompressor) == 0 else UNDECODABLE  # 0 is a warning
 

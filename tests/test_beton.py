@@ -373,15 +373,14 @@ def test_a_bogus_table_does_not_spoil_the_next_image(small):
 def test_the_compiled_decoder_is_cached_between_processes(small, tmp_path):
     """The second process loads the first one's machine code, with libjpeg-turbo at another address."""
     code = """
-        import sys, numpy as np
+        import ctypes, sys, numpy as np
         from pipeline import beton
         b = beton.open_beton(sys.argv[1])
         handle, out = beton.make_handle(), np.zeros(b.heights[0] * b.widths[0] * 3, np.uint8)
         status = beton.decode_rgb(handle, b.data, b.offsets[0], b.sizes_bytes[0], b.modes[0], b.heights[0], b.widths[0],
             out)
-        print(status, int(out.sum()), sum(beton.decode_rgb.stats.cache_hits.values()), beton.TURBOJPEG.tjDestroy)
-        import ctypes
-        print(ctypes.cast(beton.TURBOJPEG.tjDecompress2, ctypes.c_void_p).value)
+        print(status, int(out.sum()), sum(beton.decode_rgb.stats.cache_hits.values()),
+            ctypes.cast(beton.turbojpeg().tjDecompress2, ctypes.c_void_p).value)
     """
     runs = [run_python(code, small, NUMBA_CACHE_DIR=str(tmp_path / "cache")).split() for _ in range(3)]
     assert [run[0] for run in runs] == ["0"] * 3 and len({run[1] for run in runs}) == 1

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import beton, beton_writer, convert, store
+from pipeline import beton, beton_writer, convert
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.sources import Source
@@ -401,19 +401,6 @@ def test_two_at_once(images, out):
     with pytest.raises(UserError, match="another process is writing"):
         convert.main(ConvertConfig(out, images, workers=1))
     writer.close()
-
-
-def test_an_image_too_large_for_a_page(monkeypatch):
-    """FFCV's format cannot hold more than a page of one image; a huge header makes a JPEG that large."""
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    data = store._encode(Image.fromarray(pixels), 90)
-    comment = b"\xff\xfe\xff\xff" + bytes(65533)
-    large = data[:2] + comment * (beton.PAGE_BYTES // len(comment) + 1) + data[2:]
-    stored = store.store_image(large, 500, 90, False)
-    assert stored.how == store.RECODED and len(stored.data) < 100_000
-    monkeypatch.setattr(store, "PAGE_BYTES", 1000)
-    with pytest.raises(store.Unreadable, match="lower --max-side"):
-        store.store_image(data, 500, 90, False)
 
 
 # ---- verify ----

@@ -16,11 +16,11 @@ from torchvision.transforms import functional as F
 from pipeline.augment_cpu import (
     apply_view,
     apply_view_normalized,
-    box_weights,
     make_scratch,
     normalization_table,
     normalize_into,
 )
+from pipeline.blur_cpu import box_weights
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, centre_views, draw_views, empty_params
 from pipeline.loader_torch import apply_view_pil
 from pipeline.resample_cpu import height_first
@@ -261,7 +261,7 @@ def test_extreme_parameters(operation, value, side):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("operation", "value"),
-    [("hue", -0.5), ("hue", 0.0), ("hue", 0.1), ("hue", 0.37), ("saturation", 0.83), ("saturation", 1.19), ("grey", 1)],
+    [("hue", -0.5), ("hue", 0.1), ("hue", 0.37), ("saturation", 0.83), ("saturation", 1.19), ("grey", 1)],
 )
 def test_every_colour_there_is(operation, value):
     """All 2^24 colours in one picture of 4096 × 4096."""

@@ -1,9 +1,10 @@
 """Which images an evaluation learns from and is judged on: a dataset's two files, and a labelled share of the first.
 
-`eval/splits/` holds SimCLR's lists of ImageNet's 1 % and 10 %. A list applies where all of this is true:
-the fraction is 0.01 or 0.1; every class is named by a WordNet id (n and eight digits); and every class has at
-least one listed file in the dataset. So it applies to ImageNet and to subsets of its classes, of which it picks
-the files that are there. Everything else gets a seeded, class-balanced share. The split's name tells which.
+`eval/splits/` holds SimCLR's lists of ImageNet's 1 % and 10 % (google-research/simclr, Apache 2.0). A list applies
+where all of this is true: the fraction is 0.01 or 0.1; every class is named by a WordNet id (n and eight digits);
+and every class has at least one listed file in the dataset. So it applies to ImageNet and to subsets of its
+classes, of which it picks the files that are there. Everything else gets a seeded, class-balanced share. The
+split's name tells which.
 """
 
 import functools

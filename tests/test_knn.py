@@ -124,7 +124,7 @@ def test_a_result_that_cannot_be_recorded_is_printed_all_the_same(run, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", ["knn", "linear", "semisup", "report"])
+@pytest.mark.parametrize("entry", ["knn", "report"])
 def test_a_missing_run_is_exit_code_2_and_one_line(entry, tmp_path):
     where = [tmp_path / "nowhere"] if entry == "report" else ["--checkpoint", tmp_path / "nowhere"]
     done = subprocess.run([sys.executable, REPO / "eval" / f"{entry}.py", *where], capture_output=True, text=True)

@@ -141,3 +141,8 @@ def test_a_collapsed_encoder_scores_chance():
     train, val = torch.ones(40, 6), torch.ones(10, 6)
     standardize_(train, val)
     assert not train.any() and not val.any()
+
+
+def test_a_missing_run(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere; make one with"):
+        main(LinearConfig(checkpoint=tmp_path / "nowhere"))

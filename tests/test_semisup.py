@@ -127,3 +127,8 @@ def test_bad_flags(run, flags, message):
     with pytest.raises(UserError, match=message):
         main(SemisupConfig(checkpoint=run, **flags))
     assert not (run / "results.jsonl").exists()
+
+
+def test_a_missing_run(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere; make one with"):
+        main(SemisupConfig(checkpoint=tmp_path / "nowhere"))

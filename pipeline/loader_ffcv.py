@@ -37,24 +37,27 @@ JOBS_PER_WORKER = 4  # a batch is split finer than the workers, so that none wai
 
 
 @numba.njit(cache=True, nogil=True)
-def _make_views(handle, data, ids, table, params, bicubic, pixels, scratch, lut, views_u8, views_f32, status):
+def _make_views(handle, data, ids, table, params, bicubic, pixels, scratch, lut, first, views_u8, views_f32, status):
     """Decodes each image once and makes its V views; a status other than OK leaves that image's views unset.
 
-    Of views_u8 (V, B, H, W, 3) and views_f32, the same normalized, the one that is not empty is filled.
+    The images are number first, first + 1, … of the batch. Of views_u8 (V, B, H, W, 3) and views_f32, the same
+    normalized, the one that is not empty is filled. Both are the whole batch's, not slices of it: one layout, so
+    that one compiled version serves every number of views and jobs.
     """
     offsets, sizes, modes, heights, widths = table
     for b in range(len(ids)):
         i = ids[b]
         height, width = heights[i], widths[i]
-        status[b] = decode_rgb(handle, data, offsets[i], sizes[i], modes[i], height, width, pixels)
-        if status[b] != OK:
+        at = first + b
+        status[at] = decode_rgb(handle, data, offsets[i], sizes[i], modes[i], height, width, pixels)
+        if status[at] != OK:
             continue
         image = pixels[: height * width * 3].reshape(height, width, 3)
         for v in range(len(bicubic)):
             if views_f32.size:
-                apply_view_normalized(image, params, b, v, bicubic[v], lut, scratch, views_f32[v, b])
+                apply_view_normalized(image, params, b, v, bicubic[v], lut, scratch, views_f32[v, at])
             else:
-                apply_view(image, params, b, v, bicubic[v], scratch, views_u8[v, b])
+                apply_view(image, params, b, v, bicubic[v], scratch, views_u8[v, at])
 
 
 @dataclass
@@ -111,8 +114,8 @@ class FfcvLoader:
             return centre_views(heights, widths, c.views, c.resolution_px)
         return draw_views(c.seed, epoch, ids, heights, widths, c.views, c.resolution_px)
 
-    def _job(self, epoch: int, ids: np.ndarray, views: np.ndarray, status: np.ndarray) -> None:
-        """One worker's share of a batch: ids (b,), views (V, b, H, W, 3), status (b,)."""
+    def _job(self, epoch: int, ids: np.ndarray, first: int, views: np.ndarray, status: np.ndarray) -> None:
+        """One worker's share of a batch: images number first, first + 1, … into views (V, B, H, W, 3), status (B,)."""
         own = self._thread
         views_u8 = views if self._cuda else np.empty((0, 0, 0, 0, 0), np.uint8)
         views_f32 = np.empty((0, 0, 0, 0, 0), np.float32) if self._cuda else views
@@ -126,6 +129,7 @@ class FfcvLoader:
             own.pixels,
             own.scratch,
             self._lut,
+            first,
             views_u8,
             views_f32,
             status,
@@ -139,7 +143,7 @@ class FfcvLoader:
         status = np.zeros(len(ids), np.int64)
         cuts = np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int)
         array = views.numpy()
-        jobs = [self._pool.submit(self._job, epoch, ids[a:z], array[:, a:z], status[a:z]) for a, z in pairwise(cuts)]
+        jobs = [self._pool.submit(self._job, epoch, ids[a:z], int(a), array, status) for a, z in pairwise(cuts)]
         return _Pending(step, epoch, ids, views, status, jobs)
 
     def _finish(self, pending: _Pending) -> Batch:

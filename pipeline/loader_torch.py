@@ -109,6 +109,10 @@ class _Steps(torch.utils.data.Dataset):
         return views
 
 
+def _as_made(batch: tuple | UserError) -> tuple | UserError:
+    return batch
+
+
 class TorchLoader:
     """Batches from a .beton file by Pillow and torchvision; see LoaderConfig and Batch for what is in them.
 
@@ -130,6 +134,7 @@ class TorchLoader:
         self._loader = torch.utils.data.DataLoader(
             _Steps(config),
             batch_size=None,
+            collate_fn=_as_made,
             sampler=self,
             num_workers=self.workers,
             multiprocessing_context="forkserver",

@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parents[1]
 ORDER = """
 pipeline.constants pipeline.command pipeline.spec pipeline.rng pipeline.draws pipeline.order pipeline.sources
 pipeline.jpeg pipeline.beton pipeline.shrink pipeline.store pipeline.beton_writer pipeline.convert
-pipeline.resample_cpu pipeline.augment_cpu pipeline.resample_gpu pipeline.augment_gpu
+pipeline.resample_cpu pipeline.augment_cpu pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
 pipeline.loader_torch pipeline.loader_ffcv pipeline.loader pipeline.preview
 train.config train.distributed train.batchnorm train.model train.methods.contract train.methods.barlow_twins train.lars
 train.schedule train.checkpoint train.runlog train.pretrain

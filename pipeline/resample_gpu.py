@@ -1,0 +1,349 @@
+"""Crop, resize, flip on the GPU: what the kernels need to know about a batch, and Pillow's two-pass resize in Triton.
+
+The arithmetic is Pillow's, as resample_cpu.py tells it: coefficients in float64, rounded to 22-bit fixed point; one
+pass along an axis, 8 bits, then the other axis; the axis that shrinks more goes first. Kernels work on a whole batch;
+`view` is v · B + b everywhere here.
+
+    fill_coefficients ─┬──────────────────────────────────────────────────┐
+                       ▼                                                  ▼
+    pixels ── resize_once ──▶ between, uint8: planes of rows resized ── resized_tile ──▶ r, g, b of a tile of a view
+                              in width (box height, 3, pitch), or
+                              in height (side, box width, 3)
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from pipeline.blur_cpu import box_weights
+from pipeline.draws import CONTRAST, ViewParams
+from pipeline.resample_cpu import height_first
+
+SUPPORT = {"bicubic": 2, "bilinear": 1}  # px of the filter to each side, at scale 1
+COEFFICIENT_BITS = 22  # Pillow's fixed point
+MAX_SIGMA_PX = 9.4  # of the blur: a box radius of 8 px
+TILE_PX = 32  # of a view, both ways
+PITCH_BYTES = tl.constexpr(TILE_PX)  # planes' rows start at multiples of it: whole tiles of aligned, wide loads
+
+# The columns of ViewPlan.table: names for the host, constants for the kernels.
+FIELDS = (
+    *("pixel", "row_bytes"),  # byte of `pixels` where the box starts, bytes from row to row
+    *("box_height", "box_width", "resized_height", "resized_width", "window_top", "window_left"),
+    *("flip", "support", "height_first"),
+    *("taps_y", "taps_x", "coefficients_y", "coefficients_x"),  # taps of an output, where they start in their buffer
+    "between",  # byte where this view's intermediate starts
+    *("order_0", "order_1", "order_2", "order_3"),
+    *("steps_before_mean", "steps"),  # how many of the four run before the contrast's mean is known, and in all
+    *("brightness", "contrast", "saturation", "hue"),  # three float32 as their bits; hue as its 8-bit shift
+    *("grey", "solarize", "blur", "blur_radius", "blur_inner", "blur_edge"),
+)
+# fmt: off
+(PIXEL, ROW_BYTES, BOX_HEIGHT, BOX_WIDTH, RESIZED_HEIGHT, _, WINDOW_TOP, _, FLIP, SUPPORT_PX, HEIGHT_FIRST,
+ TAPS_Y, TAPS_X, COEFFICIENTS_Y, COEFFICIENTS_X, BETWEEN, ORDER, _, _, _, STEPS_BEFORE_MEAN, STEPS,
+ BRIGHTNESS_FACTOR, CONTRAST_FACTOR, SATURATION_FACTOR, HUE_SHIFT, GREY, SOLARIZE, BLUR, BLUR_RADIUS, BLUR_INNER,
+ BLUR_EDGE) = (tl.constexpr(i) for i in range(len(FIELDS)))
+# fmt: on
+WIDTH = tl.constexpr(len(FIELDS))  # of a table row
+_BITS = tl.constexpr(COEFFICIENT_BITS)
+_HALF = tl.constexpr(1 << (COEFFICIENT_BITS - 1))
+_ONE = tl.constexpr(float(1 << COEFFICIENT_BITS))
+
+
+class ViewPlan(NamedTuple):
+    """What the kernels need to know about V views of B images, and the sizes the host needs to allocate.
+
+    table          int64 (V · B, len(FIELDS)), row v · B + b
+    images         B
+    side_px        H = W of the views
+    pitch_bytes    from row to row of a plane: side_px, rounded up
+    between_bytes  of the intermediate of all views
+    taps           of both axes of all views: rows of the coefficient buffer
+    blur_radius    the largest box radius of any view, px; -1 = no view is blurred
+    """
+
+    table: torch.Tensor
+    images: int
+    side_px: int
+    pitch_bytes: int
+    between_bytes: int
+    taps: int
+    blur_radius: int
+
+    def to(self, device: torch.device | str) -> "ViewPlan":
+        """The same plan with its table on `device`: one asynchronous copy of 248 bytes a view."""
+        return self._replace(table=self.table.to(device, non_blocking=True))
+
+
+@numba.njit(cache=True, nogil=True)
+def _rules(box_height, box_width, resized_height, resized_width, sigma_px):
+    """(n, 4): Pillow's choices for each view, by the CPU's functions: height first, blur radius, inner, edge weight."""
+    out = np.empty((len(sigma_px), 4), np.int64)
+    for i in range(len(out)):
+        out[i, 0] = height_first(box_height[i], box_width[i], resized_height[i], resized_width[i])
+        out[i, 1:] = -1
+        if sigma_px[i] > 0:
+            out[i, 1], out[i, 2], out[i, 3] = box_weights(sigma_px[i])
+    return out
+
+
+def _taps(box: np.ndarray, resized: np.ndarray, support: np.ndarray) -> np.ndarray:
+    """An upper bound of the taps of one output pixel; a tap beyond it would have weight zero."""
+    return np.minimum(np.ceil(2 * support * np.maximum(box / resized, 1)).astype(np.int64), box)
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Where each of some consecutive parts starts."""
+    return np.cumsum(counts) - counts
+
+
+def _round_up(count, multiple: int):
+    return -(-count // multiple) * multiple
+
+
+def _check(params: ViewParams, starts: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> None:
+    if not len(params.flip) == len(starts) == len(heights) == len(widths):
+        raise ValueError(f"parameters of {len(params.flip)} images for {len(starts)} images: give one row an image")
+    inside = (params.box_top >= 0) & (params.box_left >= 0) & (params.box_height > 0) & (params.box_width > 0)
+    inside &= params.box_top + params.box_height <= heights[:, None]
+    inside &= params.box_left + params.box_width <= widths[:, None]
+    if not inside.all():
+        b, v = np.argwhere(~inside)[0]
+        raise ValueError(
+            f"the box of image {b}, view {v} leaves its {heights[b]} × {widths[b]} px: draw it for this size"
+        )
+    if (params.sigma_px > MAX_SIGMA_PX).any():
+        raise ValueError(
+            f"a blur of sigma {params.sigma_px.max():g} px is wider than the kernels' registers: "
+            f"draw at most {MAX_SIGMA_PX} px, or make the views on the CPU"
+        )
+    if (heights * widths * 3 >= 2**31).any():
+        raise ValueError(f"image {np.argmax(heights * widths)} has 2³¹ bytes or more: store it smaller")
+
+
+def plan_views(
+    params: ViewParams,
+    starts: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    interpolations: Sequence[str],
+    resolution_px: int,
+) -> ViewPlan:
+    """The plan of all views of B images whose pixels lie in one uint8 buffer, image b (h, w, 3) from byte starts[b] on.
+
+    `starts`, `heights`, `widths` are (B,); boxes are relative to what is in the buffer (who ships a cut of the image
+    shifts them). `interpolations` has one of SUPPORT's names a view. The table is in pinned memory where there is a
+    GPU. Raises ValueError for boxes outside their image.
+    """
+    starts, heights, widths = (np.asarray(a, np.int64) for a in (starts, heights, widths))
+    _check(params, starts, heights, widths)
+    images, views = params.flip.shape
+    p = ViewParams(*(np.swapaxes(a, 0, 1).reshape(images * views, *a.shape[2:]) for a in params))
+    starts, row_bytes = np.tile(starts, views), np.tile(widths, views) * 3
+    support = np.repeat([SUPPORT[name] for name in interpolations], images)
+    taps_y = _taps(p.box_height, p.resized_height, support)
+    taps_x = _taps(p.box_width, p.resized_width, support)
+    taps = taps_y + taps_x
+    rules = _rules(p.box_height, p.box_width, p.resized_height, p.resized_width, p.sigma_px)
+    is_contrast = p.jitter_order == CONTRAST
+    contrast_at = np.where(is_contrast.any(1), is_contrast.argmax(1), 4)
+    pitch = _round_up(resolution_px, TILE_PX)
+    between = np.where(rules[:, 0], p.box_width.astype(np.int64) * resolution_px, p.box_height.astype(np.int64) * pitch)
+    between = _round_up(between * 3, TILE_PX)
+    columns = {name: getattr(p, name) for name in FIELDS if name in ViewParams._fields}
+    columns |= {name: columns[name].view(np.int32) for name in ("brightness", "contrast", "saturation")}
+    columns |= {f"order_{i}": p.jitter_order[:, i] for i in range(4)}
+    columns |= {
+        "pixel": starts + p.box_top * row_bytes + p.box_left * 3,
+        "row_bytes": row_bytes,
+        "support": support,
+        "height_first": rules[:, 0],
+        "taps_y": taps_y,
+        "taps_x": taps_x,
+        "coefficients_y": _starts(taps),
+        "coefficients_x": _starts(taps) + taps_y,
+        "between": _starts(between),
+        "steps_before_mean": np.where(p.jitter, contrast_at, 0),
+        "steps": np.where(p.jitter, 4, 0),
+        "hue": (p.hue.astype(np.float64) * 255).astype(np.int64) & 255,
+        "blur": p.sigma_px > 0,
+        "blur_radius": rules[:, 1],
+        "blur_inner": rules[:, 2],
+        "blur_edge": rules[:, 3],
+    }
+    table = torch.empty((images * views, len(FIELDS)), dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    np.stack([columns[name] for name in FIELDS], 1, out=table.numpy(), casting="unsafe")
+    return ViewPlan(
+        table, images, resolution_px, pitch, int(between.sum()), int(taps.sum()), int(rules[:, 1].max(initial=-1))
+    )
+
+
+@triton.jit
+def field(table, view, index):
+    """One number of the plan, int32."""
+    return tl.load(table + view.to(tl.int64) * WIDTH + index).to(tl.int32)
+
+
+@triton.jit
+def field64(table, view, index):
+    """One number of the plan that may pass 2³¹: a place in a buffer."""
+    return tl.load(table + view.to(tl.int64) * WIDTH + index)
+
+
+@triton.jit
+def _weight(x, support):
+    """The filter's weight at distance x: the triangle (support 1) or Keys' cubic, a = -0.5 (support 2)."""
+    x = tl.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1.0
+    far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
+    cubic = tl.where(x < 1.0, near, tl.where(x < 2.0, far, 0.0))
+    return tl.where(support == 2, cubic, tl.maximum(1.0 - x, 0.0))
+
+
+@triton.jit
+def fill_coefficients(table, first, coefficients, side, OUTPUTS: tl.constexpr):
+    """Grid (views, 2 axes, ⌈side / OUTPUTS⌉) → first int32 (views, 2, side), coefficients int32 (taps, side).
+
+    Axis 0 is y, 1 is x. The flip is in here: it is the coefficients of x in the reverse order. An output outside
+    the resized box gets zeros.
+    """
+    view, axis = tl.program_id(0), tl.program_id(1)
+    i = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
+    own = table + view.to(tl.int64) * WIDTH
+    box = tl.load(own + BOX_HEIGHT + axis).to(tl.int32)
+    resized = tl.load(own + RESIZED_HEIGHT + axis).to(tl.int32)
+    window = tl.load(own + WINDOW_TOP + axis).to(tl.int32)
+    taps = tl.load(own + TAPS_Y + axis).to(tl.int32)
+    target = coefficients + tl.load(own + COEFFICIENTS_Y + axis) * side
+    support = field(table, view, SUPPORT_PX)
+    mirrored = (field(table, view, FLIP) * axis) != 0
+    out = tl.where(mirrored, side - 1 - i, i) + window
+    inside = (out >= 0) & (out < resized)
+
+    scale = box.to(tl.float64) / resized.to(tl.float64)
+    filter_scale = tl.maximum(scale, 1.0)
+    reach = support.to(tl.float64) * filter_scale
+    inverse = 1.0 / filter_scale
+    centre = (out.to(tl.float64) + 0.5) * scale
+    begin = tl.maximum((centre - reach + 0.5).to(tl.int32), 0)
+    end = tl.minimum((centre + reach + 0.5).to(tl.int32), box)
+    total = tl.full((OUTPUTS,), 0.0, tl.float64)
+    for k in range(taps):
+        weight = _weight(((begin + k).to(tl.float64) - centre + 0.5) * inverse, support)
+        total += tl.where(begin + k < end, weight, 0.0)
+    total = tl.where(inside & (total != 0.0), total, 1.0)
+    for k in range(taps):
+        weight = _weight(((begin + k).to(tl.float64) - centre + 0.5) * inverse, support)
+        fixed = weight / total * _ONE
+        rounded = tl.where(fixed < 0.0, fixed - 0.5, fixed + 0.5).to(tl.int32)
+        tl.store(target + k * side + i, tl.where(inside & (begin + k < end), rounded, 0), mask=i < side)
+    tl.store(first + (view * 2 + axis).to(tl.int64) * side + i, tl.where(inside, begin, 0), mask=i < side)
+
+
+@triton.jit
+def clip8(fixed):
+    """A fixed-point sum as 8 bits, int32."""
+    return tl.minimum(tl.maximum(fixed >> _BITS, 0), 255)
+
+
+@triton.jit
+def _narrow(source, row_bytes, weights, taps, begin, last, y, x, side):
+    """A pass along rows, from pixels (n, w, 3): red, green, blue at y (ROWS,), x (COLUMNS,), int32 of 8 bits.
+
+    Lanes run along x: the three bytes of a tap are three loads, each with its lanes close together. Nothing is
+    masked: y, and the tap by `last`, stay inside, and where x is outside the weights are zero.
+    """
+    red = tl.full((y.shape[0], x.shape[0]), _HALF, tl.int32)
+    green, blue = red, red
+    for k in range(taps):
+        weight = tl.load(weights + k * side + x, mask=x < side, other=0)[None, :]
+        at = (y * row_bytes)[:, None] + (tl.minimum(begin + k, last) * 3)[None, :]
+        red += tl.load(source + at).to(tl.int32) * weight
+        green += tl.load(source + at + 1).to(tl.int32) * weight
+        blue += tl.load(source + at + 2).to(tl.int32) * weight
+    return clip8(red), clip8(green), clip8(blue)
+
+
+@triton.jit
+def _shorten(columns, row_bytes, weights, taps, begin, last, y, side):
+    """A pass along columns of bytes: int32 of 8 bits at y (ROWS,), in columns that start at pointers (BYTES,)."""
+    total = tl.full((y.shape[0], columns.shape[0]), _HALF, tl.int32)
+    for k in range(taps):
+        weight = tl.load(weights + k * side + y, mask=y < side, other=0)[:, None]
+        row = tl.minimum(begin + k, last) * row_bytes
+        total += tl.load(columns[None, :] + row[:, None]).to(tl.int32) * weight
+    return clip8(total)
+
+
+@triton.jit
+def _axis(table, first, coefficients, view, axis: tl.constexpr, i, side):
+    """Of outputs i along an axis (0 = y): taps, first input, last input there is, where their weights start."""
+    taps = field(table, view, TAPS_Y + axis)
+    begin = tl.load(first + (view * 2 + axis).to(tl.int64) * side + i, mask=i < side, other=0)
+    weights = coefficients + field64(table, view, COEFFICIENTS_Y + axis) * side
+    return taps, begin, field(table, view, BOX_HEIGHT + axis) - 1, weights
+
+
+@triton.jit
+def resize_once(
+    pixels,
+    table,
+    first,
+    coefficients,
+    between,
+    side,
+    pitch,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    LINES: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """Grid (views, strides): the first pass. A program makes every strides-th tile of its view's intermediate."""
+    view = tl.program_id(0)
+    height, row_bytes = field(table, view, BOX_HEIGHT), field(table, view, ROW_BYTES)
+    box_bytes = field(table, view, BOX_WIDTH) * 3
+    source = pixels + field64(table, view, PIXEL)
+    target = between + field64(table, view, BETWEEN)
+    if field(table, view, HEIGHT_FIRST) != 0:
+        across = (box_bytes + BYTES - 1) // BYTES
+        for tile in range(tl.program_id(1), across * ((side + LINES - 1) // LINES), tl.num_programs(1)):
+            y = tile // across * LINES + tl.arange(0, LINES)
+            at = tile % across * BYTES + tl.arange(0, BYTES)
+            taps, begin, last, weights = _axis(table, first, coefficients, view, 0, y, side)
+            columns = source + tl.minimum(at, box_bytes - 1)
+            value = _shorten(columns, row_bytes, weights, taps, begin, last, y, side)
+            to = target + (y * box_bytes)[:, None] + at[None, :]
+            tl.store(to, value.to(tl.uint8), mask=(y < side)[:, None] & (at < box_bytes)[None, :])
+    else:
+        across = (side + COLUMNS - 1) // COLUMNS
+        for tile in range(tl.program_id(1), across * ((height + ROWS - 1) // ROWS), tl.num_programs(1)):
+            y = tile // across * ROWS + tl.arange(0, ROWS)
+            x = tile % across * COLUMNS + tl.arange(0, COLUMNS)
+            taps, begin, last, weights = _axis(table, first, coefficients, view, 1, x, side)
+            inside = tl.minimum(y, height - 1)
+            red, green, blue = _narrow(source, row_bytes, weights, taps, begin, last, inside, x, side)
+            to = target + (y * (3 * pitch))[:, None] + x[None, :]
+            mask = (y < height)[:, None] & (x < side)[None, :]
+            tl.store(to, red.to(tl.uint8), mask=mask)
+            tl.store(to + pitch, green.to(tl.uint8), mask=mask)
+            tl.store(to + 2 * pitch, blue.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def resized_tile(between, table, first, coefficients, view, y, x, side, pitch):
+    """The second pass: red, green, blue, int32 of 8 bits, at y (ROWS,), x (COLUMNS,) of one view, x < pitch."""
+    source = between + tl.multiple_of(field64(table, view, BETWEEN), PITCH_BYTES)
+    if field(table, view, HEIGHT_FIRST) != 0:
+        taps, begin, last, weights = _axis(table, first, coefficients, view, 1, x, side)
+        inside = tl.minimum(y, side - 1)
+        r, g, b = _narrow(source, (last + 1) * 3, weights, taps, begin, last, inside, x, side)
+    else:
+        taps, begin, last, weights = _axis(table, first, coefficients, view, 0, y, side)
+        r = _shorten(source + x, 3 * pitch, weights, taps, begin, last, y, side)
+        g = _shorten(source + pitch + x, 3 * pitch, weights, taps, begin, last, y, side)
+        b = _shorten(source + 2 * pitch + x, 3 * pitch, weights, taps, begin, last, y, side)
+    return r, g, b

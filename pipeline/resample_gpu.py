@@ -75,7 +75,7 @@ class ViewPlan(NamedTuple):
     blur_radius: int
 
     def to(self, device: torch.device | str) -> "ViewPlan":
-        """The same plan with its table on `device`: one asynchronous copy of 248 bytes a view."""
+        """The same plan with its table on `device`: one asynchronous copy of 256 bytes a view."""
         return self._replace(table=self.table.to(device, non_blocking=True))
 
 

@@ -13,11 +13,12 @@ REPO = Path(__file__).resolve().parents[1]
 ORDER = """
 pipeline.constants pipeline.command pipeline.spec pipeline.rng pipeline.draws pipeline.order pipeline.sources
 pipeline.jpeg pipeline.beton pipeline.shrink pipeline.store pipeline.beton_writer pipeline.convert
-pipeline.resample_cpu pipeline.augment_cpu pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
+pipeline.vector_cpu pipeline.resample_cpu pipeline.colour_cpu pipeline.blur_cpu pipeline.augment_cpu
+pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
 pipeline.loader_torch pipeline.loader_ffcv pipeline.loader pipeline.preview
 train.config train.distributed train.batchnorm train.model train.methods.contract train.methods.barlow_twins train.lars
 train.schedule train.checkpoint train.runlog train.pretrain
-eval.features eval.metrics eval.supervised eval.splits eval.knn eval.linear eval.semisup eval.report
+eval.features eval.metrics eval.supervised eval.splits eval.subject eval.knn eval.linear eval.semisup eval.report
 """.split()
 ENTRIES = {"pipeline.convert", "pipeline.preview", "train.pretrain"} | {
     f"eval.{name}" for name in ("knn", "linear", "semisup", "report")

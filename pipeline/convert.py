@@ -10,6 +10,7 @@ JPEGs that need no resize are kept byte for byte. The result depends on the imag
 
 import collections
 import contextlib
+import ctypes
 import errno
 import hashlib
 import multiprocessing
@@ -37,6 +38,7 @@ from pipeline.command import UserError, run_command
 
 CHUNK_IMAGES = 32  # a worker's task
 SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
+_PR_SET_PDEATHSIG = 1  # prctl: the signal this process gets when its parent ends
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,21 @@ class ConvertConfig:
 def _start_worker() -> None:
     """Leaves Ctrl-C to the parent, and ends with it, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     warnings.simplefilter("ignore")  # Pillow's, about damaged metadata of images that are fine
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of a fork server: they start fast, and inherit no thread and no lock of this process."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "pipeline.convert"])
-    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits it
+    """Worker processes. Forked, they start at once with all that is loaded and compiled here.
+
+    Where other threads run, as torch's do, a fork could inherit their locks: then a fork server starts them.
+    """
+    forked = threading.active_count() == 1 and "torch" not in sys.modules
+    context = multiprocessing.get_context("fork" if forked else "forkserver")
+    if not forked:
+        context.set_forkserver_preload(["__main__", "pipeline.convert"])
+    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, until _start_worker runs
     try:
         pool = ProcessPoolExecutor(workers, context, _start_worker)
         pool.submit(os.getpid).result()
@@ -284,6 +285,7 @@ def verify(path: Path, workers: int = 0) -> None:
         raise UserError(f"{beton.files_path(path)} lists other images than {path.name} has; convert again")
     columns = (opened.offsets, opened.sizes_bytes, opened.modes, opened.heights, opened.widths)
     samples = list(zip(*(column.tolist() for column in columns), [row[3] for row in rows], strict=True))
+    _verify_chunk(path, samples[:1])  # loads the compiled decoder once, before the workers fork
     chunks = ((path, samples[first : first + CHUNK_IMAGES]) for first in range(0, len(samples), CHUNK_IMAGES))
     checked = tqdm(_in_order(workers, _verify_chunk, chunks), total=len(rows), unit="img", desc=f"verify {path.name}")
     bad = [(rows[i][4], problem) for i, problem in enumerate(checked) if problem]
@@ -332,6 +334,7 @@ def main(config: ConvertConfig) -> None:
             f"--max-side {config.max_side} --quality {config.quality} --workers {config.workers}:"
             " expected 1 … 65535, 1 … 100 and 0 or more"
         )
+    tqdm.monitor_interval = 0  # its thread would keep the workers from being forked
     jobs = _jobs(config)
     for source, out in jobs:
         _note_count(source)

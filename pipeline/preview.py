@@ -107,7 +107,7 @@ def main(config: PreviewConfig) -> None:
         rows.append(cells)
     titles = ["stored"]
     for number in range(1, len(views) + 1):
-        titles += [f"view {number}", f"view {number}, Pillow", f"difference × {GAIN}"]
+        titles += [f"view {number}", f"view {number}, Pillow", f"difference x{GAIN}"]
     sheet = draw_grid(rows, titles, max(CELL_PX, config.resolution))
     try:
         sheet.save(config.out, "PNG")

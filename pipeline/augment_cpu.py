@@ -19,11 +19,18 @@ from pipeline.colour_cpu import BLOCK, GREY, PROGRAM_LENGTH, apply_colour, apply
 from pipeline.draws import NOTHING
 from pipeline.resample_cpu import ResampleScratch, crop_resize_flip, make_resample_scratch, row_pitch
 from pipeline.spec import Normalization
-from pipeline.vector_cpu import ROWS
+from pipeline.vector_cpu import ROWS, kernel, unsigned
 
 
 class Scratch(NamedTuple):
-    """Memory of one thread: the view being made, and what the single operations need."""
+    """Memory of one thread.
+
+    planes     uint8 (3, …), the view being made
+    resample   what the crop-resize needs
+    program    uint8 (PROGRAM_LENGTH,), the colour operations of a view
+    colours    float32 (3 · BLOCK,), the pixels they work on
+    blur       what the blur needs
+    """
 
     planes: np.ndarray
     resample: ResampleScratch
@@ -39,7 +46,7 @@ def make_scratch(max_height_px: int, max_width_px: int, resolution_px: int) -> S
         np.zeros((3, -(-pixels // BLOCK) * BLOCK), np.uint8),
         make_resample_scratch(max_height_px, max_width_px, resolution_px),
         np.zeros(PROGRAM_LENGTH, np.uint8),
-        np.zeros((3, BLOCK), np.float32),
+        np.zeros(3 * BLOCK, np.float32),
         make_blur_scratch(resolution_px),
     )
 
@@ -51,18 +58,16 @@ def normalization_table(normalization: Normalization) -> np.ndarray:
     return (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _make_planes(image, p, b, v, bicubic, side, scratch):
     """View v of image b, in scratch.planes."""
     planes, program, pitch = scratch.planes, scratch.program, row_pitch(side)
     box = p.box_top[b, v], p.box_left[b, v], p.box_height[b, v], p.box_width[b, v]
     resized, window = (p.resized_height[b, v], p.resized_width[b, v]), (p.window_top[b, v], p.window_left[b, v])
     crop_resize_flip(image, box, resized, window, p.flip[b, v] != 0, bicubic, scratch.resample, planes)
-    program[:] = NOTHING
-    if p.jitter[b, v]:
-        program[:4] = p.jitter_order[b, v]
-    if p.grey[b, v]:
-        program[4] = GREY
+    for k in range(4):
+        program[k] = p.jitter_order[b, v, k] if p.jitter[b, v] else NOTHING
+    program[4] = GREY if p.grey[b, v] else NOTHING
     if p.jitter[b, v] or p.grey[b, v]:
         factors = p.brightness[b, v], p.contrast[b, v], p.saturation[b, v], p.hue[b, v]
         apply_colour(planes, side * pitch, side * side, program, factors, scratch.colours)
@@ -75,25 +80,26 @@ def _make_planes(image, p, b, v, bicubic, side, scratch):
 @numba.njit(cache=True, nogil=True)
 def apply_view(image, params, b, v, bicubic, scratch, out):
     """View v of the image that params' row b was drawn for: uint8 (h, w, 3), contiguous → out, uint8 (H, W, 3)."""
-    side = out.shape[0]
+    side, planes = out.shape[0], scratch.planes
     _make_planes(image, params, b, v, bicubic, side, scratch)
     for y in range(side):
-        start, row = y * row_pitch(side), out[y]
-        red, green, blue = scratch.planes[0, start:], scratch.planes[1, start:], scratch.planes[2, start:]
-        for x in range(side):
-            row[x, 0], row[x, 1], row[x, 2] = red[x], green[x], blue[x]
+        start = unsigned(y * row_pitch(side))
+        for x in range(unsigned(side)):
+            i = start + x
+            out[y, x, 0], out[y, x, 1], out[y, x, 2] = planes[0, i], planes[1, i], planes[2, i]
 
 
 @numba.njit(cache=True, nogil=True)
 def apply_view_normalized(image, params, b, v, bicubic, table, scratch, out):
     """The same view, normalized: → out, float32 (H, W, 3). `table` is normalization_table's."""
-    side = out.shape[0]
+    side, planes = out.shape[0], scratch.planes
     _make_planes(image, params, b, v, bicubic, side, scratch)
     for y in range(side):
-        start, row = y * row_pitch(side), out[y]
-        red, green, blue = scratch.planes[0, start:], scratch.planes[1, start:], scratch.planes[2, start:]
-        for x in range(side):
-            row[x, 0], row[x, 1], row[x, 2] = table[0, red[x]], table[1, green[x]], table[2, blue[x]]
+        start = unsigned(y * row_pitch(side))
+        for x in range(unsigned(side)):
+            i = start + x
+            out[y, x, 0], out[y, x, 1] = table[0, planes[0, i]], table[1, planes[1, i]]
+            out[y, x, 2] = table[2, planes[2, i]]
 
 
 @numba.njit(cache=True, nogil=True)

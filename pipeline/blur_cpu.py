@@ -11,12 +11,14 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from pipeline.vector_cpu import kernel, unsigned, widest_vectors
+
 PASSES = 3
 
 
 class BlurScratch(NamedTuple):
-    """spare: uint8 (2, H, W), one colour. lines: uint32 (4, 5, 3 · (W + 4)), rows of three colours, each with two
-    more pixels at either end: three rings of five rows, and two rows to work on."""
+    """spare: uint8 (2, H, W), one colour. lines: uint32 (17 · 3 · (W + 4),), lines of three colours, each with two
+    more pixels at either end: three rings of five lines, and two lines to work on."""
 
     spare: np.ndarray
     lines: np.ndarray
@@ -24,7 +26,7 @@ class BlurScratch(NamedTuple):
 
 def make_blur_scratch(side_px: int) -> BlurScratch:
     """Scratch for square views of side_px."""
-    return BlurScratch(np.zeros((2, side_px, side_px), np.uint8), np.zeros((4, 5, 3 * (side_px + 4)), np.uint32))
+    return BlurScratch(np.zeros((2, side_px, side_px), np.uint8), np.zeros(17 * 3 * (side_px + 4), np.uint32))
 
 
 @numba.njit(cache=True, nogil=True)
@@ -46,7 +48,7 @@ def box_weights(sigma_px):
     return radius, inner, edge
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _box(values, radius, inner, edge, out):
     """One pass of a box of any size along a line, its ends repeated outwards."""
     last = len(values) - 1
@@ -60,7 +62,7 @@ def _box(values, radius, inner, edge, out):
         out[x] = np.uint8((bulk + (1 << 23)) >> 24)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _blur_wide(plane, pitch, side, radius, inner, edge, spare):
     """Boxes of any size on one colour, rows of `pitch` pixels, in place."""
     one, two = spare[0], spare[1]
@@ -73,83 +75,94 @@ def _blur_wide(plane, pitch, side, radius, inner, edge, spare):
         _box(two[:, x], radius, inner, edge, one[:, x])
         _box(one[:, x], radius, inner, edge, two[:, x])
     for y in range(side):
-        plane[y * pitch : y * pitch + side] = two[y]
+        for x in range(side):
+            plane[y * pitch + x] = two[y, x]
 
 
-@numba.njit(cache=True, nogil=True)
-def _box_of_3(before, here, after, inner, edge, out):
-    """One value and its two neighbours, uint32, for a box of radius 0 and a bit."""
-    for x in range(len(out)):
-        bulk = here[x] * inner + (before[x] + after[x]) * edge
-        out[x] = np.uint32(bulk + np.uint32(1 << 23)) >> np.uint32(24)
+@kernel
+def _box_of_3(m, before, here, after, out, n, inner, edge):
+    """For a box of radius 0 and a bit: n values of m, uint32, from out on, each from one value and its two neighbours.
+
+    All lines lie in one array and are given by where they start: slices would cost as much as the sums.
+    """
+    widest_vectors()
+    before, here, after, out = unsigned(before), unsigned(here), unsigned(after), unsigned(out)
+    for x in range(unsigned(n)):
+        bulk = m[here + x] * inner + (m[before + x] + m[after + x]) * edge
+        m[out + x] = np.uint32(bulk + np.uint32(1 << 23)) >> np.uint32(24)
 
 
-@numba.njit(cache=True, nogil=True)
-def _box_of_5(before2, before, here, after, after2, inner, edge, out):
-    """One value and its four neighbours, uint32, for a box of radius 1 and a bit."""
-    for x in range(len(out)):
-        bulk = (before[x] + here[x] + after[x]) * inner + (before2[x] + after2[x]) * edge
-        out[x] = np.uint32(bulk + np.uint32(1 << 23)) >> np.uint32(24)
+@kernel
+def _box_of_5(m, before2, before, here, after, after2, out, n, inner, edge):
+    """The same for a box of radius 1 and a bit: from one value and its four neighbours."""
+    widest_vectors()
+    before2, before, here = unsigned(before2), unsigned(before), unsigned(here)
+    after, after2, out = unsigned(after), unsigned(after2), unsigned(out)
+    for x in range(unsigned(n)):
+        bulk = (m[before + x] + m[here + x] + m[after + x]) * inner + (m[before2 + x] + m[after2 + x]) * edge
+        m[out + x] = np.uint32(bulk + np.uint32(1 << 23)) >> np.uint32(24)
 
 
-@numba.njit(cache=True, nogil=True)
-def _blur_along(line, side, radius, inner, edge, out):
-    """One pass along a line of three colours, whose ends it first repeats outwards."""
-    span = len(line) // 3
-    for start in range(0, 3 * span, span):
+@kernel
+def _blur_along(m, line, side, radius, inner, edge, out):
+    """One pass along the line of three colours at m[line], whose ends it first repeats outwards, to m[out]."""
+    for c in range(3):
+        start = line + c * (side + 4)
         end = start + side
-        line[start] = line[start + 1] = line[start + 2]
-        line[end + 2] = line[end + 3] = line[end + 1]
-    n = len(line) - 4
-    here, to = line[2 : n + 2], out[2 : n + 2]
+        m[start] = m[start + 1] = m[start + 2]
+        m[end + 2] = m[end + 3] = m[end + 1]
+    n = 3 * (side + 4) - 4
     if radius == 0:
-        _box_of_3(line[1 : n + 1], here, line[3 : n + 3], inner, edge, to)
+        _box_of_3(m, line + 1, line + 2, line + 3, out + 2, n, inner, edge)
     else:
-        _box_of_5(line[:n], line[1 : n + 1], here, line[3 : n + 3], line[4 : n + 4], inner, edge, to)
+        _box_of_5(m, line, line + 1, line + 2, line + 3, line + 4, out + 2, n, inner, edge)
 
 
-@numba.njit(cache=True, nogil=True)
-def _blur_down(ring, y, last, radius, inner, edge, out):
-    """One pass for row y of those whose k-th is ring[k % 5]; rows 0 and `last` count as repeated outwards."""
-    here, before, after = ring[y % 5], ring[max(y - 1, 0) % 5], ring[min(y + 1, last) % 5]
+@kernel
+def _blur_down(m, ring, y, last, length, radius, inner, edge, out):
+    """One pass for row y of those whose k-th lies at m[ring + k % 5 · length]; rows 0 and `last` are repeated."""
+    here = ring + y % 5 * length
+    before, after = ring + max(y - 1, 0) % 5 * length, ring + min(y + 1, last) % 5 * length
     if radius == 0:
-        _box_of_3(before, here, after, inner, edge, out)
+        _box_of_3(m, before, here, after, out, length, inner, edge)
     else:
-        _box_of_5(ring[max(y - 2, 0) % 5], before, here, after, ring[min(y + 2, last) % 5], inner, edge, out)
+        before2, after2 = ring + max(y - 2, 0) % 5 * length, ring + min(y + 2, last) % 5 * length
+        _box_of_5(m, before2, before, here, after, after2, out, length, inner, edge)
 
 
-@numba.njit(cache=True, nogil=True)
-def _blur_narrow(planes, pitch, side, radius, inner, edge, lines):
+@kernel
+def _blur_narrow(planes, pitch, side, radius, inner, edge, m):
     """Boxes that reach two pixels at most: all six passes in one go down the rows.
 
     A row goes through its three passes along the row into ring 0 and waits there until the first pass along the
     columns has the rows around it, whose result waits in ring 1 for the second, and so on: five rows a ring.
     """
-    reach, last, span = radius + 1, side - 1, lines.shape[2] // 3
-    one, two = lines[3, 0], lines[3, 1]
+    widest_vectors()
+    reach, last, length = radius + 1, side - 1, 3 * (side + 4)
+    one, two = 15 * length, 16 * length  # behind the three rings
     for y in range(side + 3 * reach):
         if y < side:
             for c in range(3):
-                values, to = planes[c, y * pitch :], one[c * span + 2 :]
-                for x in range(side):
-                    to[x] = values[x]
-            _blur_along(one, side, radius, inner, edge, two)
-            _blur_along(two, side, radius, inner, edge, one)
-            _blur_along(one, side, radius, inner, edge, lines[0, y % 5])
+                pixel, at = unsigned(y * pitch), unsigned(one + c * (side + 4) + 2)
+                for x in range(unsigned(side)):
+                    m[at + x] = planes[c, pixel + x]
+            _blur_along(m, one, side, radius, inner, edge, two)
+            _blur_along(m, two, side, radius, inner, edge, one)
+            _blur_along(m, one, side, radius, inner, edge, y % 5 * length)
         for ring in range(3):
             row = y - (ring + 1) * reach
             if 0 <= row < side:
-                out = lines[ring + 1, row % 5] if ring < 2 else one
-                _blur_down(lines[ring], row, last, radius, inner, edge, out)
+                out = ((ring + 1) * 5 + row % 5) * length if ring < 2 else one
+                _blur_down(m, ring * 5 * length, row, last, length, radius, inner, edge, out)
         done = y - 3 * reach
         if done >= 0:
             for c in range(3):
-                values, to = one[c * span + 2 :], planes[c, done * pitch :]
-                for x in range(side):
-                    to[x] = values[x]
+                pixel, at = unsigned(done * pitch), unsigned(one + c * (side + 4) + 2)
+                for x in range(unsigned(side)):
+                    planes[c, pixel + x] = m[at + x]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def apply_blur(planes, pitch, side, sigma_px, scratch):
     """GaussianBlur(sigma_px) of a view in planes (3, …), rows of `pitch` pixels, in place; sigma_px > 0."""
     radius, inner, edge = box_weights(sigma_px)

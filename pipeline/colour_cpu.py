@@ -5,12 +5,12 @@ float32 holding whole numbers, one block of a few thousand at a time, in cache. 
 once up to the contrast, which needs the mean of the whole picture at that point, and once from there on.
 """
 
-import numba
 import numpy as np
 
 from pipeline.constants import LUMA_B, LUMA_G, LUMA_HALF, LUMA_R, LUMA_SHIFT
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from pipeline.spec import SOLARIZE_THRESHOLD
+from pipeline.vector_cpu import kernel, unsigned, widest_vectors
 
 GREY = 5  # the operation of a program beside those of the jitter
 PROGRAM_LENGTH = 5
@@ -26,19 +26,19 @@ _LUMA_R, _LUMA_G, _LUMA_B, _LUMA_HALF = (np.float32(n) for n in (LUMA_R, LUMA_G,
 _LUMA_SCALE = np.float32(2.0**-LUMA_SHIFT)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _whole(value):
     """A non-negative float32 without its fraction."""
     return np.float32(np.int32(value))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _luma(r, g, b):
     """Pillow's "L"."""
     return _whole((r * _LUMA_R + g * _LUMA_G + b * _LUMA_B + _LUMA_HALF) * _LUMA_SCALE)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _blend(background, value, factor):
     """background + factor · (value - background), clipped and cut to 8 bits (Pillow, ImagingBlend)."""
     mixed = background + factor * (value - background)
@@ -46,23 +46,25 @@ def _blend(background, value, factor):
     return _whole(mixed if mixed < _255 else _255)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _blend_all(block, background, factor):
-    values = block.reshape(-1)
-    for x in range(3 * BLOCK):
-        values[x] = _blend(background, values[x], factor)
+    widest_vectors()
+    for i in range(3 * BLOCK):
+        block[i] = _blend(background, block[i], factor)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _saturate(block, factor):
-    red, green, blue = block[0], block[1], block[2]
-    for x in range(BLOCK):
-        r, g, b = red[x], green[x], blue[x]
+    widest_vectors()
+    for i in range(BLOCK):
+        r, g, b = block[i], block[BLOCK + i], block[2 * BLOCK + i]
         luma = _luma(r, g, b)
-        red[x], green[x], blue[x] = _blend(luma, r, factor), _blend(luma, g, factor), _blend(luma, b, factor)
+        block[i] = _blend(luma, r, factor)
+        block[BLOCK + i] = _blend(luma, g, factor)
+        block[2 * BLOCK + i] = _blend(luma, b, factor)
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _turn_hue(block, shift):
     """To 8-bit hue, saturation, value, hue + shift modulo 256, and back (Pillow's rgb2hsv, hsv2rgb; 0 <= shift < 256).
 
@@ -70,9 +72,9 @@ def _turn_hue(block, shift):
     and each shift; the tests try them. The middle one of the three channels carries the hue: it is a whole number
     of sixths of a turn plus or minus part = (highest - middle) / (highest - lowest).
     """
-    red, green, blue = block[0], block[1], block[2]
-    for x in range(BLOCK):
-        r, g, b = red[x], green[x], blue[x]
+    widest_vectors()
+    for i in range(BLOCK):
+        r, g, b = block[i], block[BLOCK + i], block[2 * BLOCK + i]
         high, low = r if r > g else g, r if r < g else g
         high, low = high if high > b else b, low if low < b else b
         spread = high - low
@@ -95,19 +97,20 @@ def _turn_hue(block, shift):
         middle = _whole(high * (_65025 - saturation * position) * _PER_65025 + _HALF)
         # How far the sixth is from the two in which a channel is lowest (red) or highest (green, blue).
         from_cyan, from_green, from_blue = abs(sixth - _2_5), abs(sixth - _1_5), abs(sixth - _3_5)
-        red[x] = high if from_cyan > _2 else (middle if from_cyan > _1 else lowest)
-        green[x] = high if from_green < _1 else (middle if from_green < _2 else lowest)
-        blue[x] = high if from_blue < _1 else (middle if from_blue < _2 else lowest)
+        block[i] = high if from_cyan > _2 else (middle if from_cyan > _1 else lowest)
+        block[BLOCK + i] = high if from_green < _1 else (middle if from_green < _2 else lowest)
+        block[2 * BLOCK + i] = high if from_blue < _1 else (middle if from_blue < _2 else lowest)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _to_grey(block):
-    red, green, blue = block[0], block[1], block[2]
-    for x in range(BLOCK):
-        red[x] = green[x] = blue[x] = _luma(red[x], green[x], blue[x])
+    widest_vectors()
+    for i in range(BLOCK):
+        luma = _luma(block[i], block[BLOCK + i], block[2 * BLOCK + i])
+        block[i] = block[BLOCK + i] = block[2 * BLOCK + i] = luma
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _run(block, program, factors, mean):
     """The operations of a program, one after the other; `mean` is what the contrast blends with."""
     for operation in program:
@@ -123,43 +126,47 @@ def _run(block, program, factors, mean):
             _to_grey(block)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _luma_sum(block):
-    red, green, blue = block[0], block[1], block[2]
+    widest_vectors()
     total = np.int32(0)
-    for x in range(BLOCK):
-        total += np.int32(_luma(red[x], green[x], blue[x]))
+    for i in range(BLOCK):
+        total += np.int32(_luma(block[i], block[BLOCK + i], block[2 * BLOCK + i]))
     return total
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _load(planes, start, block):
+    widest_vectors()
     for c in range(3):
-        values, to = planes[c, start : start + BLOCK], block[c]
-        for x in range(BLOCK):
-            to[x] = values[x]
+        at, first = unsigned(c * BLOCK), unsigned(start)
+        for i in range(unsigned(BLOCK)):
+            block[at + i] = planes[c, first + i]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _store(block, planes, start):
+    widest_vectors()
     for c in range(3):
-        values, to = block[c], planes[c, start : start + BLOCK]
-        for x in range(BLOCK):
-            to[x] = np.int32(values[x])
+        at, first = unsigned(c * BLOCK), unsigned(start)
+        for i in range(unsigned(BLOCK)):
+            planes[c, first + i] = np.int32(block[at + i])
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def apply_colour(planes, pixels, count, program, factors, block):
     """Runs the operations of `program`, codes of draws.py and above, on the first `pixels` of planes (3, …).
 
-    factors: brightness, contrast, saturation, hue. block: scratch, float32 (3, BLOCK). At most one contrast, whose
+    factors: brightness, contrast, saturation, hue. block: scratch, float32 (3 · BLOCK,). At most one contrast, whose
     mean is over `count` pixels: the others must be zero. Whole blocks are worked on, so planes ends with one.
     """
     barrier, mean = 0, _0
     for k in range(len(program)):
         if program[k] == CONTRAST:
             barrier, total = k, 0
-            planes[:, pixels : -(-pixels // BLOCK) * BLOCK] = 0
+            for c in range(3):
+                for i in range(pixels, -(-pixels // BLOCK) * BLOCK):
+                    planes[c, i] = 0
             for start in range(0, pixels, BLOCK):
                 _load(planes, start, block)
                 _run(block, program[:barrier], factors, _0)
@@ -173,9 +180,10 @@ def apply_colour(planes, pixels, count, program, factors, block):
         _store(block, planes, start)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def apply_solarize(planes):
     """Values from the threshold up are inverted."""
+    widest_vectors()
     values = planes.reshape(-1)
     for i in range(len(values)):
         values[i] = values[i] if values[i] < SOLARIZE_THRESHOLD else np.uint8(255 - values[i])

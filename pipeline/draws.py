@@ -139,25 +139,26 @@ def _draw(seed, epoch, samples, heights, widths, table, resolution_px, orders, p
     for b in range(len(samples)):
         for v in range(len(table)):
             row = table[v]
-            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, 5)
+            # Blocks as int64(…): a literal number would compile the generator anew for each.
+            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(5))
             box = _draw_box(seed, epoch, samples[b], v, heights[b], widths[b], row, u[0], u[1])
             p.box_top[b, v], p.box_left[b, v], p.box_height[b, v], p.box_width[b, v] = box
             p.resized_height[b, v] = resolution_px
             p.resized_width[b, v] = resolution_px
             p.flip[b, v] = u[2] < row[4]
             p.jitter[b, v] = u[3] < row[5]
-            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, 6)
+            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(6))
             p.brightness[b, v] = _factor(row[6], u[0])
             p.contrast[b, v] = _factor(row[7], u[1])
             p.saturation[b, v] = _factor(row[8], u[2])
             p.hue[b, v] = row[9] * (2.0 * u[3] - 1.0)
-            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, 7)
+            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(7))
             for k in range(4):
                 operation = orders[int(u[0] * 24), k]
                 p.jitter_order[b, v, k] = operation if row[6 + operation] > 0 else NOTHING
             p.grey[b, v] = u[1] < row[10]
             p.sigma_px[b, v] = row[12] + (row[13] - row[12]) * u[3] if u[2] < row[11] else 0.0
-            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, 8)
+            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(8))
             p.solarize[b, v] = u[0] < row[14]
 
 

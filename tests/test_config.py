@@ -63,6 +63,7 @@ def test_a_run_is_a_name_or_a_path(tmp_path, monkeypatch):
     assert run_folder(PretrainConfig(run="demo")) == RUNS / "demo"
     assert run_folder(PretrainConfig(run=str(tmp_path / "x"))) == tmp_path / "x"
     assert run_folder(PretrainConfig(run="./x")) == tmp_path / "x"
+    assert parse("--name", "demo") == parse("--run", "demo")
 
 
 def test_an_unnamed_run_is_named_by_its_recipe():

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 from dataclasses import replace
@@ -14,6 +15,7 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
+from pipeline.command import UserError
 from tests.oracles_train import SyntheticLoader, barlow_loss_torch
 from train.batchnorm import CrossRankBatchNorm
 from train.checkpoint import read_checkpoint
@@ -89,6 +91,18 @@ def smooth_run(folder: Path, ranks: Ranks, **flags) -> int:
         return run(folder, ranks, torch.float32, projector="16", **flags)
 
 
+def run_without_disk(folder: Path, ranks: Ranks) -> str:
+    """The way a rank ends when rank 0 may not write the first checkpoint."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        return f"code {run(folder, ranks, torch.float32)}"
+    except (UserError, SystemExit) as end:
+        return f"{type(end).__name__} {end}"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
     """Everything a rank is asked, in one process: starting one costs more than all of it."""
     os.environ |= {
@@ -114,6 +128,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "bn 1d": batch_norm(ranks, 5),
         "float64": run(folder / "float64", ranks, torch.float64),
         "float32": smooth_run(folder / "float32", ranks),
+        "no disk": run_without_disk(folder / "full", ranks),
         "signalled": run(folder / "signalled", ranks, torch.float32, SignalledLoader),
     }
     torch.save(found, folder / f"rank{rank}.pt")
@@ -211,3 +226,9 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(several):
     _, folder, found = several
     assert [rank["signalled"] for rank in found] == [EXIT_REQUEUE] * len(found)
     assert read_checkpoint(folder / "signalled" / "checkpoint.pt")["step"] == 3
+
+
+def test_no_rank_waits_for_one_that_could_not_write(several):
+    _, _, (first, *others) = several
+    assert first["no disk"].startswith("UserError could not write")
+    assert all(rank["no disk"] == "SystemExit 2" for rank in others)

@@ -10,9 +10,10 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
+import tyro
 
 from pipeline.command import DATA, RUNS, UserError
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
@@ -36,9 +37,10 @@ class PretrainConfig:
     """The experiment card to start from; every other flag changes one value of it."""
     data: Path = DATA / "imagenet"
     """A folder that holds train.beton, or a .beton file."""
-    run: str = ""
+    run: Annotated[str, tyro.conf.arg(aliases=["--name"])] = ""
     """Name of the run, a folder under runs/, or a path. Empty: preset, architecture, epochs and a short hash
-    of the recipe, so that the same command finds its own run again and another recipe never meets it."""
+    of the recipe, so that the same command finds its own run again and another recipe never meets it.
+    (With Python 3.11 torchrun takes --run for an option of its own: write --name there.)"""
     epochs: int = 300
     """Passes over the data. 0 writes the untrained network and ends: a control for the evaluations."""
     global_batch: int = 1024

@@ -35,10 +35,11 @@ def start_ranks() -> Ranks:
         torch.cuda.set_device(device)
     if world_size == 1:
         return Ranks(0, 1, device, None)
-    if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-        return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
-    dist.init_process_group("gloo", timeout=TIMEOUT)
+    # torchrun's store outlives a restart; under a prefix of its own a new start does not meet the last one's addresses.
+    store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend, on = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=on)
     return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
 

@@ -7,7 +7,8 @@ For every parameter p with gradient g and momentum m:
     m  = momentum · m + q · dp
     p  = p − lr · m                the learning rate stays outside the momentum
 
-A group without adaptation and weight decay is plain SGD with momentum.
+A group without adaptation and weight decay is plain SGD with momentum. A step uses the gradients up: they hold
+q · dp afterwards, which spares a copy of the network.
 """
 
 import torch
@@ -38,9 +39,9 @@ class LARS(torch.optim.Optimizer):
         momentum = [self.state[p]["momentum"] for p in parameters]
         update = [p.grad for p in parameters]
         if group["weight_decay"]:
-            update = torch._foreach_add(update, parameters, alpha=group["weight_decay"])
+            torch._foreach_add_(update, parameters, alpha=group["weight_decay"])
         if group["adapt"]:
-            update = torch._foreach_mul(update, self._trust(parameters, update, group["lr"]))
+            torch._foreach_mul_(update, self._trust(parameters, update, group["lr"]))
         torch._foreach_mul_(momentum, self.momentum)
         torch._foreach_add_(momentum, update)
         torch._foreach_add_(parameters, momentum, alpha=-group["lr"])

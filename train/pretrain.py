@@ -76,7 +76,6 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
 def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     """Trains from wherever the run stands to its end, or to a signal; returns the exit code."""
     folder = Path(config.run)
-    open_run_folder(folder)
     torch.manual_seed(config.seed)
     backbone, features = make_backbone(config.arch, config.stem)
     method = BarlowTwins(backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
@@ -88,6 +87,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     state = {"model": method, "optimizer": optimizer, "scaler": scaler}
     start_step = resume(config, state, loader.images, ranks)
     stop_step = config.epochs * loader.steps_per_epoch
+    open_run_folder(folder)
     if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
         save(config, state, features, loader.images, 0, ranks)
     if ranks.rank == 0:

@@ -8,18 +8,20 @@ flushed: a row never lacks its image, whether the process is killed or the power
 last row's image is cut off and made again.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from pipeline import beton
 from pipeline.command import UserError
-from pipeline.sources import Source
+from pipeline.sources import Place, Source
 from pipeline.store import HOW, SKIPPED, Stored
 
 CHECKPOINT_S = 1.0  # a killed conversion repeats about this much
@@ -40,6 +42,23 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
+def _copy(place: Place, fd: int, offset: int) -> None:
+    """Copies bytes of a source file inside the kernel, where both file systems allow it."""
+    path, start, size = place
+    with open(path, "rb", buffering=0) as file:
+        try:
+            while size and (copied := os.copy_file_range(file.fileno(), fd, size, start, offset)):
+                start, offset, size = start + copied, offset + copied, size - copied
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+                raise
+            data = os.pread(file.fileno(), size, start)
+            _write_all(fd, data, offset)
+            size -= len(data)
+    if size:
+        raise UserError(f"{path} became shorter while it was converted; run the same command again with --fresh")
+
+
 def _flush_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -52,7 +71,7 @@ class BetonWriter:
     """The half-finished file of one conversion of `images` images; `done` of them are in it.
 
     `identity` names settings and source: a half-finished file of another identity is started again, as is any
-    with `fresh`. Raises UserError where another process is writing the same file.
+    with `fresh`, which removes a finished file too. Raises UserError where another process is writing the same file.
     """
 
     def __init__(self, path: Path, images: int, identity: dict, fresh: bool = False):
@@ -71,9 +90,13 @@ class BetonWriter:
         self._start = beton.data_start(images)
         self.done = self._journaled = 0
         self._end = self._start
+        if fresh:
+            for old in (path, beton.manifest_path(path), beton.files_path(path)):
+                old.unlink(missing_ok=True)
         if fresh or not self._resume():
             self._begin()
         self._checkpoint_at = time.monotonic() + CHECKPOINT_S
+        self._flusher, self._flushing = ThreadPoolExecutor(1), None
 
     def _resume(self) -> bool:
         content = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
@@ -105,28 +128,41 @@ class BetonWriter:
         """Positions in the source of the images left out so far."""
         return np.flatnonzero(self._rows["how"][: self.done] == SKIPPED)
 
-    def append(self, stored: Stored | None) -> None:
-        """The next image of the source, or None where it is left out."""
+    def append(self, stored: Stored | None, place: Place | None = None) -> None:
+        """The next image of the source, or None where it is left out. Bytes that `stored` lacks are at `place`."""
         if stored is not None:
-            offset = beton.place(self._end, len(stored.data))
-            _write_all(self._partial, stored.data, offset)
+            offset, size = beton.place(self._end, stored.size_bytes), stored.size_bytes
+            if stored.data:
+                _write_all(self._partial, stored.data, offset)
+            else:
+                _copy((place[0], place[1], size), self._partial, offset)
             self._rows[self.done] = (
-                *(stored.how, stored.mode, stored.width, stored.height, offset, len(stored.data)),
+                *(stored.how, stored.mode, stored.width, stored.height, offset, size),
                 np.frombuffer(stored.sha256, np.uint8),
             )
-            self._end = offset + len(stored.data)
+            self._end = offset + size
         self.done += 1
-        if time.monotonic() >= self._checkpoint_at:
-            self.checkpoint()
+        if time.monotonic() >= self._checkpoint_at and (self._flushing is None or self._flushing.done()):
+            self._join_flush()
+            self._flushing = self._flusher.submit(self._flush, self.done)
+
+    def _join_flush(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
+
+    def _flush(self, done: int) -> None:
+        """Runs beside the appending, which goes on: the disk never waits for images."""
+        os.fdatasync(self._partial)
+        at = len(self._header) + self._journaled * ROW.itemsize
+        _write_all(self._journal, self._rows[self._journaled : done].tobytes(), at)
+        os.fdatasync(self._journal)
+        self._journaled = done
+        self._checkpoint_at = time.monotonic() + CHECKPOINT_S
 
     def checkpoint(self) -> None:
         """Makes everything appended so far survive."""
-        os.fdatasync(self._partial)
-        at = len(self._header) + self._journaled * ROW.itemsize
-        _write_all(self._journal, self._rows[self._journaled : self.done].tobytes(), at)
-        os.fdatasync(self._journal)
-        self._journaled = self.done
-        self._checkpoint_at = time.monotonic() + CHECKPOINT_S
+        self._join_flush()
+        self._flush(self.done)
 
     def finish(self, source: Source, settings: dict) -> dict:
         """Writes the tables, the file list and the manifest, then gives the file its name. Returns the manifest."""
@@ -185,6 +221,7 @@ class BetonWriter:
 
     def close(self) -> None:
         """Lets go of the files; what was appended and not yet flushed is flushed by `checkpoint`, not here."""
+        self._flusher.shutdown()
         os.close(self._partial)
         os.close(self._journal)
 

@@ -62,7 +62,7 @@ class ConvertConfig:
     skip_unreadable: bool = False
     """Leave out images that cannot be read, and list them in the manifest, instead of stopping at the first."""
     fresh: bool = False
-    """Start again, replacing a finished or half-finished file."""
+    """Start again; a finished or half-finished file is removed first."""
     verify: bool = False
     """Read the finished file again and check every checksum and every image."""
 
@@ -118,13 +118,17 @@ def _in_order(workers: int, task: Callable, arguments: Iterable[tuple]) -> Itera
 
 
 def _store_chunk(
-    places: list[tuple[str, int, int]], max_side: int, quality: int, decode_all: bool
+    places: list[sources.Place], max_side: int, quality: int, decode_all: bool
 ) -> list[store.Stored | str]:
-    """What is stored of some images; of one that is unreadable, the reason."""
+    """What is stored of some images; of one that is unreadable, the reason.
+
+    The bytes of those that are kept stay behind: the parent has the kernel copy them from file to file.
+    """
     results = []
     for place in places:
         try:
-            results.append(store.store_image(sources.read_place(place), max_side, quality, decode_all))
+            stored = store.store_image(sources.read_place(place), max_side, quality, decode_all)
+            results.append(stored._replace(data=b"") if stored.how == store.KEPT else stored)
         except store.Unreadable as error:
             results.append(str(error))
         except OSError as error:
@@ -203,20 +207,20 @@ def _check_space(source: sources.Source, writer: BetonWriter, config: ConvertCon
     else:
         places = [sources.image_places(source, i, i + 1)[0] for i in chosen]
         stored = _store_chunk(places, config.max_side, config.quality, False)
-        sizes = [len(item.data) for item in stored if not isinstance(item, str)] or [0]
+        sizes = [item.size_bytes for item in stored if not isinstance(item, str)] or [0]
     row_bytes = np.mean(sizes) * 1.05 + 200  # page ends, the tables, the journal and the file list
     needed = (len(source) - writer.done) * row_bytes + 3 * beton.PAGE_BYTES
-    free = shutil.disk_usage(config.out.parent).free
+    free = shutil.disk_usage(writer.path.parent).free
     if needed > free:
         raise UserError(
-            f"{config.out.parent} has {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed for"
+            f"{writer.path.parent} has {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed for"
             f" {len(source) - writer.done} images; make room or choose another --out"
         )
 
 
-def _append_all(source: sources.Source, writer: BetonWriter, config: ConvertConfig, out: Path) -> None:
+def _append_all(source: sources.Source, writer: BetonWriter, config: ConvertConfig) -> None:
     start_bytes = writer.bytes_written
-    bar = tqdm(total=len(source), initial=writer.done, unit="img", desc=out.name, smoothing=0.05)
+    bar = tqdm(total=len(source), initial=writer.done, unit="img", desc=writer.path.name, smoothing=0.05)
     with bar, contextlib.closing(_stored_images(source, writer.done, config)) as results:
         for result in results:
             if isinstance(result, str):
@@ -226,8 +230,11 @@ def _append_all(source: sources.Source, writer: BetonWriter, config: ConvertConf
                         f"{where} is not a readable image ({result}); mend or remove it, or pass --skip-unreadable"
                     )
                 bar.write(f"skipped: {where} ({result})", file=sys.stderr)
-                result = None
-            writer.append(result)
+                writer.append(None)
+            else:
+                writer.append(
+                    result, None if result.data else sources.image_places(source, writer.done, writer.done + 1)[0]
+                )
             bar.update()
             if writer.done % 64 == 0:
                 elapsed = bar.format_dict["elapsed"]
@@ -252,13 +259,11 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
             )
         _check_space(source, writer, config)
         try:
-            _append_all(source, writer, config, out)
+            _append_all(source, writer, config)
         except (KeyboardInterrupt, UserError):
             writer.checkpoint()
-            print(
-                f"{out.name}: stopped after {writer.done} of {len(source)} images; the same command goes on there",
-                file=sys.stderr,
-            )
+            again = "the same command without --fresh" if config.fresh else "the same command"
+            print(f"{out.name}: stopped after {writer.done} of {len(source)} images; {again} goes on", file=sys.stderr)
             raise
         manifest = writer.finish(source, _settings(config))
     except OSError as error:

@@ -23,6 +23,8 @@ from PIL import Image
 from pipeline import constants
 from pipeline.command import UserError
 
+Place = tuple[str, int, int]  # of an image: file, offset, size in bytes or -1 for all of the file
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SPLITS = ("train", "val")
 
@@ -55,14 +57,14 @@ class Source:
         return len(self.names)
 
 
-def image_places(source: Source, start: int, stop: int) -> list[tuple[str, int, int]]:
-    """(file, offset, size in bytes or -1 for all of it) of images start … stop - 1, for `read_place`."""
+def image_places(source: Source, start: int, stop: int) -> list[Place]:
+    """Where images start … stop - 1 are."""
     if source.extents is None:
         return [(os.path.join(source.where, name), 0, -1) for name in source.names[start:stop]]
     return [(str(source.where), int(offset), int(size)) for offset, size in source.extents[start:stop]]
 
 
-def read_place(place: tuple[str, int, int]) -> bytes:
+def read_place(place: Place) -> bytes:
     """The bytes of one image file."""
     path, offset, size = place
     with open(path, "rb") as file:

@@ -51,14 +51,18 @@ class Unreadable(Exception):
 
 
 class Stored(NamedTuple):
-    """What is kept of one image: `how` indexes HOW, `mode` is the .beton's."""
+    """What is kept of one image: `how` indexes HOW, `mode` is the .beton's, the digest is that of `data`.
+
+    Of a KEPT image `data` may be left out: it is the file, size_bytes long.
+    """
 
     how: int
     mode: int
     height: int
     width: int
-    data: bytes
+    size_bytes: int
     sha256: bytes
+    data: bytes
 
 
 class Structure(NamedTuple):
@@ -192,7 +196,7 @@ def _decode(data: bytes, max_side_px: int) -> _Decoded:
 
 
 def _stored(how: int, mode: int, height: int, width: int, data: bytes) -> Stored:
-    return Stored(how, mode, height, width, data, hashlib.sha256(data).digest())
+    return Stored(how, mode, height, width, len(data), hashlib.sha256(data).digest(), data)
 
 
 def _encoded(how: int, data: bytes, height: int, width: int) -> Stored:

@@ -280,7 +280,7 @@ def test_ctrl_c_ends_cleanly(many, straight, out):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
-    assert "the same command goes on there" in stderr and not out.exists()
+    assert "the same command goes on" in stderr and not out.exists()
     assert run("--source", many, "--out", out).returncode == 0
     assert contents(out.parent) == straight
 
@@ -300,10 +300,10 @@ def stop_after(monkeypatch, count: int, error: type[BaseException] | Exception =
     """Makes the writer fail at its `count`-th image."""
     append = beton_writer.BetonWriter.append
 
-    def appending(writer, stored):
+    def appending(writer, *arguments):
         if writer.done == count:
             raise error
-        append(writer, stored)
+        append(writer, *arguments)
 
     monkeypatch.setattr(beton_writer.BetonWriter, "append", appending)
 

@@ -5,6 +5,7 @@ what the fast one yields, from the same file, order and draws, at the speed such
 """
 
 import io
+import multiprocessing
 import os
 from collections.abc import Iterator
 
@@ -130,7 +131,9 @@ class TorchLoader:
         rank_batch(config.global_batch, config.world_size)
         self.workers = config.workers or len(os.sched_getaffinity(0))
         self._plan: list | Iterator = []
-        # A forked process would inherit numba's and torch's thread pools in an unknown state: a clean server forks.
+        # A forked process would inherit numba's and torch's thread pools in an unknown state. So a clean server
+        # forks the workers, once it has imported what they need.
+        multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
         self._loader = torch.utils.data.DataLoader(
             _Steps(config),
             batch_size=None,

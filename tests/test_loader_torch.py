@@ -1,0 +1,159 @@
+"""The reference loader: its batches are what torchvision makes of the stored files, and it keeps the contract."""
+
+import pickle
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as T
+
+from pipeline.beton import jpeg_bytes, open_beton
+from pipeline.command import UserError
+from pipeline.draws import draw_views
+from pipeline.loader_torch import TorchLoader, _Steps, apply_view_pil, decode_pil
+from pipeline.order import shuffled_batches
+from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig, Normalization
+
+RESOLUTION = 64
+pytestmark = pytest.mark.slow  # each loader starts a process that imports torch
+
+
+@pytest.fixture(scope="module")
+def config(small_beton) -> LoaderConfig:
+    views = BARLOW_TWINS_VIEWS
+    return LoaderConfig(small_beton, views, RESOLUTION, global_batch=12, seed=3, workers=1, backend="torch")
+
+
+@pytest.fixture(scope="module")
+def loader(config):
+    loader = TorchLoader(config)
+    yield loader
+    loader.close()
+
+
+def test_batches_are_torchvisions_views_of_the_stored_files(config, loader):
+    batches = list(loader.batches(3, 6))  # across the end of an epoch of four steps
+    plan = list(shuffled_batches(config.seed, np.arange(48), 12, 0, 1, 3, 6))
+    beton = open_beton(config.data)
+    normalize = T.Compose([T.ToTensor(), T.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    for batch, (step, epoch, ids) in zip(batches, plan, strict=True):
+        assert (batch.step, batch.epoch) == (step, epoch)
+        assert batch.sample.tolist() == ids.tolist()
+        assert batch.label.tolist() == beton.labels[ids].tolist()
+        params = draw_views(3, epoch, ids, beton.heights[ids], beton.widths[ids], BARLOW_TWINS_VIEWS, RESOLUTION)
+        for b in range(0, len(ids), 5):
+            image = decode_pil(beton, int(ids[b]))
+            for v in range(2):
+                view = normalize(apply_view_pil(image, params, b, v, "bicubic", RESOLUTION))
+                assert torch.equal(batch.views[v][b], view)
+    assert {batch.epoch for batch in batches} == {0, 1}
+    assert all(view.is_contiguous(memory_format=torch.channels_last) for view in batches[0].views)
+
+
+def test_left_early_it_starts_again_anywhere(loader):
+    for batch in loader.batches(0, 50):
+        if batch.step == 1:
+            break
+    again = next(iter(loader.batches(1, 2)))
+    assert torch.equal(again.sample, batch.sample) and torch.equal(again.views[1], batch.views[1])
+
+
+def test_the_centre_crop_is_torchvisions(config, imagenet_sample):
+    normalization = Normalization((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    ids = np.array([47, 2, 2, 11, 30])
+    loader = TorchLoader(
+        replace(config, views=CentreCrop(80), shuffle=False, ids=ids, global_batch=2, normalization=normalization)
+    )
+    assert (loader.images, loader.steps_per_epoch) == (5, 3)
+    for _ in range(2):  # one pass, and the same once more with the same processes
+        batches = list(loader.batches())
+        assert [len(batch.sample) for batch in batches] == [2, 2, 1]
+        assert torch.cat([batch.sample for batch in batches]).tolist() == ids.tolist()
+    loader.close()
+    transform = T.Compose(
+        [T.Resize(80), T.CenterCrop(RESOLUTION), T.ToTensor(), T.Normalize(normalization.mean, normalization.std)]
+    )
+    names = open_beton(config.data).file_names()
+    files = {path.name: path for path in imagenet_sample}
+    for sample, view in zip(ids, torch.cat([batch.views[0] for batch in batches]), strict=True):
+        image = Image.open(files[names[sample].rsplit("/")[-1]]).convert("RGB")
+        assert torch.equal(view, transform(image))
+
+
+def test_a_rank_without_a_share_gets_an_empty_batch(config):
+    loader = TorchLoader(
+        replace(config, views=CentreCrop(80), shuffle=False, ids=np.arange(3), global_batch=2, rank=1, world_size=2)
+    )
+    assert [tuple(batch.views[0].shape) for batch in loader.batches()] == [(1, 3, 64, 64), (0, 3, 64, 64)]
+    loader.close()
+
+
+def test_raw_pixels_are_taken_as_they_are(small_beton):
+    beton = open_beton(small_beton)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    raw = replace(
+        beton,
+        data=pixels.reshape(-1),
+        modes=np.array([1], np.uint8),
+        offsets=np.array([0]),
+        sizes_bytes=np.array([60]),
+        heights=np.array([4]),
+        widths=np.array([5]),
+    )
+    assert np.array_equal(np.asarray(decode_pil(raw, 0)), pixels)
+
+
+def is_grey(path) -> bool:
+    with Image.open(path) as image:
+        return image.mode == "L"
+
+
+def test_greyscale_files_come_out_as_rgb(imagenet_sample, small_beton):
+    grey = next(path for path in imagenet_sample if is_grey(path))
+    content = np.fromfile(grey, np.uint8)
+    with Image.open(grey) as image:
+        (width, height), expected = image.size, np.asarray(image.convert("RGB"))
+    beton = replace(
+        open_beton(small_beton),
+        data=content,
+        modes=np.array([0], np.uint8),
+        offsets=np.array([0]),
+        sizes_bytes=np.array([content.size]),
+        heights=np.array([height]),
+        widths=np.array([width]),
+    )
+    assert np.array_equal(jpeg_bytes(beton, 0), content)
+    assert np.array_equal(np.asarray(decode_pil(beton, 0)), expected)
+    with pytest.raises(UserError, match=r"the table says \(7, 9\)"):
+        decode_pil(replace(beton, heights=np.array([9]), widths=np.array([7])), 0)
+
+
+def test_a_damaged_image_is_named(config, tmp_path):
+    for path in config.data.parent.glob("train.*"):
+        shutil.copy(path, tmp_path / path.name)
+    beton = open_beton(config.data)
+    with open(tmp_path / "train.beton", "r+b") as file:
+        file.seek(int(beton.offsets[11]))
+        file.write(bytes(int(beton.sizes_bytes[11])))
+    loader = TorchLoader(replace(config, data=tmp_path / "train.beton"))
+    with pytest.raises(UserError, match=beton.file_names()[11]):
+        list(loader.batches(0, 4))
+    loader.close()
+
+
+def test_the_file_is_not_copied_into_the_workers(config):
+    steps = _Steps(config)
+    steps.beton = None
+    assert len(pickle.dumps(steps)) < 10_000
+
+
+def test_user_errors(config, tmp_path):
+    with pytest.raises(UserError, match="missing"):
+        TorchLoader(replace(config, data=tmp_path / "none.beton"))
+    with pytest.raises(UserError, match="larger than the dataset"):
+        TorchLoader(replace(config, global_batch=64))
+    with pytest.raises(UserError, match="not divisible"):
+        TorchLoader(replace(config, world_size=5))

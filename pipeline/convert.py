@@ -70,11 +70,21 @@ class ConvertConfig:
 # ---- worker processes ----
 
 
-def _start_worker() -> None:
-    """Leaves Ctrl-C to the parent, and ends with it, however it ends."""
+def _start_worker(forked_by: int) -> None:
+    """Leaves Ctrl-C to the process that wanted this one, and ends with it, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     warnings.simplefilter("ignore")  # Pillow's, about damaged metadata of images that are fine
+    if not forked_by:  # made by a fork server, which itself lives as long as its children
+        threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != forked_by:
+        os._exit(1)
+
+
+def _end_with(process) -> None:
+    process.join()
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -89,7 +99,7 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         context.set_forkserver_preload(["__main__", "pipeline.convert"])
     ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, until _start_worker runs
     try:
-        pool = ProcessPoolExecutor(workers, context, _start_worker)
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid() if forked else 0,))
         pool.submit(os.getpid).result()
     finally:
         signal.signal(signal.SIGINT, ours)

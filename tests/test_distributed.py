@@ -31,11 +31,10 @@ def test_one_process_under_torchrun_starts_nothing_either(monkeypatch):
 
 def test_a_signal_becomes_a_wish_and_the_handlers_come_back():
     before = signal.getsignal(signal.SIGUSR1)
-    stop = StopRequest(CPU)
-    assert stop.agreed() == 0
-    os.kill(os.getpid(), signal.SIGUSR1)
-    assert stop.agreed() == signal.SIGUSR1
-    stop.close()
+    with StopRequest(CPU) as stop:
+        assert stop.agreed() == 0
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed() == signal.SIGUSR1
     assert signal.getsignal(signal.SIGUSR1) == before
 
 

@@ -142,6 +142,18 @@ def test_a_network_with_dropout_trains(tmp_path):
     )
 
 
+def test_a_loss_that_is_no_number_never_reaches_a_checkpoint(tmp_path):
+    class Broken(SyntheticLoader):
+        def global_views(self, step):
+            return [v * (float("nan") if step >= 6 else 1) for v in super().global_views(step)]
+
+    with pytest.raises(UserError, match="the loss became nan"):
+        run(replace(TINY, log_every=100), tmp_path / "r", Broken(64, 16))
+    saved = read_checkpoint(tmp_path / "r" / "checkpoint.pt")
+    assert saved["step"] == 4
+    assert all(w.isfinite().all() for w in saved["model"].values())
+
+
 def test_a_checkpoint_of_another_architecture_is_refused_and_kept(tmp_path):
     run(replace(TINY, epochs=0), tmp_path / "r")
     before = (tmp_path / "r" / "checkpoint.pt").read_bytes()

@@ -54,8 +54,18 @@ def test_other_ranks_write_nothing(tmp_path):
 
 def test_a_lost_loss_stops_the_run(tmp_path):
     log = RunLog(tmp_path, PretrainConfig(log_every=1), CPU, 0, 2, 2)
-    with pytest.raises(UserError, match="the loss is nan in the steps before 1"):
+    with pytest.raises(UserError, match="the loss became nan before step 1"):
         log.record(0, metrics(float("nan")), {}, 0.0)
+    log.close()
+
+
+def test_a_loss_lost_between_two_lines_stops_the_checkpoint(tmp_path):
+    log = RunLog(tmp_path, PretrainConfig(log_every=10), CPU, 0, 20, 5)
+    log.record(0, metrics(1.0), {}, 0.0)
+    log.before_checkpoint(1)
+    log.record(1, metrics(float("inf")), {}, 0.0)
+    with pytest.raises(UserError, match="the loss became inf before step 2"):
+        log.before_checkpoint(2)
     log.close()
 
 

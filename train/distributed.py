@@ -118,8 +118,11 @@ class StopRequest:
         self.pending = message, dist.all_reduce(message, dist.ReduceOp.MAX, group=self.ranks.control, async_op=True)
         return answer
 
-    def close(self) -> None:
-        if self.pending is not None:
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, error, *_) -> None:
+        if self.pending is not None and error is None:  # after an error the other ranks may never answer
             self.pending[1].wait()
         for number, handler in self.previous.items():
             signal.signal(number, handler)

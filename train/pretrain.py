@@ -8,6 +8,7 @@ Started again, the same command goes on where the run stopped, to the step. SIGT
 at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 130; a second Ctrl-C ends at once.
 """
 
+import contextlib
 import signal
 import sys
 import time
@@ -92,14 +93,12 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
         save(config, state, features, loader.images, 0, ranks)
     if ranks.rank == 0:
         describe_run(folder, as_plain(config), ranks, start_step)
-    say(
-        ranks,
-        f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images, {ranks.world_size} rank(s)",
-    )
+    where = f"{ranks.world_size} × {ranks.device.type}"
+    say(ranks, f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images on {where}")
 
     if config.compile:  # in place, so that parameter names stay
-        method.backbone.compile()
-        method.projector.compile()
+        for part in method.children():
+            part.compile()
     torch.backends.cudnn.benchmark = True
     model = method
     if ranks.world_size > 1:
@@ -109,8 +108,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
 
     warmup_steps = config.warmup_epochs * loader.steps_per_epoch
     log = RunLog(folder, config, ranks, start_step, stop_step, loader.steps_per_epoch)
-    stop = StopRequest(ranks)
-    try:
+    with StopRequest(ranks) as stop, contextlib.closing(log):
         batches = iter(loader.batches(start_step, stop_step))
         for step in range(start_step, stop_step):
             asked = time.perf_counter()
@@ -131,14 +129,11 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
 
             signalled = stop.agreed()
             if signalled or (step + 1) % loader.steps_per_epoch == 0:
-                log.flush()  # a lost loss ends the run here, before it overwrites a good checkpoint
+                log.before_checkpoint(step + 1)  # a loss that is no number ends the run, its checkpoint stays good
                 save(config, state, features, loader.images, step + 1, ranks)
             if signalled and step + 1 < stop_step:
                 say(ranks, f"stopped after step {step + 1}; the same command goes on from there")
                 return EXIT_INTERRUPTED if signalled == signal.SIGINT else EXIT_REQUEUE
-    finally:
-        stop.close()
-        log.close()
 
     if ranks.rank == 0:
         export_backbone(folder, method.backbone, backbone_info(config, features, stop_step))

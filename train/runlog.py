@@ -120,7 +120,7 @@ class RunLog:
         self._start_interval()
 
     def flush(self) -> None:
-        """Writes the line that is under way, waiting for it if need be. Raises UserError where the loss is lost."""
+        """Writes the line that is under way, waiting for it if need be; UserError for a loss that is no number."""
         if not self.pending:
             return
         arrived, line, names, host, speed = self.pending
@@ -134,17 +134,27 @@ class RunLog:
         self.bar.set_postfix_str(
             f"loss {line['loss']:.4g}, {line['images_per_s']:.0f} images/s, {line['data_wait_share']:.0%} data wait"
         )
-        if not math.isfinite(line["loss"]):
-            raise UserError(
-                f"the loss is {line['loss']} in the steps before {line['step']}; the last checkpoint is from before; "
-                "lower --lr-weights and --lr-biases, lengthen --warmup-epochs or try --amp off"
-            )
+        refuse_lost_loss(line["loss"], line["step"])
+
+    def before_checkpoint(self, step: int) -> None:
+        """Writes what is under way. Raises UserError where a checkpoint of this step would hold lost weights."""
+        self.flush()
+        if self.totals is not None:
+            refuse_lost_loss(self.totals.sum().item(), step)
 
     def close(self) -> None:
         if self.active:
             self.bar.close()
             self.file.close()
             self.board.close()
+
+
+def refuse_lost_loss(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss became {loss} before step {step}; the last checkpoint is from before; "
+            "lower --lr-weights and --lr-biases, lengthen --warmup-epochs or try --amp off"
+        )
 
 
 def keep_lines_before(path: Path, step: int) -> None:

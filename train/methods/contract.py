@@ -1,7 +1,8 @@
 """What a method is: one file beside this one, one nn.Module made of a backbone and the configuration.
 
-The loop in pretrain.py calls what stands here and nothing else. Heads, loss and any further state are the
-method's own affair; `state_dict` holds everything a resumed run needs beyond step and optimizer.
+The loop in pretrain.py calls what stands here and nothing else, and --compile compiles each child module.
+Heads, loss and any further state are the method's own affair; `state_dict` holds everything a resumed run needs
+beyond step and optimizer.
 """
 
 from typing import Protocol

@@ -11,6 +11,8 @@ from pipeline.jpeg import decode_planes, encode_planes
 
 _BITS = 22  # of the fixed-point weights: 8 bits of value, 22 of weight and a sign fit int32
 
+_BLOCK = 16  # rows that are turned into columns together
+
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _resize_rows(source, rows, scale):
@@ -22,9 +24,9 @@ def _resize_rows(source, rows, scale):
     stretch = max(scale, 1.0)
     weights = np.empty(int(4 * stretch) + 3, np.float64)
     sums = np.empty(width, np.int32)
-    out = np.empty((width, rows), np.uint8)
+    lines, out = np.empty((_BLOCK, width), np.uint8), np.empty((width, rows), np.uint8)
     for y in range(rows):
-        centre = (y + 0.5) * scale
+        centre = min((y + 0.5) * scale, height - 0.5)  # a row added to make the number even repeats the last
         first = max(int(centre - 2 * stretch + 0.5), 0)
         count = min(int(centre + 2 * stretch + 0.5), height) - first
         total = 0.0
@@ -39,8 +41,14 @@ def _resize_rows(source, rows, scale):
             weight, row = np.int32(np.rint(weights[k] / total * (1 << _BITS))), source[first + k]
             for x in range(width):
                 sums[x] += weight * np.int32(row[x])
+        line = lines[y % _BLOCK]
         for x in range(width):
-            out[x, y] = min(max(sums[x] >> _BITS, 0), 255)
+            line[x] = min(max(sums[x] >> _BITS, 0), 255)
+        if y % _BLOCK == _BLOCK - 1 or y == rows - 1:
+            begin = y - y % _BLOCK
+            for x in range(width):
+                for k in range(y - begin + 1):
+                    out[x, begin + k] = lines[k, x]
     return out
 
 

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from pipeline import store
 from pipeline.beton import STATUS_TEXT, decode_rgb, free_handle, make_handle
+from pipeline.shrink import _resize_rows
 from pipeline.store import HOW, KEPT, MAX_SCANS, RECODED, RESIZED, Unreadable, jpeg_structure, store_image
 
 QUALITY = 90
@@ -89,6 +90,16 @@ def test_every_chroma_layout_and_odd_sizes(photo, mode, size):
     assert (stored.how, stored.width, stored.height) == (RESIZED, *small)
     reference = Image.open(io.BytesIO(data)).resize(small, Image.Resampling.BICUBIC)
     assert difference(stored, reference) < 3.5
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.001, 1.5])
+def test_the_row_added_to_an_odd_size_repeats_the_last(scale):
+    """Colour needs an even number of rows; at scale 1 the filter alone would divide zero by zero there."""
+    source = np.arange(0, 250, 50, dtype=np.uint8)[:, None].repeat(7, 1)
+    rows = round(5 / scale)
+    columns = _resize_rows(source, rows + 1, scale)
+    assert columns.shape == (7, rows + 1)
+    assert np.abs(columns[:, rows].astype(int) - source[-1]).max() <= 8
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

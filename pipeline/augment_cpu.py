@@ -16,10 +16,11 @@ import numpy as np
 
 from pipeline.blur_cpu import BlurScratch, apply_blur, make_blur_scratch
 from pipeline.colour_cpu import BLOCK, GREY, PROGRAM_LENGTH, apply_colour, apply_solarize
+from pipeline.compiled import jit, unsigned
 from pipeline.draws import NOTHING
 from pipeline.resample_cpu import ResampleScratch, crop_resize_flip, make_resample_scratch, row_pitch
 from pipeline.spec import Normalization
-from pipeline.vector_cpu import ROWS, kernel, unsigned
+from pipeline.vector_cpu import ROWS
 
 
 class Scratch(NamedTuple):
@@ -58,10 +59,29 @@ def normalization_table(normalization: Normalization) -> np.ndarray:
     return (np.arange(256, dtype=np.float32) / np.float32(255) - mean) / std
 
 
-@kernel
-def _make_planes(image, p, b, v, bicubic, side, scratch):
-    """View v of image b, in scratch.planes."""
-    planes, program, pitch = scratch.planes, scratch.program, row_pitch(side)
+UNCHANGED = np.tile(np.arange(256, dtype=np.uint8), (3, 1))  # the table of a view that stays 8-bit
+
+
+@jit
+def write_view(planes, table, out):
+    """A view in planes (3, …) → out (H, W, 3), each value looked up in its channel's row of table (3, 256)."""
+    side = out.shape[0]
+    for y in range(side):
+        start = unsigned(y * row_pitch(side))
+        for x in range(unsigned(side)):
+            i = start + x
+            out[y, x, 0], out[y, x, 1] = table[0, planes[0, i]], table[1, planes[1, i]]
+            out[y, x, 2] = table[2, planes[2, i]]
+
+
+@numba.njit(cache=True, nogil=True, no_cfunc_wrapper=True, inline="always")
+def apply_view(image, params, b, v, bicubic, table, scratch, out):
+    """View v of the image that params' row b was drawn for: uint8 (h, w, 3), contiguous → out (H, W, 3).
+
+    `table` decides what is written: normalization_table's float32, or UNCHANGED for the 8-bit view itself.
+    """
+    p, side, planes, program = params, out.shape[0], scratch.planes, scratch.program
+    pitch = row_pitch(side)
     box = p.box_top[b, v], p.box_left[b, v], p.box_height[b, v], p.box_width[b, v]
     resized, window = (p.resized_height[b, v], p.resized_width[b, v]), (p.window_top[b, v], p.window_left[b, v])
     crop_resize_flip(image, box, resized, window, p.flip[b, v] != 0, bicubic, scratch.resample, planes)
@@ -75,37 +95,4 @@ def _make_planes(image, p, b, v, bicubic, side, scratch):
         apply_blur(planes, pitch, side, p.sigma_px[b, v], scratch.blur)
     if p.solarize[b, v]:
         apply_solarize(planes)
-
-
-@numba.njit(cache=True, nogil=True)
-def apply_view(image, params, b, v, bicubic, scratch, out):
-    """View v of the image that params' row b was drawn for: uint8 (h, w, 3), contiguous → out, uint8 (H, W, 3)."""
-    side, planes = out.shape[0], scratch.planes
-    _make_planes(image, params, b, v, bicubic, side, scratch)
-    for y in range(side):
-        start = unsigned(y * row_pitch(side))
-        for x in range(unsigned(side)):
-            i = start + x
-            out[y, x, 0], out[y, x, 1], out[y, x, 2] = planes[0, i], planes[1, i], planes[2, i]
-
-
-@numba.njit(cache=True, nogil=True)
-def apply_view_normalized(image, params, b, v, bicubic, table, scratch, out):
-    """The same view, normalized: → out, float32 (H, W, 3). `table` is normalization_table's."""
-    side, planes = out.shape[0], scratch.planes
-    _make_planes(image, params, b, v, bicubic, side, scratch)
-    for y in range(side):
-        start = unsigned(y * row_pitch(side))
-        for x in range(unsigned(side)):
-            i = start + x
-            out[y, x, 0], out[y, x, 1] = table[0, planes[0, i]], table[1, planes[1, i]]
-            out[y, x, 2] = table[2, planes[2, i]]
-
-
-@numba.njit(cache=True, nogil=True)
-def normalize_into(view, table, out):
-    """uint8 (H, W, 3) → out, float32 (H, W, 3), by normalization_table's table."""
-    for y in range(view.shape[0]):
-        for x in range(view.shape[1]):
-            for c in range(3):
-                out[y, x, c] = table[c, view[y, x, c]]
+    write_view(planes, table, out)

@@ -11,14 +11,19 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from pipeline.vector_cpu import kernel, unsigned, widest_vectors
+from pipeline.compiled import jit, kernel, unsigned
+from pipeline.vector_cpu import widest_vectors
 
 PASSES = 3
 
 
 class BlurScratch(NamedTuple):
-    """spare: uint8 (2, H, W), one colour. lines: uint32 (17 · 3 · (W + 4),), lines of three colours, each with two
-    more pixels at either end: three rings of five lines, and two lines to work on."""
+    """Memory of one thread for square views.
+
+    spare   uint8 (2 · H · W,): one colour, twice
+    lines   uint32 (17 · 3 · (W + 4),): lines of three colours, each with two more pixels at either end: three rings
+            of five lines, and two lines to work on
+    """
 
     spare: np.ndarray
     lines: np.ndarray
@@ -26,10 +31,10 @@ class BlurScratch(NamedTuple):
 
 def make_blur_scratch(side_px: int) -> BlurScratch:
     """Scratch for square views of side_px."""
-    return BlurScratch(np.zeros((2, side_px, side_px), np.uint8), np.zeros(17 * 3 * (side_px + 4), np.uint32))
+    return BlurScratch(np.zeros(2 * side_px * side_px, np.uint8), np.zeros(17 * 3 * (side_px + 4), np.uint32))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def box_weights(sigma_px):
     """(radius, inner weight, edge weight) of the box that Pillow runs three times for a Gaussian; in float32.
 
@@ -49,34 +54,37 @@ def box_weights(sigma_px):
 
 
 @kernel
-def _box(values, radius, inner, edge, out):
-    """One pass of a box of any size along a line, its ends repeated outwards."""
-    last = len(values) - 1
+def _box(m, start, out, step, n, radius, inner, edge):
+    """One pass of a box of any size along n values of m, `step` apart from m[start] on, to m[out] …; ends repeated."""
+    last = n - 1
     total = np.int64(0)
     for k in range(-radius - 1, radius):
-        total += values[min(max(k, 0), last)]
-    for x in range(len(values)):
-        left, right = max(x - radius - 1, 0), min(x + radius + 1, last)
-        total += np.int64(values[min(x + radius, last)]) - values[left]
-        bulk = total * inner + (np.int64(values[left]) + values[right]) * edge
-        out[x] = np.uint8((bulk + (1 << 23)) >> 24)
+        total += m[start + min(max(k, 0), last) * step]
+    for x in range(n):
+        left = np.int64(m[start + max(x - radius - 1, 0) * step])
+        right = np.int64(m[start + min(x + radius + 1, last) * step])
+        total += np.int64(m[start + min(x + radius, last) * step]) - left
+        m[out + x * step] = np.uint8((total * inner + (left + right) * edge + (1 << 23)) >> 24)
 
 
 @kernel
 def _blur_wide(plane, pitch, side, radius, inner, edge, spare):
-    """Boxes of any size on one colour, rows of `pitch` pixels, in place."""
-    one, two = spare[0], spare[1]
-    for y in range(side):
-        _box(plane[y * pitch : y * pitch + side], radius, inner, edge, one[y])
-        _box(one[y], radius, inner, edge, two[y])
-        _box(two[y], radius, inner, edge, one[y])
-    for x in range(side):
-        _box(one[:, x], radius, inner, edge, two[:, x])
-        _box(two[:, x], radius, inner, edge, one[:, x])
-        _box(one[:, x], radius, inner, edge, two[:, x])
+    """Boxes of any size on one colour, rows of `pitch` pixels, in place; `spare` holds two pictures."""
+    other = side * side
     for y in range(side):
         for x in range(side):
-            plane[y * pitch + x] = two[y, x]
+            spare[y * side + x] = plane[y * pitch + x]
+    for axis in range(2):
+        step, line = (1, side) if axis == 0 else (side, 1)
+        for k in range(side):
+            for turn in range(PASSES):  # to and fro between the two: an odd number ends in the second
+                start = k * line + (turn % 2) * other
+                _box(spare, start, k * line + (1 - turn % 2) * other, step, side, radius, inner, edge)
+        for i in range(other):
+            spare[i] = spare[other + i]
+    for y in range(side):
+        for x in range(side):
+            plane[y * pitch + x] = spare[y * side + x]
 
 
 @kernel
@@ -103,7 +111,7 @@ def _box_of_5(m, before2, before, here, after, after2, out, n, inner, edge):
         m[out + x] = np.uint32(bulk + np.uint32(1 << 23)) >> np.uint32(24)
 
 
-@kernel
+@numba.njit(inline="always")
 def _blur_along(m, line, side, radius, inner, edge, out):
     """One pass along the line of three colours at m[line], whose ends it first repeats outwards, to m[out]."""
     for c in range(3):
@@ -118,7 +126,7 @@ def _blur_along(m, line, side, radius, inner, edge, out):
         _box_of_5(m, line, line + 1, line + 2, line + 3, line + 4, out + 2, n, inner, edge)
 
 
-@kernel
+@numba.njit(inline="always")
 def _blur_down(m, ring, y, last, length, radius, inner, edge, out):
     """One pass for row y of those whose k-th lies at m[ring + k % 5 · length]; rows 0 and `last` are repeated."""
     here = ring + y % 5 * length
@@ -130,7 +138,7 @@ def _blur_down(m, ring, y, last, length, radius, inner, edge, out):
         _box_of_5(m, before2, before, here, after, after2, out, length, inner, edge)
 
 
-@kernel
+@numba.njit(inline="always")
 def _blur_narrow(planes, pitch, side, radius, inner, edge, m):
     """Boxes that reach two pixels at most: all six passes in one go down the rows.
 

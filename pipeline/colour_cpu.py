@@ -7,10 +7,11 @@ once up to the contrast, which needs the mean of the whole picture at that point
 
 import numpy as np
 
+from pipeline.compiled import kernel, unsigned
 from pipeline.constants import LUMA_B, LUMA_G, LUMA_HALF, LUMA_R, LUMA_SHIFT
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from pipeline.spec import SOLARIZE_THRESHOLD
-from pipeline.vector_cpu import kernel, unsigned, widest_vectors
+from pipeline.vector_cpu import widest_vectors
 
 GREY = 5  # the operation of a program beside those of the jitter
 PROGRAM_LENGTH = 5

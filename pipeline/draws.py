@@ -15,9 +15,9 @@ Slots of the counter-based generator (rng.py), four to a block:
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
+from pipeline.compiled import jit
 from pipeline.rng import DOMAIN_VIEWS, uniform4
 from pipeline.spec import CentreCrop, ViewSpec
 
@@ -97,7 +97,7 @@ def _table(views: tuple[ViewSpec, ...]) -> np.ndarray:
     return np.array(rows, np.float64)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _fallback_box(height, width, min_ratio, max_ratio):
     """torchvision's answer when ten tries failed: the largest centred box with an allowed ratio."""
     in_ratio = width / height
@@ -112,7 +112,7 @@ def _fallback_box(height, width, min_ratio, max_ratio):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _draw_box(seed, epoch, sample, view, height, width, row, top_u, left_u):
     """RandomResizedCrop's box (torchvision's algorithm): ten tries, then the centred fallback."""
     area = height * width
@@ -128,13 +128,13 @@ def _draw_box(seed, epoch, sample, view, height, width, row, top_u, left_u):
     return _fallback_box(height, width, np.exp(row[2]), np.exp(row[3]))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _factor(strength, u):
     low = max(0.0, 1.0 - strength)
     return low + (1.0 + strength - low) * u
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _draw(seed, epoch, samples, heights, widths, table, resolution_px, orders, p):
     for b in range(len(samples)):
         for v in range(len(table)):

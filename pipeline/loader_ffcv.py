@@ -21,13 +21,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numba
 import numpy as np
 import torch
 
-from pipeline.augment_cpu import apply_view, apply_view_normalized, make_scratch, normalization_table
+from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch, normalization_table
 from pipeline.beton import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle, open_beton
 from pipeline.command import UserError
+from pipeline.compiled import jit
 from pipeline.draws import ViewParams, centre_views, draw_views
 from pipeline.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
 from pipeline.spec import Batch, CentreCrop, LoaderConfig
@@ -36,28 +36,23 @@ AHEAD = 2  # batches in the making beside the one in use: enough to hide the jit
 JOBS_PER_WORKER = 4  # a batch is split finer than the workers, so that none waits long for the slowest
 
 
-@numba.njit(cache=True, nogil=True)
-def _make_views(handle, data, ids, table, params, bicubic, pixels, scratch, lut, first, views_u8, views_f32, status):
+@jit
+def _make_views(handle, data, ids, sources, params, bicubic, pixels, scratch, table, first, views, status):
     """Decodes each image once and makes its V views; a status other than OK leaves that image's views unset.
 
-    The images are number first, first + 1, … of the batch. Of views_u8 (V, B, H, W, 3) and views_f32, the same
-    normalized, the one that is not empty is filled. Both are the whole batch's, not slices of it: one layout, so
-    that one compiled version serves every number of views and jobs.
+    The images are number first, first + 1, … of the batch; views (V, B, H, W, 3) and status (B,) are the whole
+    batch's, not slices of it: one layout, so that one compiled version serves every number of views and jobs.
     """
-    offsets, sizes, modes, heights, widths = table
+    offsets, sizes, modes, heights, widths = sources
     for b in range(len(ids)):
         i = ids[b]
         height, width = heights[i], widths[i]
         at = first + b
         status[at] = decode_rgb(handle, data, offsets[i], sizes[i], modes[i], height, width, pixels)
-        if status[at] != OK:
-            continue
-        image = pixels[: height * width * 3].reshape(height, width, 3)
-        for v in range(len(bicubic)):
-            if views_f32.size:
-                apply_view_normalized(image, params, b, v, bicubic[v], lut, scratch, views_f32[v, at])
-            else:
-                apply_view(image, params, b, v, bicubic[v], scratch, views_u8[v, at])
+        if status[at] == OK:
+            image = pixels[: height * width * 3].reshape(height, width, 3)
+            for v in range(len(bicubic)):
+                apply_view(image, params, b, v, bicubic[v], table, scratch, views[v, at])
 
 
 @dataclass
@@ -90,10 +85,10 @@ class FfcvLoader:
         self.workers = config.workers or len(os.sched_getaffinity(0))
         rows = (config.views,) if isinstance(config.views, CentreCrop) else config.views
         self._bicubic = np.array([row.interpolation == "bicubic" for row in rows])
-        self._lut = normalization_table(config.normalization)
         self._cuda = torch.device(config.device).type == "cuda"
+        self._table = UNCHANGED if self._cuda else normalization_table(config.normalization)
         b = self.beton
-        self._table = (b.offsets, b.sizes_bytes, b.modes, b.heights, b.widths)
+        self._sources = (b.offsets, b.sizes_bytes, b.modes, b.heights, b.widths)
         self._image_bytes = int((b.heights * b.widths)[self.ids].max()) * 3
         self._thread = threading.local()
         self._handles: list[int] = []
@@ -117,21 +112,18 @@ class FfcvLoader:
     def _job(self, epoch: int, ids: np.ndarray, first: int, views: np.ndarray, status: np.ndarray) -> None:
         """One worker's share of a batch: images number first, first + 1, … into views (V, B, H, W, 3), status (B,)."""
         own = self._thread
-        views_u8 = views if self._cuda else np.empty((0, 0, 0, 0, 0), np.uint8)
-        views_f32 = np.empty((0, 0, 0, 0, 0), np.float32) if self._cuda else views
         _make_views(
             own.handle,
             self.beton.data,
             ids,
-            self._table,
+            self._sources,
             self._params(ids, epoch),
             self._bicubic,
             own.pixels,
             own.scratch,
-            self._lut,
+            self._table,
             first,
-            views_u8,
-            views_f32,
+            views,
             status,
         )
 

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.augment_cpu import apply_view, make_scratch
+from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch
 from pipeline.beton import Beton, open_beton
 from pipeline.command import DATA, UserError, run_command
 from pipeline.draws import draw_views
@@ -59,7 +59,8 @@ def views_of(
     fast, reference = [], []
     for v, view in enumerate(views):
         out = np.empty((config.resolution, config.resolution, 3), np.uint8)
-        apply_view(np.ascontiguousarray(image), params, 0, v, view.interpolation == "bicubic", scratch, out)
+        bicubic = view.interpolation == "bicubic"
+        apply_view(np.ascontiguousarray(image), params, 0, v, bicubic, UNCHANGED, scratch, out)
         fast.append(out)
         reference.append(np.asarray(apply_view_pil(image, params, 0, v, view.interpolation, config.resolution)))
     return image, fast, reference

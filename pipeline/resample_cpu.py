@@ -13,21 +13,10 @@ the weights of the others are zeros.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
-from pipeline.vector_cpu import (
-    COEFFICIENT_BITS,
-    COLUMNS,
-    HALF,
-    LANES,
-    ROWS,
-    kernel,
-    sum_pixels,
-    sum_rows,
-    unsigned,
-    widest_vectors,
-)
+from pipeline.compiled import jit, kernel, unsigned
+from pipeline.vector_cpu import COEFFICIENT_BITS, COLUMNS, HALF, LANES, ROWS, sum_pixels, sum_rows, widest_vectors
 
 BICUBIC_SUPPORT, BILINEAR_SUPPORT = 2.0, 1.0
 
@@ -62,7 +51,7 @@ class ResampleScratch(NamedTuple):
     between: np.ndarray
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def row_pitch(side_px):
     """S, the columns that a row of a view occupies: whole blocks."""
     return -(-side_px // LANES) * LANES
@@ -221,7 +210,7 @@ def _resize_columns(source, at, row_size, low, length, weights_size, window_px, 
                 out[y * length + x] = min(max(total >> COEFFICIENT_BITS, 0), 255)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def height_first(box_height, box_width, resized_height, resized_width):
     """Pillow's choice: the pass along columns runs first where it takes away more than twice as many pixels.
 
@@ -251,7 +240,7 @@ def crop_resize_flip(image, box, resized, window, flip, bicubic, s, planes):
     at, zero = top * row_size + 3 * left, np.int64(0)  # a literal 0 would compile functions a second time
     if height_first(height, width, resized[0], resized[1]):
         _resize_columns(pixels, at, row_size, zero, 3 * width, rows, window[0], s, s.between)
-        _resize_rows(s.between, zero, 3 * width, side, width, s, planes, pitch, planes.shape[1])
+        _resize_rows(s.between, zero, 3 * width, side, width, s, planes.reshape(-1), pitch, planes.shape[1])
     else:
         _resize_rows(pixels, at + low * row_size, row_size, high - low, width, s, s.between, 3 * pitch, pitch)
         for c in range(3):

@@ -11,8 +11,9 @@ The same function stands here twice, as numba for kernels and as NumPy for whole
 both to the published vectors and to each other, bit for bit.
 """
 
-import numba
 import numpy as np
+
+from pipeline.compiled import jit
 
 DOMAIN_VIEWS = 0  # the random choices of views (draws.py)
 DOMAIN_ORDER = 1  # the order of samples in an epoch (order.py)
@@ -25,7 +26,7 @@ _SHIFT = np.uint64(32)
 TWO_POW_MINUS_32 = 2.0**-32
 
 
-@numba.njit(inline="never", cache=True, nogil=True)
+@jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Ten rounds of Philox on one counter. Six words in, four words out, all uint64 holding 32 bits."""
     c0, c1, c2, c3 = np.uint64(c0), np.uint64(c1), np.uint64(c2), np.uint64(c3)
@@ -39,7 +40,7 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     return c0, c1, c2, c3
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def uniform4(seed, domain, epoch, sample, view, block):
     """The four uniforms in [0, 1) of slots 4·block … 4·block + 3, float64 with 32 random bits each."""
     s = np.uint64(seed)

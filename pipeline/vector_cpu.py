@@ -8,22 +8,12 @@ Both are exact: every product and sum is a multiple of 2^-22 below 2^9, which in
 """
 
 import llvmlite.binding
-import numba
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 COEFFICIENT_BITS = 22  # a weight of 1.0 is 1 << 22 (Pillow's PRECISION_BITS)
 HALF = 1 << (COEFFICIENT_BITS - 1)
-
-# Decorator of the kernels' functions that only compiled code calls. Without an entry from Python they compile in
-# half the time.
-kernel = numba.njit(cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-
-# Numba lets a negative index count from the end and checks each index that it cannot prove positive, which keeps
-# a loop from becoming vector code. So an index that is a sum is a sum of unsigned numbers.
-unsigned = np.uint64
 
 LANES = 8  # output pixels of one block of sum_pixels
 COLUMNS = 32  # values of one call of sum_rows

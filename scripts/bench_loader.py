@@ -38,7 +38,7 @@ from scipy import stats
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
-from pipeline.augment_cpu import apply_view_normalized, make_scratch, normalization_table
+from pipeline.augment_cpu import apply_view, make_scratch, normalization_table
 from pipeline.beton import OK, Beton, decode_rgb, free_handle, jpeg_bytes, make_handle, open_beton
 from pipeline.command import UserError, run_command
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
@@ -130,7 +130,7 @@ def _decode_and_view(handle, data, table, ids, params, lut, pixels, scratch, out
             return b
         image = pixels[: height * width * 3].reshape(height, width, 3)
         for v in range(out.shape[1]):
-            apply_view_normalized(image, params, b, v, True, lut, scratch, out[b % len(out), v])
+            apply_view(image, params, b, v, True, lut, scratch, out[b % len(out), v])
     return len(ids)
 
 

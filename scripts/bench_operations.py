@@ -5,7 +5,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
 
-from pipeline.augment_cpu import apply_view, make_scratch, normalization_table, normalize_into
+from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch, normalization_table, write_view
 from pipeline.beton import OK, Beton, decode_rgb, free_handle, make_handle
 from pipeline.blur_cpu import apply_blur
 from pipeline.colour_cpu import GREY, apply_colour, apply_solarize
@@ -61,7 +61,7 @@ def compare_views(beton: Beton) -> list[dict]:
 
     def add(name: str, image: Image.Image, params: ViewParams, v: int) -> None:
         array, ours = np.ascontiguousarray(image), np.empty((SIDE, SIDE, 3), np.uint8)
-        apply_view(array, params, 0, v, True, make_scratch(*array.shape[:2], SIDE), ours)
+        apply_view(array, params, 0, v, True, UNCHANGED, make_scratch(*array.shape[:2], SIDE), ours)
         theirs = np.asarray(apply_view_pil(image, params, 0, v, "bicubic", SIDE))
         histograms[name] += np.bincount(np.abs(ours.astype(int) - theirs).ravel(), minlength=256)
 
@@ -108,9 +108,9 @@ def _solarize(stack):
 
 
 @numba.njit(cache=True, nogil=True)
-def _normalize(views, table, out):
-    for i in range(len(views)):
-        normalize_into(views[i], table, out[i])
+def _normalize(stack, table, out):
+    for i in range(len(stack)):
+        write_view(stack[i], table, out[i])
 
 
 @numba.njit(cache=True, nogil=True)
@@ -133,9 +133,9 @@ class OperationBench:
         self.starts = np.cumsum(3 * self.heights * self.widths) - 3 * self.heights * self.widths
         self.squares = [image.resize((SIDE, SIDE)) for image in self.images]
         self.scratch = make_scratch(int(self.heights.max()), int(self.widths.max()), SIDE)
-        self.views = np.stack([np.asarray(square) for square in self.squares])
         self.stack = np.zeros((len(ids), *self.scratch.planes.shape), np.uint8)
-        self.stack[:, :, : SIDE * SIDE] = self.views.transpose(0, 3, 1, 2).reshape(len(ids), 3, -1)
+        views = np.stack([np.asarray(square) for square in self.squares])
+        self.stack[:, :, : SIDE * SIDE] = views.transpose(0, 3, 1, 2).reshape(len(ids), 3, -1)
 
     def colour(self, operation: int) -> None:
         program = np.array([operation, *[NOTHING] * 4], np.uint8)
@@ -145,15 +145,15 @@ class OperationBench:
 
     def candidates(self) -> dict:
         """name → (what to run, views it makes)."""
-        p, out, table = self.params, np.empty((SIDE, SIDE, 3), np.float32), normalization_table(Normalization())
-        out = np.empty((len(self.views), SIDE, SIDE, 3), np.float32)
+        p, table = self.params, normalization_table(Normalization())
+        out = np.empty((len(self.stack), SIDE, SIDE, 3), np.float32)
         ours = {name: lambda code=code: self.colour(code) for name, code in {**JITTER, "grey": GREY}.items()}
         ours["crop_resize"] = lambda: _crop_resize(
             *(self.flat, self.starts, self.heights, self.widths, p, self.scratch.resample, self.scratch.planes)
         )
         ours["blur"] = lambda: _blur(self.stack, p.sigma_px[:, 0], self.scratch.blur)
         ours["solarize"] = lambda: _solarize(self.stack)
-        ours["normalize"] = lambda: _normalize(self.views, table, out)
+        ours["normalize"] = lambda: _normalize(self.stack, table, out)
         candidates = {}
         for name, run in ours.items():
             candidates[f"op_{name}"] = run, len(self.images)

@@ -41,4 +41,6 @@ echo "setup: installing the Python packages into .venv" >&2
 install=(.venv/bin/uv pip install -q --python .venv/bin/python --constraint constraints.txt)
 "${install[@]}" numpy setuptools wheel
 "${install[@]}" --no-build-isolation-package ffcv --editable ".[$extras]"
+echo "setup: compiling the kernels for this machine" >&2
+TQDM_DISABLE=1 .venv/bin/python scripts/compile_kernels.py >/dev/null
 rm -f .venv/.setup-*; touch ".venv/.setup-$stamp"

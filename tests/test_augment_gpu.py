@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from pipeline import augment_gpu
-from pipeline.augment_cpu import apply_view, make_scratch
+from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch
 from pipeline.augment_gpu import make_views
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, centre_views, draw_views
 from pipeline.draws import empty_params as empty
@@ -215,7 +215,7 @@ def check_numba(images: list[np.ndarray], params: ViewParams, side: int, device:
     for b, image in enumerate(images):
         scratch = make_scratch(*image.shape[:2], side)
         for v in range(views):
-            apply_view(image, params, b, v, True, scratch, theirs)
+            apply_view(image, params, b, v, True, UNCHANGED, scratch, theirs)
             assert np.array_equal(ours[v][b], theirs), f"view {v} of image {b}"
 
 

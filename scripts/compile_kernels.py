@@ -1,0 +1,39 @@
+"""Compiles the kernels of the fast loader for this machine, so that no later program waits for it.
+
+    python scripts/compile_kernels.py
+
+Numba keeps the result beside the package (pipeline/compiled.py). Whatever is not there is compiled where it is first
+needed, so this saves time and changes nothing else.
+"""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from pipeline.command import run_command
+from pipeline.convert import ConvertConfig
+from pipeline.convert import main as convert
+from pipeline.loader import make_loader
+from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """There is nothing to choose."""
+
+
+def main(config: CompileConfig) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(folder) / "images" / "class" / "image.jpg"
+        image.parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(image)
+        convert(ConvertConfig(Path(folder) / "one.beton", image.parents[1], workers=1))
+        loader = make_loader(LoaderConfig(Path(folder) / "one.beton", BARLOW_TWINS_VIEWS, 32, 1, workers=1))
+        next(iter(loader.batches(0, 1)))
+        loader.close()
+
+
+if __name__ == "__main__":
+    run_command(CompileConfig, main)

@@ -255,8 +255,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(many, straight, out):
     journal = out.with_suffix(".beton.journal")
     while True:
         process = start(many, out)
-        wait_for_rows(journal, rows + int(rng.integers(10, 150)), process)
-        time.sleep(rng.uniform(0, 0.5))
+        wait_for_rows(journal, rows + int(rng.integers(1, 50)), process)
+        time.sleep(rng.uniform(0, 0.1))
         process.kill()
         _, stderr = process.communicate()
         if process.returncode != -signal.SIGKILL:
@@ -269,7 +269,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(many, straight, out):
         while living(process.pid):
             assert time.monotonic() < deadline, living(process.pid)
             time.sleep(0.05)
-    assert kills >= 2
+    assert kills >= 1  # four or five, unless the machine is faster than the signal
     assert contents(out.parent) == straight
 
 

@@ -24,7 +24,7 @@ $python eval/linear.py --checkpoint runs/demo --features pixels --cached
 for run in runs/demo-untrained runs/demo; do
   $python eval/knn.py --checkpoint $run
   $python eval/linear.py --checkpoint $run --cached
-  $python eval/semisup.py --checkpoint $run --fraction 0.1 --validate-every 20
+  $python eval/semisup.py --checkpoint $run --fraction 0.1 --epochs 10 --validate-every 10
 done
 $python eval/report.py runs/demo-untrained runs/demo
 echo "demo: done in $((SECONDS - start)) s; the pictures and the table are in runs/demo"

@@ -1,12 +1,12 @@
 """Backbones by name, and the projector.
 
 A backbone is a module (B, 3, H, W) → (B, D) whose parameters have torchvision's or timm's own names, so its
-weights load there. torchvision's ResNets are looked up first, then timm's models.
+weights load there. torchvision's ResNets are looked up first, then timm's models. Both take seconds to import
+(torchvision brings torch's compiler), so each is imported where a network is made and not by every --help.
 """
 
 import difflib
 
-import torchvision
 from torch import nn
 
 from pipeline.command import UserError
@@ -14,6 +14,8 @@ from pipeline.command import UserError
 
 def torchvision_resnets() -> list[str]:
     """resnet18 … wide_resnet101_2, every ResNet torchvision builds."""
+    import torchvision
+
     return torchvision.models.list_models(module=torchvision.models, include=["resne*", "wide_resnet*"])
 
 
@@ -37,15 +39,17 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     ResNets of torchvision start with the last batch norm of every block at zero (Goyal 2017; Zbontar 2021).
     Raises UserError for an unknown name, with the nearest known ones, and for a stem the network has not.
     """
+    if arch == "resnet10_narrow":
+        return resnet10_narrow(), 256
     if arch in torchvision_resnets():
+        import torchvision
+
         backbone = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
         features = backbone.fc.in_features
         backbone.fc = nn.Identity()
         return (with_small_stem(backbone) if stem == "small" else backbone), features
-    import timm  # two seconds that torchvision's ResNets need not wait for
+    import timm
 
-    if arch == "resnet10_narrow":
-        return resnet10_narrow(), 256
     if arch not in timm.list_models():
         known = sorted({*torchvision_resnets(), *timm.list_models()})
         near = difflib.get_close_matches(arch, known, n=4, cutoff=0.5)

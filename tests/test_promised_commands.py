@@ -67,7 +67,7 @@ def test_convert_pretrain_semisup(checkout):
     assert manifest["images"] == CLASSES * IMAGES_PER_CLASS["train"]
     assert (checkout / "data/imagenet/val.beton").is_file()
 
-    _run(checkout, f"torchrun train/pretrain.py {SMALL} --name one")
+    _run(checkout, f"torchrun train/pretrain.py {SMALL} --run one")
     assert (checkout / "runs/latest").resolve() == (checkout / "runs/one").resolve()
     metrics = [json.loads(line) for line in (checkout / "runs/one/metrics.jsonl").read_text().splitlines()]
     assert metrics and all(m["loss"] > 0 for m in metrics)
@@ -82,7 +82,7 @@ def test_two_ranks_make_the_same_run_as_one(checkout):
     """Same images, same seed, same global batch: the losses of W = 1 and W = 2 agree step by step."""
     losses = []
     for ranks, name in ((1, "w1"), (2, "w2")):
-        _run(checkout, f"torchrun --nproc-per-node={ranks} train/pretrain.py {SMALL} --amp off --name {name}")
+        _run(checkout, f"torchrun --nproc-per-node={ranks} train/pretrain.py {SMALL} --amp off --run {name}")
         lines = (checkout / f"runs/{name}/metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)

@@ -40,7 +40,7 @@ class PretrainConfig:
     run: Annotated[str, tyro.conf.arg(aliases=["--name"])] = ""
     """Name of the run, a folder under runs/, or a path. Empty: preset, architecture, epochs and a short hash
     of the recipe, so that the same command finds its own run again and another recipe never meets it.
-    (With Python 3.11 torchrun takes --run for an option of its own: write --name there.)"""
+    (--name is for a torchrun that takes --run for an option of its own; the one in .venv does not.)"""
     epochs: int = 300
     """Passes over the data. 0 writes the untrained network and ends: a control for the evaluations."""
     global_batch: int = 1024

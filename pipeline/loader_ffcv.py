@@ -9,8 +9,9 @@ cache and the numba cache, and cost no pickling. FFCV's own Loader is not used: 
 reorders floating-point arithmetic, keeps a full-size scratch image per batch slot, and hangs where a decode
 fails. The file is FFCV's; the decoder is libjpeg-turbo with the pixels of Pillow.
 
-With `device` on a GPU the worker threads make uint8 views in pinned memory and the GPU normalizes them, a
-quarter of the copy.
+With `device` on a GPU the worker threads only decode, into one pinned buffer a batch; a thread of its own copies
+it over and starts the view kernels (augment_gpu.py) on a stream of their own, ahead of the consumer's. With
+`views_on` "cpu" they make uint8 views instead, which the GPU normalizes.
 """
 
 import os
@@ -55,6 +56,17 @@ def _make_views(handle, data, ids, sources, params, bicubic, pixels, scratch, ta
                 apply_view(image, params, b, v, bicubic[v], table, scratch, views[v, at])
 
 
+@jit
+def _decode_images(handle, data, ids, sources, starts, pixels, status):
+    """Decodes images side by side into one buffer, each (h, w, 3) from its byte of `starts` on."""
+    offsets, sizes, modes, heights, widths = sources
+    for b in range(len(ids)):
+        i = ids[b]
+        height, width = heights[i], widths[i]
+        own = pixels[starts[b] : starts[b] + height * width * 3]
+        status[b] = decode_rgb(handle, data, offsets[i], sizes[i], modes[i], height, width, own)
+
+
 @dataclass
 class _Pending:
     """A batch in the making."""
@@ -62,9 +74,11 @@ class _Pending:
     step: int
     epoch: int
     ids: np.ndarray
-    views: torch.Tensor  # (V, B, H, W, 3), float32 or, for a GPU, pinned uint8
+    memory: torch.Tensor  # views (V, B, H, W, 3), float32 or pinned uint8; or all decoded images, flat pinned uint8
     status: np.ndarray
     jobs: list[Future]
+    plan: Future | None = None  # of the views that the GPU is to make
+    ready: Future | None = None  # the Batch and an event, where a GPU is to finish it
 
 
 class FfcvLoader:
@@ -84,8 +98,10 @@ class FfcvLoader:
         rank_batch(config.global_batch, config.world_size)
         self.workers = config.workers or len(os.sched_getaffinity(0))
         rows = (config.views,) if isinstance(config.views, CentreCrop) else config.views
-        self._bicubic = np.array([row.interpolation == "bicubic" for row in rows])
+        self._interpolations = [row.interpolation for row in rows]
+        self._bicubic = np.array([name == "bicubic" for name in self._interpolations])
         self._cuda = torch.device(config.device).type == "cuda"
+        self._gpu_views = config.views_on == "gpu" or (config.views_on == "auto" and self._cuda)
         self._table = UNCHANGED if self._cuda else normalization_table(config.normalization)
         b = self.beton
         self._sources = (b.offsets, b.sizes_bytes, b.modes, b.heights, b.widths)
@@ -93,12 +109,16 @@ class FfcvLoader:
         self._thread = threading.local()
         self._handles: list[int] = []
         self._pool = ThreadPoolExecutor(self.workers, "views", initializer=self._start_thread)
+        self._finisher = ThreadPoolExecutor(1, "finisher")  # one: it keeps the order, and waits for the workers
+        self._stream = torch.cuda.Stream(config.device) if self._cuda else None
 
     def _start_thread(self) -> None:
         """Runs once in each worker thread: its decoder and its scratch memory."""
         handle = make_handle()
         self._handles.append(handle)
         self._thread.handle = handle
+        if self._gpu_views:
+            return
         self._thread.pixels = np.empty(self._image_bytes, np.uint8)
         heights, widths = self.sizes
         self._thread.scratch = make_scratch(int(heights.max()), int(widths.max()), self.config.resolution_px)
@@ -127,16 +147,41 @@ class FfcvLoader:
             status,
         )
 
+    def _decode_job(self, ids: np.ndarray, starts: np.ndarray, pixels: np.ndarray, status: np.ndarray) -> None:
+        _decode_images(self._thread.handle, self.beton.data, ids, self._sources, starts, pixels, status)
+
     def _begin(self, step: int, epoch: int, ids: np.ndarray) -> _Pending:
-        c = self.config
-        shape = (len(self._bicubic), len(ids), c.resolution_px, c.resolution_px, 3)
-        dtype = torch.uint8 if self._cuda else torch.float32
-        views = torch.empty(shape, dtype=dtype, pin_memory=self._cuda)
         status = np.zeros(len(ids), np.int64)
-        cuts = np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int)
-        array = views.numpy()
-        jobs = [self._pool.submit(self._job, epoch, ids[a:z], int(a), array, status) for a, z in pairwise(cuts)]
-        return _Pending(step, epoch, ids, views, status, jobs)
+        cuts = pairwise(np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int))
+        if self._gpu_views:
+            pending = self._begin_decoding(step, epoch, ids, status, cuts)
+        else:
+            side = self.config.resolution_px
+            dtype = torch.uint8 if self._cuda else torch.float32
+            views = torch.empty((len(self._bicubic), len(ids), side, side, 3), dtype=dtype, pin_memory=self._cuda)
+            array = views.numpy()
+            jobs = [self._pool.submit(self._job, epoch, ids[a:z], int(a), array, status) for a, z in cuts]
+            pending = _Pending(step, epoch, ids, views, status, jobs)
+        if self._cuda:
+            pending.ready = self._finisher.submit(self._finish_on_stream, pending)
+        return pending
+
+    def _begin_decoding(self, step: int, epoch: int, ids: np.ndarray, status: np.ndarray, cuts) -> _Pending:
+        """All images of the batch into one buffer; meanwhile the plan of their views."""
+        from pipeline.resample_gpu import plan_views
+
+        heights, widths = self.sizes[0][ids], self.sizes[1][ids]
+        ends = np.cumsum(heights * widths * 3)
+        starts = ends - heights * widths * 3
+        pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._cuda)
+        array = pixels.numpy()
+        jobs = [self._pool.submit(self._decode_job, ids[a:z], starts[a:z], array, status[a:z]) for a, z in cuts]
+        plan = self._pool.submit(
+            lambda: plan_views(
+                *(self._params(ids, epoch), starts, heights, widths, self._interpolations, self.config.resolution_px)
+            )
+        )
+        return _Pending(step, epoch, ids, pixels, status, jobs, plan)
 
     def _finish(self, pending: _Pending) -> Batch:
         for job in pending.jobs:
@@ -148,20 +193,43 @@ class FfcvLoader:
                 f"image {sample} of {self.beton.path} ({self.beton.file_names()[sample]}) cannot be decoded: "
                 f"{STATUS_TEXT[pending.status[b]]}; check the file with pipeline/convert.py --verify, or convert again"
             )
-        label, sample = torch.from_numpy(self.labels[pending.ids]), torch.from_numpy(pending.ids)
-        views = pending.views
-        if self._cuda:
-            views = self._normalize_on_gpu(views)
-            label, sample = label.to(views.device), sample.to(views.device)
-        return Batch(tuple(v.permute(0, 3, 1, 2) for v in views), label, sample, pending.step, pending.epoch)
+        device = torch.device(self.config.device)
+        memory = pending.memory.to(device, non_blocking=True)
+        if pending.plan:
+            from pipeline.augment_gpu import make_views
 
-    def _normalize_on_gpu(self, views: torch.Tensor) -> torch.Tensor:
-        """torchvision's ToTensor and Normalize: uint8 (V, B, H, W, 3) in pinned memory → float32 on the device."""
+            plan = pending.plan.result().to(device)
+            views = make_views(memory, plan, self.config.normalization, torch.float32)
+        else:
+            views = self._normalized_on_gpu(memory) if self._cuda else memory
+            views = tuple(view.permute(0, 3, 1, 2) for view in views)
+        label, sample = torch.from_numpy(self.labels[pending.ids]), torch.from_numpy(pending.ids)
+        return Batch(views, label.to(device), sample.to(device), pending.step, pending.epoch)
+
+    def _finish_on_stream(self, pending: _Pending) -> tuple[Batch, torch.cuda.Event]:
+        """The same with its copies and kernels on the loader's stream, and the event after which it is there."""
+        with torch.cuda.stream(self._stream):
+            batch = self._finish(pending)
+            return batch, self._stream.record_event()
+
+    def _hand_over(self, pending: _Pending) -> Batch:
+        """The finished batch, for work on the caller's current stream."""
+        if not pending.ready:
+            return self._finish(pending)
+        batch, event = pending.ready.result()
+        current = torch.cuda.current_stream(self.config.device)
+        current.wait_event(event)
+        for tensor in (*batch.views, batch.label, batch.sample):
+            tensor.record_stream(current)  # made on the other stream: its memory is free once this one is past it
+        return batch
+
+    def _normalized_on_gpu(self, views: torch.Tensor) -> torch.Tensor:
+        """torchvision's ToTensor and Normalize: uint8 (V, B, H, W, 3) → float32."""
         mean, std = (
-            torch.tensor(x, device=self.config.device)
+            torch.tensor(x, device=views.device)
             for x in (self.config.normalization.mean, self.config.normalization.std)
         )
-        return views.to(self.config.device, non_blocking=True).float().div_(255).sub_(mean).div_(std)
+        return views.float().div_(255).sub_(mean).div_(std)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
@@ -176,15 +244,18 @@ class FfcvLoader:
             for step, epoch, ids in plan:
                 pending.append(self._begin(step, epoch, ids))
                 if len(pending) > AHEAD:
-                    yield self._finish(pending.popleft())
+                    yield self._hand_over(pending.popleft())
             while pending:
-                yield self._finish(pending.popleft())
+                yield self._hand_over(pending.popleft())
         finally:
-            for job in [job for batch in pending for job in batch.jobs]:
-                job.cancel()
+            for batch in pending:
+                for job in (*batch.jobs, batch.plan, batch.ready):
+                    if job:
+                        job.cancel()
 
     def close(self) -> None:
         """Ends the worker threads and frees their decoders. The loader cannot be used afterwards."""
+        self._finisher.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         while self._handles:
             free_handle(self._handles.pop())

@@ -96,7 +96,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Everything that decides what a loader yields, and how (the last four) it gets there.
+    """Everything that decides what a loader yields, and how (the last five) it gets there.
 
     data            a .beton file with its manifest beside it
     views           one ViewSpec a view, or a CentreCrop for evaluation
@@ -106,6 +106,7 @@ class LoaderConfig:
     ids             positions of the samples to use; None for all
     workers         threads (ffcv) or processes (torch) of this rank; 0 for one a core this process may use
     device          where the views end up
+    views_on        "cpu" or "gpu": who makes the views (ffcv); "auto" for the device they end up on
     """
 
     data: Path
@@ -121,3 +122,4 @@ class LoaderConfig:
     backend: str = "ffcv"
     workers: int = 0
     device: str = "cpu"
+    views_on: str = "auto"

@@ -29,6 +29,7 @@ from pipeline.draws import empty_params as empty
 from pipeline.loader_torch import apply_view_pil
 from pipeline.resample_cpu import height_first
 from pipeline.resample_gpu import MAX_SIGMA_PX, ViewPlan, plan_views
+from pipeline.rng import philox4x32_array
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
 
 INTERPRETED = not isinstance(augment_gpu.start_colours, triton.JITFunction)
@@ -255,6 +256,29 @@ def test_hue_of_every_colour_there_is(device):
     theirs = np.asarray(F.adjust_hue(Image.fromarray(np.ascontiguousarray(image)), 41.5 / 255)).astype(np.int32)
     theirs = (theirs[..., 0] << 16) | (theirs[..., 1] << 8) | theirs[..., 2]
     assert np.array_equal(out.cpu().numpy(), theirs.ravel())
+
+
+@triton.jit
+def philox_words(counters, out, seed, COUNT: tl.constexpr):
+    at = tl.arange(0, COUNT)
+    a, b = tl.load(counters + at), tl.load(counters + COUNT + at)
+    c, d = tl.load(counters + 2 * COUNT + at), tl.load(counters + 3 * COUNT + at)
+    a, b, c, d = tl.philox(seed, a, b, c, d)
+    tl.store(out + at, a)
+    tl.store(out + COUNT + at, b)
+    tl.store(out + 2 * COUNT + at, c)
+    tl.store(out + 3 * COUNT + at, d)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 + 5, 2**62 + 12345])
+def test_triton_draws_the_bits_of_numpy(device, seed):
+    """Triton's own Philox is the project's generator: draws could move to the GPU without changing one."""
+    counters = np.random.default_rng(1).integers(0, 2**32, (4, 256), np.uint32)
+    given = torch.from_numpy(counters.view(np.int32)).to(device).view(torch.uint32)
+    out = torch.empty_like(given)
+    philox_words[(1,)](given, out, seed, COUNT=256)
+    key = np.broadcast_to(np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32), (256, 2))
+    assert np.array_equal(out.view(torch.int32).cpu().numpy().view(np.uint32).T, philox4x32_array(counters.T, key))
 
 
 def test_what_cannot_work_is_refused(device):

@@ -26,7 +26,7 @@ NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_
 LR_WEIGHTS_BY_BATCH = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}
 
 # Flags that change where a run lives or how fast it goes, not which weights come out of it.
-NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "resume", "compile", "log_every")
+NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class PretrainConfig:
     """Which data path makes the views: the fast one, or the PIL/torchvision reference. Same views, same order."""
     workers: int = 0
     """Threads (ffcv) or processes (torch) of each rank's loader; 0: one a core that this process may use."""
+    views_on: Literal["auto", "cpu", "gpu"] = "auto"
+    """Who makes the views: the GPU's kernels where there is one, or the CPU's. The pixels are the same."""
     seed: int = 0
     """Decides the initial weights, the order of images and every view."""
     resume: Literal["auto", "never"] = "auto"

@@ -71,6 +71,7 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
         backend=config.loader,
         workers=config.workers,
         device=str(ranks.device),
+        views_on=config.views_on,
     )
 
 

@@ -97,13 +97,14 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("fork" if forked else "forkserver")
     if not forked:
         context.set_forkserver_preload(["__main__", "pipeline.convert"])
-    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, until _start_worker runs
+    # Ctrl-C waits until the workers, who inherit that it is blocked, are there; it is not lost meanwhile.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid() if forked else 0,))
     try:
-        pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid() if forked else 0,))
-        pool.submit(os.getpid).result()
-    finally:
-        signal.signal(signal.SIGINT, ours)
-    try:
+        try:
+            pool.submit(os.getpid).result()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         yield pool
     except BrokenProcessPool:
         raise UserError(

@@ -1,10 +1,11 @@
 """A run stopped anywhere and started again ends with the same bits as one that was never stopped."""
 
 import json
+import multiprocessing
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -153,38 +154,78 @@ def test_resume_never_starts_over(tmp_path):
     assert (losses(tmp_path / "r"), end_of(tmp_path / "r")) == first
 
 
-PROGRAM = """
-import sys, torch
-from pathlib import Path
-import train.runlog
-from tests.test_resume import run
-torch.set_num_threads(1)
-train.runlog.RUNS = Path(sys.argv[1])
-sys.exit(run(Path(sys.argv[1]) / "cut", epochs=8))
-"""
+class SlowLoader(StoppingLoader):
+    """60 steps take their time, so that kills fall everywhere."""
+
+    def batches(self, start_step=0, stop_step=None):
+        for batch in super().batches(start_step, stop_step):
+            time.sleep(0.01)
+            yield batch
+
+
+KILLS, SIXTY = 20, {"epochs": 12, "checkpoint_every_steps": 2, "keep": 3}
+
+
+def run_to_be_killed(folder: Path) -> None:
+    """The run in a process of its own, on a slow disk."""
+    import train.checkpoint
+    import train.runlog
+
+    def slow_fsync(descriptor: int) -> None:
+        time.sleep(0.01)
+        fsync(descriptor)
+
+    fsync, train.checkpoint.os.fsync = os.fsync, slow_fsync
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    train.runlog.RUNS = folder
+    sys.exit(run(folder / "cut", SlowLoader(), **SIXTY))
+
+
+def start(folder: Path) -> multiprocessing.Process:
+    multiprocessing.set_forkserver_preload(["train.pretrain", "timm", "torch.utils.tensorboard"])
+    process = multiprocessing.get_context("forkserver").Process(target=run_to_be_killed, args=(folder,))
+    process.start()
+    return process
+
+
+def kill_somewhere(process: multiprocessing.Process, folder: Path, in_a_write: bool, wait_s: float) -> None:
+    """After the loop began: in the next checkpoint write, or whenever `wait_s` is over."""
+    metrics = folder / "metrics.jsonl"
+    touched = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while process.is_alive() and not (metrics.exists() and metrics.stat().st_mtime_ns > touched):
+        time.sleep(0.002)
+    if in_a_write:
+        while process.is_alive() and not list(folder.glob(".checkpoint.pt.*.tmp")):
+            time.sleep(0.001)
+    else:
+        time.sleep(wait_s)
+    process.kill()
+    process.join()
 
 
 @pytest.mark.slow
 def test_sigkill_at_random_moments(tmp_path):
-    """Real kills, in a step, in a checkpoint write or at the start; the survivor equals the uninterrupted run."""
+    """Real kills, in a step, in a checkpoint write, at the start; every survivor equals the uninterrupted run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run(tmp_path / "whole", epochs=8)
+    run(tmp_path / "whole", **SIXTY)
     torch.set_num_threads(threads)
-    moments = random.Random(0)
-    metrics = tmp_path / "cut" / "metrics.jsonl"
-    for _ in range(3):
+    expected, folder, moments = end_of(tmp_path / "whole"), tmp_path / "cut", random.Random(0)
+    kills = in_writes = finished = 0
+    while kills < KILLS or not finished:
         process = start(tmp_path)
-        touched = metrics.stat().st_mtime_ns if metrics.exists() else 0
-        while process.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > touched):
-            time.sleep(0.005)  # the loop is about to begin
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    assert start(tmp_path).wait() == EXIT_FINISHED
-    assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
-
-
-def start(folder: Path) -> subprocess.Popen:
-    repo = Path(__file__).resolve().parents[1]
-    return subprocess.Popen([sys.executable, "-c", PROGRAM, str(folder)], cwd=repo, stderr=subprocess.DEVNULL)
+        if kills < KILLS:
+            kill_somewhere(process, folder, in_a_write=kills % 2 == 1, wait_s=moments.uniform(0, 0.3))
+        process.join()
+        for path in folder.glob("checkpoint*.pt"):
+            read_checkpoint(path)
+        in_writes += len(list(folder.glob(".checkpoint.pt.*.tmp")))
+        if process.exitcode == -signal.SIGKILL:
+            kills += 1
+        else:
+            assert process.exitcode == EXIT_FINISHED
+            assert end_of(folder) == expected
+            finished += 1
+            shutil.rmtree(folder)
+    assert in_writes >= KILLS // 4

@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, resumed to the step, and read back as a backbone for evaluation.
 
-A run folder holds `checkpoint.pt`, the newest state, and at the end of the run `backbone.safetensors`, the
-backbone alone under torchvision's or timm's own parameter names. `checkpoint.pt` is a plain dict that
-`torch.load(weights_only=True)` accepts:
+A run folder holds `checkpoint.pt`, the newest state, before it `checkpoint-<step>.pt`, and at the end of the run
+`backbone.safetensors`, the backbone alone under torchvision's or timm's own parameter names. A checkpoint is a
+plain dict that `torch.load(weights_only=True)` accepts:
 
     format, version     what this file is
     config              the PretrainConfig as a plain dict
@@ -31,7 +31,7 @@ from train.config import recipe
 from train.model import make_backbone, torchvision_resnets
 
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
-CHECKPOINT, BACKBONE = "checkpoint.pt", "backbone.safetensors"
+CHECKPOINT, BACKBONE, TEMPORARY = "checkpoint.pt", "backbone.safetensors", ".tmp"
 
 
 @dataclass(frozen=True)
@@ -54,17 +54,24 @@ class BackboneInfo:
     sha256: str = ""
 
 
-def write_atomically(path: Path, content: bytes | memoryview) -> None:
+class DamagedFile(UserError):
+    """A file that is there and cannot be read: cut short, or not what its name says."""
+
+
+def write_atomically(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
     """Writes a file so that it is there whole or as it was before, even if the machine stops meanwhile.
 
+    With `keep_as` the file before it stays under that name; for a moment, then, there is only that one.
     Raises UserError where the disk or the folder does not take it; nothing half-written stays behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if keep_as is not None:
+            os.replace(path, keep_as)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -80,11 +87,49 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         ) from error
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Writes `checkpoint.pt`. The state is serialized in memory first: a full disk cannot break it midway."""
+def save_checkpoint(folder: Path, state: dict, before: int | None = None, keep: int = 1) -> None:
+    """Writes `checkpoint.pt`; the one that was there, if it is that of step `before`, is kept under that step.
+
+    Of all checkpoints the `keep` newest stay. The state is serialized in memory first: a full disk cannot break it
+    midway. Raises UserError like `write_atomically`.
+    """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
-    write_atomically(folder / CHECKPOINT, buffer.getbuffer())
+    keep_as = folder / f"checkpoint-{before:08d}.pt" if before is not None and keep > 1 else None
+    write_atomically(folder / CHECKPOINT, buffer.getbuffer(), keep_as)
+    own = f"checkpoint-{state['step']:08d}.pt"
+    earlier = earlier_checkpoints(folder)
+    later = [path for path in earlier if path.name >= own]  # of a run that this one started over
+    for path in {*later, *[path for path in earlier if path not in later][keep - 1 :]}:
+        path.unlink()
+
+
+def earlier_checkpoints(folder: Path) -> list[Path]:
+    """Those before `checkpoint.pt`, the newest first."""
+    return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed while writing a checkpoint left behind."""
+    for path in folder.glob(f".{CHECKPOINT}.*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def newest_checkpoint(folder: Path) -> tuple[dict, Path] | None:
+    """The newest checkpoint of a run that can be read, and its path; None where there is none at all.
+
+    Passes over damaged ones. Raises UserError where all are damaged, or one is of another version.
+    """
+    damaged = None
+    for path in (folder / CHECKPOINT, *earlier_checkpoints(folder)):
+        if path.exists():
+            try:
+                return read_checkpoint(path), path
+            except DamagedFile as error:
+                damaged = damaged or error
+    if damaged:
+        raise damaged
+    return None
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -107,7 +152,8 @@ def _load(path: Path):
         raise UserError(f"there is no checkpoint {path}; give a run folder or a checkpoint file") from None
     except Exception as error:  # torch.load tells of a broken file in half a dozen types
         reason = str(error).split("\n")[0].split(". ")[0]
-        raise UserError(f"{path} cannot be read as a checkpoint ({reason}); it may be damaged or incomplete") from error
+        text = f"{path} cannot be read as a checkpoint ({reason}); it may be damaged or incomplete"
+        raise DamagedFile(text) from error
 
 
 def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> None:

@@ -27,6 +27,7 @@ LR_WEIGHTS_BY_BATCH = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096
 
 # Flags that change where a run lives or how fast it goes, not which weights come out of it.
 NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
+NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep")
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,12 @@ class PretrainConfig:
     """torch.compile backbone and projector: minutes at the start, faster steps on a GPU."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
+    checkpoint_every_steps: int = 0
+    """Steps between two checkpoints, besides those at the end of every epoch and on signals; 0: none by steps."""
+    checkpoint_every_minutes: float = 15.0
+    """Minutes after which one more is written; 0: none by the clock. Training waits for the copy, not for the disk."""
+    keep: int = 2
+    """Checkpoints that stay: checkpoint.pt and those before it, by step. A damaged one is passed over at the start."""
 
 
 PRESETS = {
@@ -193,7 +200,7 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     """The configuration with nothing left open: checked values, absolute paths, the learning rate, the run's folder."""
     projector_widths(config.projector)
     bounds = {"epochs": 0, "global_batch": 2, "resolution": 1, "warmup_epochs": 0, "paper_world_size": 1, "seed": 0}
-    bounds |= {"workers": 0, "log_every": 1}
+    bounds |= {"workers": 0, "log_every": 1, "checkpoint_every_steps": 0, "checkpoint_every_minutes": 0, "keep": 1}
     for name, least in bounds.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small; give at least {least}")

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=30)
+FAILED = 1000  # above every signal's number: a failure outranks them
 
 
 class Ranks(NamedTuple):
@@ -91,7 +92,7 @@ class StopRequest:
 
     A signal may reach the ranks in different steps, and one that stopped alone would leave the others waiting
     in a collective. So every step each rank sends its wish without waiting, and acts on the answer to the wish
-    sent a step before. A second SIGINT ends the process at once.
+    sent a step before. A rank in which something failed wishes so too. A second SIGINT ends the process at once.
     """
 
     def __init__(self, ranks: Ranks):
@@ -105,16 +106,17 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def agreed(self) -> int:
-        """Called by every rank once a step: 0, or the number of the signal on which all stop now."""
+    def agreed(self, failed: bool = False) -> int:
+        """Called by every rank once a step: 0, or the number of the signal on which all stop now, or FAILED."""
+        wish = FAILED if failed else int(self.signal)
         if self.ranks.control is None:
-            return self.signal
+            return wish
         answer = 0
         if self.pending is not None:
             message, work = self.pending
             work.wait()
             answer = int(message)
-        message = torch.tensor([int(self.signal)])
+        message = torch.tensor([wish])
         self.pending = message, dist.all_reduce(message, dist.ReduceOp.MAX, group=self.ranks.control, async_op=True)
         return answer
 

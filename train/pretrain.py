@@ -12,31 +12,24 @@ import contextlib
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.command import UserError, run_command
+from pipeline.command import run_command
 from pipeline.loader import make_loader
 from pipeline.order import rank_batch
 from pipeline.spec import LoaderConfig
 from train.batchnorm import with_global_batch_norm
-from train.checkpoint import (
-    CHECKPOINT,
-    BackboneInfo,
-    export_backbone,
-    read_checkpoint,
-    refuse_other_recipe,
-    save_checkpoint,
-)
+from train.checkpoint import export_backbone
 from train.config import NORMALIZATIONS, PretrainConfig, as_plain, chosen_preset, resolved, train_beton
-from train.distributed import Ranks, StopRequest, largest, say, start_ranks, stop_ranks
+from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.lars import LARS
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
 from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
+from train.runstate import RunState, backbone_info
 from train.schedule import lr_share
 
 EXIT_FINISHED, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 75, 130  # 75 is sysexits' EX_TEMPFAIL: worth another try
@@ -86,12 +79,13 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
 
     # These three, the step and the seed are the whole state: order and views are functions of seed and step.
-    state = {"model": method, "optimizer": optimizer, "scaler": scaler}
-    start_step = resume(config, state, loader.images, ranks)
+    state = RunState(config, ranks, {"model": method, "optimizer": optimizer, "scaler": scaler}, features, loader)
+    start_step = state.resume()
     stop_step = config.epochs * loader.steps_per_epoch
     open_run_folder(folder)
     if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
-        save(config, state, features, loader.images, 0, ranks)
+        state.save(0)
+        state.finish()
     if ranks.rank == 0:
         describe_run(folder, as_plain(config), ranks, start_step)
     where = f"{ranks.world_size} × {ranks.device.type}"
@@ -109,7 +103,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
 
     warmup_steps = config.warmup_epochs * loader.steps_per_epoch
     log = RunLog(folder, config, ranks, start_step, stop_step, loader.steps_per_epoch)
-    with StopRequest(ranks) as stop, contextlib.closing(log):
+    with StopRequest(ranks) as stop, contextlib.closing(log), state:
         batches = iter(loader.batches(start_step, stop_step))
         for step in range(start_step, stop_step):
             asked = time.perf_counter()
@@ -128,61 +122,20 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
             optimizer.zero_grad(set_to_none=True)
             log.record(step, metrics, {group["name"]: group["lr"] for group in optimizer.param_groups}, waited_s)
 
-            signalled = stop.agreed()
-            if signalled or (step + 1) % loader.steps_per_epoch == 0:
+            stopping = stop.agreed(state.failed)  # a signal, or a checkpoint that could not be written
+            if stopping or state.due(step + 1):
                 log.before_checkpoint(step + 1)  # a loss that is no number ends the run, its checkpoint stays good
-                save(config, state, features, loader.images, step + 1, ranks)
-            if signalled and step + 1 < stop_step:
+                state.save(step + 1)
+            if stopping or step + 1 == stop_step:
+                state.finish()
+            if stopping and step + 1 < stop_step:
                 say(ranks, f"stopped after step {step + 1}; the same command goes on from there")
-                return EXIT_INTERRUPTED if signalled == signal.SIGINT else EXIT_REQUEUE
+                return EXIT_INTERRUPTED if stopping == signal.SIGINT else EXIT_REQUEUE
 
     if ranks.rank == 0:
         export_backbone(folder, method.backbone, backbone_info(config, features, stop_step))
         plot_loss(folder)
     return EXIT_FINISHED
-
-
-def backbone_info(config: PretrainConfig, features: int, step: int) -> BackboneInfo:
-    return BackboneInfo(
-        arch=config.arch,
-        stem=config.stem,
-        features=features,
-        resolution_px=config.resolution,
-        normalization=NORMALIZATIONS[config.views],
-        data=str(config.data),
-        seed=config.seed,
-        step=step,
-        epochs=config.epochs,
-    )
-
-
-def resume(config: PretrainConfig, state: dict, images: int, ranks: Ranks) -> int:
-    """Loads the run's checkpoint into `state` where there is one and --resume allows it; returns its step, else 0."""
-    path = Path(config.run) / CHECKPOINT
-    step = 0
-    if config.resume == "auto" and path.exists():
-        saved = read_checkpoint(path)
-        refuse_other_recipe(saved, as_plain(config), images, path)
-        for name, part in state.items():
-            part.load_state_dict(saved[name])
-        step = saved["step"]
-    if largest(ranks, step) != step or -largest(ranks, -step) != step:
-        raise UserError(f"the ranks see different checkpoints in {config.run}; put the run on a disk that all share")
-    return step
-
-
-def save(config: PretrainConfig, state: dict, features: int, images: int, step: int, ranks: Ranks) -> None:
-    """Rank 0 writes the checkpoint. Where it cannot, every rank ends: none is left waiting for it."""
-    error = None
-    if ranks.rank == 0:
-        try:
-            about = {"config": as_plain(config), "backbone": asdict(backbone_info(config, features, step))}
-            parts = {name: part.state_dict() for name, part in state.items()}
-            save_checkpoint(Path(config.run), {"step": step, "images": images, **about, **parts})
-        except UserError as caught:
-            error = caught
-    if largest(ranks, int(error is not None)):
-        raise error or SystemExit(2)
 
 
 if __name__ == "__main__":

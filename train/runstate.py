@@ -1,0 +1,148 @@
+"""The state of a run: resumed to the step, and saved on rank 0 while training goes on.
+
+Model, optimizer, scaler, step and seed are all of it: order and views are functions of seed and step.
+
+    training   ── step ── step ─ copy ─ step ── step ── step ─ copy ─ step ──
+    thread                         └─ serialize, write, rename ─┘ └─ …
+
+A checkpoint is due at the end of every epoch, on a signal, and every --checkpoint-every-steps and -minutes. Its
+copy in the CPU's memory is all that training waits for, unless the one before it is still being written.
+"""
+
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from pipeline.command import UserError
+from train.checkpoint import (
+    CHECKPOINT,
+    BackboneInfo,
+    newest_checkpoint,
+    refuse_other_recipe,
+    remove_leftovers,
+    save_checkpoint,
+)
+from train.config import NORMALIZATIONS, PretrainConfig, as_plain
+from train.distributed import Ranks, largest, say
+
+
+def backbone_info(config: PretrainConfig, features: int, step: int) -> BackboneInfo:
+    return BackboneInfo(
+        arch=config.arch,
+        stem=config.stem,
+        features=features,
+        resolution_px=config.resolution,
+        normalization=NORMALIZATIONS[config.views],
+        data=str(config.data),
+        seed=config.seed,
+        step=step,
+        epochs=config.epochs,
+    )
+
+
+def on_cpu(value):
+    """A copy of nested dicts and lists with their tensors in the CPU's memory.
+
+    Copies from a GPU are only started (into pinned memory); the caller waits for the device once.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: on_cpu(item) for key, item in value.items()}
+    return [on_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def refuse_lost_weights(model: dict[str, torch.Tensor], step: int) -> None:
+    """Raises UserError for a weight that is no number: a finite loss does not tell of its own gradient."""
+    for name, weight in model.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise UserError(
+                f"{name} is no longer finite after step {step}, so no checkpoint was written; the last one is from "
+                "before; lower --lr-weights and --lr-biases, lengthen --warmup-epochs or try --amp off"
+            )
+
+
+class RunState:
+    """`parts` are what has state_dict and load_state_dict, by name: model, optimizer, scaler.
+
+    As a context it lets a write under way end, also where an error ends the run; the second Ctrl-C waits for nothing.
+    """
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks, parts: dict, features: int, loader):
+        self.config, self.ranks, self.parts, self.features = config, ranks, parts, features
+        self.images, self.steps_per_epoch = loader.images, loader.steps_per_epoch
+        self.folder = Path(config.run)
+        self.on_disk = None  # the step of the good checkpoint.pt that is there
+        self.thread, self.error, self.since = None, None, time.monotonic()
+
+    def resume(self) -> int:
+        """Loads the newest good checkpoint, where there is one and --resume allows it; returns its step, else 0."""
+        step, found = 0, newest_checkpoint(self.folder) if self.config.resume == "auto" else None
+        if found:
+            saved, path = found
+            refuse_other_recipe(saved, as_plain(self.config), self.images, path)
+            if path.name != CHECKPOINT:
+                say(self.ranks, f"note: {self.folder / CHECKPOINT} is damaged or missing; going on from {path.name}")
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            step = saved["step"]
+            self.on_disk = step if path.name == CHECKPOINT else None
+        if largest(self.ranks, step) != step or -largest(self.ranks, -step) != step:
+            raise UserError(f"the ranks see different checkpoints in {self.folder}; put it on a disk that all share")
+        if self.ranks.rank == 0:
+            remove_leftovers(self.folder)
+        return step
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after `step` updates. By the clock, ranks may differ: only rank 0 writes."""
+        every, minutes = self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes
+        late = 0 < minutes <= (time.monotonic() - self.since) / 60
+        return step % self.steps_per_epoch == 0 or late or (every > 0 and step % every == 0)
+
+    def save(self, step: int) -> None:
+        """Starts to write the state after `step` updates. An error shows in `failed` and is raised by `finish`."""
+        if self.ranks.rank != 0:
+            return
+        self._join()
+        if self.error:
+            return
+        about = {"config": as_plain(self.config), "backbone": asdict(backbone_info(self.config, self.features, step))}
+        parts = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
+        if self.ranks.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        content = {"step": step, "images": self.images, **about, **parts}
+        self.thread = threading.Thread(target=self._write, args=(content,), name="checkpoint", daemon=True)
+        self.thread.start()
+        self.since = time.monotonic()
+
+    def _write(self, content: dict) -> None:
+        try:
+            refuse_lost_weights(content["model"], content["step"])
+            save_checkpoint(self.folder, content, self.on_disk, self.config.keep)
+            self.on_disk = content["step"]
+        except Exception as error:  # it ends the run, on the thread that trains
+            self.error = error
+
+    def _join(self) -> None:
+        if self.thread:
+            self.thread.join()
+
+    @property
+    def failed(self) -> bool:
+        return self.error is not None
+
+    def finish(self) -> None:
+        """Waits until the last checkpoint is written. Called by all ranks: where it could not be, every one ends."""
+        self._join()
+        if largest(self.ranks, int(self.failed)):
+            raise self.error or SystemExit(2)
+
+    def __enter__(self) -> "RunState":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is not KeyboardInterrupt:
+            self._join()

@@ -36,8 +36,8 @@ class SubjectConfig:
     """What to evaluate: the encoder, or, as a control, the raw pixels of its centre views (at most 32 px)."""
     feature_type: Literal["float32", "float16"] = "float32"
     """Type in which a frozen encoder's features are kept; float16 halves the disk they take."""
-    loader: Literal["ffcv", "torch"] = "ffcv"
-    """Which data path makes the views: the fast one, or the PIL/torchvision reference."""
+    loader: Literal["ffcv", "torch", "dali"] = "ffcv"
+    """Which data path: the fast one, the PIL/torchvision reference, or NVIDIA DALI as decoder."""
     workers: int = 0
     """Threads (ffcv) or processes (torch) of the loader; 0: one a core that this process may use."""
     seed: int = 0

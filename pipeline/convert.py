@@ -2,6 +2,7 @@
 
     python pipeline/convert.py --source IMAGES/train --out data/mine/train.beton
     python pipeline/convert.py --source IMAGES --out data/mine            train/ and val/ of IMAGES, classes compared
+    python pipeline/convert.py --source IMAGES --out data/mine --format webdataset        tar shards as well
     python pipeline/convert.py --verify --out data/mine/train.beton       reads a finished file again, all of it
 
 JPEGs that need no resize are kept byte for byte. The result depends on the images and settings alone, not on
@@ -32,7 +33,7 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from pipeline import beton, constants, sources, store
+from pipeline import beton, constants, shards, sources, store
 from pipeline.beton_writer import BetonWriter
 from pipeline.command import UserError, run_command
 
@@ -51,6 +52,10 @@ class ConvertConfig:
     """A folder with one folder a class, or one with train/ and val/ of these; ImageNet's own tar files; CIFAR-10."""
     split: Literal["", "train", "val"] = ""
     """Which split, where --source has several."""
+    format: Literal["beton", "webdataset"] = "beton"
+    """webdataset: the .beton, and beside it tar shards of the same JPEGs, for other programs and --loader dali."""
+    shard_images: int = 5000
+    """Images in one shard."""
     max_side: int = 500
     """Images with a longer side are resized to this many pixels and encoded again."""
     quality: int = 90
@@ -350,11 +355,15 @@ def main(config: ConvertConfig) -> None:
             f"--max-side {config.max_side} --quality {config.quality} --workers {config.workers}:"
             " expected 1 … 65535, 1 … 100 and 0 or more"
         )
+    if config.shard_images < 1:
+        raise UserError(f"--shard-images {config.shard_images}: expected 1 or more")
     tqdm.monitor_interval = 0  # its thread would keep the workers from being forked
     jobs = _jobs(config)
     for source, out in jobs:
         _note_count(source)
         convert(source, out, config)
+        if config.format == "webdataset":
+            shards.pack_shards(beton.open_beton(out), config.shard_images)
     if config.verify:
         outs = [out for _, out in jobs] or (
             [config.out] if not config.out.is_dir() else sorted(config.out.glob("*.beton"))

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.command import UserError
+from pipeline.shards import SUFFIX as SHARDS
 from pipeline.spec import Batch, LoaderConfig
 
 
@@ -31,6 +32,8 @@ class Loader(Protocol):
 
 def make_loader(config: LoaderConfig) -> Loader:
     """The loader of `config.backend`. Raises UserError for a dataset, batch size or backend that cannot work."""
+    if config.backend != "dali" and config.data.name.endswith(SHARDS):
+        raise UserError(f"{config.data} are shards, which --loader dali reads; give --data a .beton, or choose that")
     if config.backend == "ffcv":
         from pipeline.loader_ffcv import FfcvLoader
 
@@ -39,4 +42,8 @@ def make_loader(config: LoaderConfig) -> Loader:
         from pipeline.loader_torch import TorchLoader
 
         return TorchLoader(config)
-    raise UserError(f"--loader {config.backend} is unknown; choose ffcv or torch")
+    if config.backend == "dali":
+        from pipeline.loader_dali import DaliLoader
+
+        return DaliLoader(config)
+    raise UserError(f"--loader {config.backend} is unknown; choose ffcv, torch or dali")

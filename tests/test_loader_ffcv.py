@@ -141,5 +141,5 @@ def test_user_errors(config, tmp_path):
         make_loader(replace(config, global_batch=64))
     with pytest.raises(UserError, match="not divisible"):
         make_loader(replace(config, world_size=3))
-    with pytest.raises(UserError, match="choose ffcv or torch"):
-        make_loader(replace(config, backend="dali"))
+    with pytest.raises(UserError, match="choose ffcv, torch or dali"):
+        make_loader(replace(config, backend="pil"))

@@ -77,8 +77,8 @@ class PretrainConfig:
     """Caps LARS's adapted learning rate at the learning rate itself (as LARC does)."""
     warmup_epochs: int = 10
     """Linear warm-up from 0; then a cosine to a thousandth."""
-    loader: Literal["ffcv", "torch"] = "ffcv"
-    """Which data path makes the views: the fast one, or the PIL/torchvision reference. Same views, same order."""
+    loader: Literal["ffcv", "torch", "dali"] = "ffcv"
+    """Which data path: the fast one, the PIL/torchvision reference, or the fast one with DALI as decoder. Same views."""
     workers: int = 0
     """Threads (ffcv) or processes (torch) of each rank's loader; 0: one a core that this process may use."""
     views_on: Literal["auto", "cpu", "gpu"] = "auto"

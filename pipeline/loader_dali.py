@@ -1,0 +1,255 @@
+"""The loader that decodes with NVIDIA DALI: nvJPEG on a GPU, with its hardware decoder where there is one.
+
+    order.py ─▶ ids of a step ─▶ their JPEG bytes, where the file is mapped ─▶ DALI's graph: decoders.image
+    draws.py ─▶ ViewParams ─────────────────────────────────────────┐                │ pixels, where DALI put them
+                                                                    └─▶ our view kernels (augment_gpu, augment_cpu)
+             ◀─ Batch, in order ◀─ `AHEAD` batches in the making while the consumer uses the last one
+
+Only the decoder is DALI's. Its resize is within 1/255 of Pillow's, its colour operations are others; so crops,
+jitter, blur and the rest are the kernels of every backend, and samples, order, labels and parameters are the same.
+Nothing is copied on the way: DALI reads from the mapped file, the kernels read what DALI wrote.
+
+Without a GPU the same graph decodes on the CPU; its libjpeg-turbo gives Pillow's pixels.
+"""
+
+import ctypes
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise, tee
+from threading import local
+
+import numpy as np
+import torch
+
+from pipeline.augment_cpu import apply_view, make_scratch, normalization_table
+from pipeline.beton import MODE_JPEG, OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
+from pipeline.command import UserError
+from pipeline.compiled import jit
+from pipeline.draws import ViewParams, centre_views, draw_views
+from pipeline.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
+from pipeline.shards import open_stored, stored_jpeg
+from pipeline.spec import Batch, CentreCrop, LoaderConfig
+
+AHEAD = 2  # finished batches beside the one in use; as many again are in DALI's decoder
+JOBS_PER_WORKER = 4
+
+
+def require_dali() -> None:
+    """Raises UserError where DALI is not installed."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"--loader dali needs NVIDIA DALI, which cannot be imported ({error}); install it with"
+            " bash scripts/setup.sh --dali, or choose --loader ffcv"
+        ) from None
+
+
+def make_graph(jpegs: Iterator[list[np.ndarray]], images: int, threads: int, device_id: int | None):
+    """DALI's graph: batches of up to `images` JPEGs → RGB pixels (h, w, 3), on GPU `device_id`; None is the CPU.
+
+    It takes batches from `jpegs` ahead of their use and copies nothing. The accurate inverse transform and smooth
+    chroma upsampling are asked for: nearest to Pillow. EXIF rotations are not applied: the converter has done that.
+    """
+    from nvidia.dali import Pipeline, fn, types
+
+    graph = Pipeline(images, threads, device_id, prefetch_queue_depth=AHEAD)
+    with graph:
+        decoded = fn.decoders.image(
+            fn.external_source(jpegs, no_copy=True, dtype=types.UINT8, ndim=1),
+            device="cpu" if device_id is None else "mixed",
+            output_type=types.RGB,
+            use_fast_idct=False,
+            jpeg_fancy_upsampling=True,
+            adjust_orientation=False,
+        )
+        graph.set_outputs(decoded)
+    graph.build()
+    return graph
+
+
+class _DeviceMemory:
+    """Bytes of a GPU's memory as PyTorch takes them over, by NumPy's array interface."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (address, False), "version": 3}
+
+
+def spanned(addresses: np.ndarray, sizes_bytes: np.ndarray, device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
+    """The memory from the first image to the end of the last as one flat uint8 tensor, and each image's start in it.
+
+    Images lie wherever DALI put them; what is between them is not ours and is never touched.
+    """
+    first = int(addresses.min())
+    size = int((addresses + sizes_bytes).max()) - first
+    if device.type == "cuda":
+        pixels = torch.as_tensor(_DeviceMemory(first, size), device=device)
+    else:
+        pixels = torch.from_numpy(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(first)))
+    return pixels, addresses - first
+
+
+@jit
+def views_of_images(pixels, starts, heights, widths, params, bicubic, scratch, table, first, end, views):
+    """The V views of images first … end - 1 of the batch, which lie in `pixels`, → views (V, B, H, W, 3)."""
+    for b in range(first, end):
+        height, width = heights[b], widths[b]
+        image = pixels[starts[b] : starts[b] + height * width * 3].reshape(height, width, 3)
+        for v in range(len(bicubic)):
+            apply_view(image, params, b, v, bicubic[v], table, scratch, views[v, b])
+
+
+class DaliLoader:
+    """Batches from a .beton file or shards; see LoaderConfig and Batch for what is in them.
+
+    Raises UserError at construction where DALI is missing, or for a dataset or batch size that cannot work, and
+    while iterating for an image that cannot be decoded. One pass of batches() at a time.
+    """
+
+    def __init__(self, config: LoaderConfig) -> None:
+        require_dali()
+        self.config = config
+        self.stored = open_stored(config.data)
+        if (self.stored.modes != MODE_JPEG).any():
+            raise UserError(f"{config.data} holds raw pixels, which need no decoder; choose --loader ffcv")
+        self.ids = np.arange(len(self.stored)) if config.ids is None else np.asarray(config.ids, np.int64)
+        self.images, self.classes, self.labels = len(self.ids), self.stored.classes, self.stored.labels
+        self.sizes = (self.stored.heights, self.stored.widths)
+        self.steps_per_epoch = steps_per_epoch(self.images, config.global_batch, drop_last=config.shuffle)
+        rank_batch(config.global_batch, config.world_size)
+        self.workers = config.workers or len(os.sched_getaffinity(0))
+        self.device = torch.device(config.device)
+        rows = (config.views,) if isinstance(config.views, CentreCrop) else config.views
+        self._interpolations = [row.interpolation for row in rows]
+        self._gpu_views = config.views_on == "gpu" or (config.views_on == "auto" and self.device.type == "cuda")
+        on_gpu = self._gpu_views and self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if on_gpu else None
+        self._device_id = (self.device.index or 0) if on_gpu else None
+        self._table = normalization_table(config.normalization)
+        self._thread = local()
+        self._pool = ThreadPoolExecutor(self.workers, "views", initializer=self._start_thread)
+        self._maker = ThreadPoolExecutor(1, "maker")  # the one thread that talks to DALI
+
+    def _start_thread(self) -> None:
+        if not self._gpu_views:
+            heights, widths = self.sizes
+            self._thread.scratch = make_scratch(int(heights.max()), int(widths.max()), self.config.resolution_px)
+
+    def _params(self, ids: np.ndarray, epoch: int) -> ViewParams:
+        c, heights, widths = self.config, self.sizes[0][ids], self.sizes[1][ids]
+        if isinstance(c.views, CentreCrop):
+            return centre_views(heights, widths, c.views, c.resolution_px)
+        return draw_views(c.seed, epoch, ids, heights, widths, c.views, c.resolution_px)
+
+    def _views(self, images, ids: np.ndarray, epoch: int) -> tuple[torch.Tensor, ...]:
+        """The views of a decoded batch, finished: the decoded pixels may go when this returns."""
+        heights, widths = self.sizes[0][ids], self.sizes[1][ids]
+        addresses = np.array([image.data_ptr() for image in images], np.int64)
+        device = self.device if self._stream else torch.device("cpu")
+        pixels, starts = spanned(addresses, heights * widths * 3, device)
+        params, side = self._params(ids, epoch), self.config.resolution_px
+        if self._gpu_views:
+            from pipeline.augment_gpu import make_views
+            from pipeline.resample_gpu import plan_views
+
+            plan = plan_views(params, starts, heights, widths, self._interpolations, side)
+            with torch.cuda.stream(self._stream):
+                views = make_views(pixels, plan.to(self.device), self.config.normalization, torch.float32)
+            if self._stream:
+                self._stream.synchronize()
+            return views
+        bicubic = np.array([name == "bicubic" for name in self._interpolations])
+        views = torch.empty((len(bicubic), len(ids), side, side, 3))
+        source, target = pixels.numpy(), views.numpy()
+        cuts = pairwise(np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int))
+
+        def job(first: int, end: int) -> None:
+            scratch = self._thread.scratch
+            views_of_images(
+                *(source, starts, heights, widths, params, bicubic, scratch, self._table, first, end), target
+            )
+
+        for done in [self._pool.submit(job, int(a), int(z)) for a, z in cuts]:
+            done.result()
+        return tuple(view.permute(0, 3, 1, 2).to(self.device) for view in views)
+
+    def _decoded(self, graph, ids: np.ndarray):
+        """The next batch out of the graph, a DALI TensorList. Raises UserError, naming the image, for a bad one."""
+        try:
+            (images,) = graph.share_outputs()
+        except RuntimeError as error:
+            raise UserError(self._damaged(ids, str(error))) from None
+        shapes = np.array(images.shape(), np.int64)
+        expected = np.stack([self.sizes[0][ids], self.sizes[1][ids], np.full(len(ids), 3)], 1)
+        if not np.array_equal(shapes, expected):
+            raise UserError(self._damaged(ids, "another size"))
+        return images
+
+    def _damaged(self, ids: np.ndarray, dalis_words: str) -> str:
+        """Which image of a batch is bad, in the words of our decoder: DALI's error is about the batch."""
+        handle = make_handle()
+        for sample in ids.tolist():
+            jpeg, height, width = stored_jpeg(self.stored, sample), *(int(size[sample]) for size in self.sizes)
+            out = np.empty(height * width * 3, np.uint8)
+            status = decode_rgb(handle, jpeg, 0, len(jpeg), MODE_JPEG, height, width, out)
+            if status != OK:
+                break
+        free_handle(handle)
+        if status == OK:
+            return f"DALI refuses an image of {self.stored.path} that libjpeg reads ({dalis_words}); try --loader ffcv"
+        return (
+            f"image {sample} of {self.stored.path} ({self.stored.file_names()[sample]}) cannot be decoded:"
+            f" {STATUS_TEXT[status]}; check the file with pipeline/convert.py --verify, or convert again"
+        )
+
+    def _made(self, plan: Iterable[tuple[int, int, np.ndarray]]) -> Iterator[Batch]:
+        """The batches of a plan; DALI decodes ahead while the views of one are made. Runs in one thread.
+
+        DALI knows no empty batch, which a rank's share of the last one may be: those go past it.
+        """
+        plan, coming = tee(plan)
+        jpegs = ([stored_jpeg(self.stored, sample) for sample in ids] for _, _, ids in coming if len(ids))
+        largest = -(-self.config.global_batch // self.config.world_size)
+        graph = make_graph(jpegs, largest, self.workers, self._device_id)
+        graph.schedule_run()
+        side, count = self.config.resolution_px, len(self._interpolations)
+        for step, epoch, ids in plan:
+            if len(ids):
+                images = self._decoded(graph, ids)
+                views = self._views(images, ids, epoch)
+                del images  # the memory is DALI's next batch's as soon as this object is gone, released or not
+                graph.release_outputs()
+                graph.schedule_run()
+            else:
+                views = tuple(torch.empty((0, 3, side, side), device=self.device) for _ in range(count))
+            label, sample = torch.from_numpy(self.labels[ids]), torch.from_numpy(ids)
+            yield Batch(views, label.to(self.device), sample.to(self.device), step, epoch)
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
+        c = self.config
+        if c.shuffle:
+            assert stop_step is not None, "a shuffled stream has no end of its own"
+            plan = shuffled_batches(c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step)
+        else:
+            plan = sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
+        made = self._made(plan)
+        ahead: deque[Future] = deque(self._maker.submit(next, made, None) for _ in range(AHEAD))
+        try:
+            while (batch := ahead.popleft().result()) is not None:
+                ahead.append(self._maker.submit(next, made, None))
+                if self._stream:
+                    for view in batch.views:  # made on another stream: its memory is free once this one is past it
+                        view.record_stream(torch.cuda.current_stream(self.device))
+                yield batch
+        finally:
+            for future in ahead:
+                future.cancel()
+            self._maker.submit(made.close).result()  # waits for a batch in the making; DALI's graph goes with it
+
+    def close(self) -> None:
+        """Ends the threads. The loader cannot be used afterwards."""
+        self._maker.shutdown(wait=True, cancel_futures=True)
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,188 @@
+"""The DALI loader's CPU graph against the fast loader and the reference: one stream, whatever decodes."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed: bash scripts/setup.sh --dali")
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: before they are imported
+
+from pipeline.beton import MODE_JPEG, OK, decode_rgb, free_handle, jpeg_bytes, make_handle, open_beton
+from pipeline.command import UserError
+from pipeline.convert import ConvertConfig
+from pipeline.convert import main as convert
+from pipeline.loader import make_loader
+from pipeline.loader_dali import make_graph
+from pipeline.shards import pack_shards
+from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig
+
+RESOLUTION = 64
+
+
+@pytest.fixture(scope="module")
+def config(small_beton) -> LoaderConfig:
+    return LoaderConfig(small_beton, BARLOW_TWINS_VIEWS, RESOLUTION, global_batch=16, seed=5, workers=2, backend="dali")
+
+
+def _all(config: LoaderConfig, start: int = 0, stop: int | None = 4) -> list:
+    loader = make_loader(config)
+    try:
+        return list(loader.batches(start, stop))
+    finally:
+        loader.close()
+
+
+def _assert_equal(one, other):
+    assert (one.step, one.epoch) == (other.step, other.epoch)
+    assert torch.equal(one.sample, other.sample) and torch.equal(one.label, other.label)
+    for view, same in zip(one.views, other.views, strict=True):
+        assert view.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(view, same)
+
+
+@pytest.mark.slow
+def test_decoded_pixels_are_those_of_the_fast_loader(imagenet_sample, tmp_path):
+    """All 500 real JPEGs, greyscale and CMYK ones among them, as the converter stores them at any size."""
+    for path in imagenet_sample:
+        target = tmp_path / "images" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    convert(ConvertConfig(tmp_path / "train.beton", tmp_path / "images", max_side=10_000))
+    beton, handle, seen = open_beton(tmp_path / "train.beton"), make_handle(), 0
+    batches = np.array_split(np.arange(len(beton)), 10)
+    graph = make_graph(([jpeg_bytes(beton, sample) for sample in ids] for ids in batches), 50, 2, None)
+    for ids in batches:
+        (images,) = graph.run()
+        for sample, image in zip(ids, images, strict=True):
+            height, width, jpeg = int(beton.heights[sample]), int(beton.widths[sample]), jpeg_bytes(beton, sample)
+            out = np.empty((height, width, 3), np.uint8)
+            assert decode_rgb(handle, jpeg, 0, len(jpeg), MODE_JPEG, height, width, out.reshape(-1)) == OK
+            assert np.array_equal(np.array(image), out), beton.file_names()[sample]
+            seen += 1
+    free_handle(handle)
+    assert seen == 500
+
+
+@pytest.mark.parametrize(
+    "views", [BARLOW_TWINS_VIEWS, (SUPERVISED_VIEW,), CentreCrop(72)], ids=["two", "one", "centre"]
+)
+def test_the_batches_of_the_fast_loader(config, views):
+    config = replace(config, views=views, shuffle=not isinstance(views, CentreCrop))
+    ours, theirs = _all(config), _all(replace(config, backend="ffcv"))
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        _assert_equal(one, other)
+
+
+@pytest.mark.slow
+def test_the_batches_of_the_reference(config):
+    for one, other in zip(_all(config, 2, 4), _all(replace(config, backend="torch", workers=1), 2, 4), strict=True):
+        _assert_equal(one, other)
+
+
+def test_a_run_that_changes_its_loader_goes_on_with_the_same_batches(config):
+    """Three steps with one, the rest with the other, across the end of an epoch: both ways."""
+    for first, second in (("ffcv", "dali"), ("dali", "ffcv")):
+        mixed = _all(replace(config, backend=first), 0, 2) + _all(replace(config, backend=second), 2, 5)
+        for one, other in zip(mixed, _all(replace(config, backend="ffcv"), 0, 5), strict=True):
+            _assert_equal(one, other)
+
+
+def test_ranks_share_the_batch_of_one(config):
+    ranks = [_all(replace(config, rank=r, world_size=2, workers=1), 0, 2) for r in range(2)]
+    for whole, parts in zip(_all(config, 0, 2), zip(*ranks, strict=True), strict=True):
+        assert torch.equal(whole.sample, torch.cat([p.sample for p in parts]))
+        for v in range(2):
+            assert torch.equal(whole.views[v], torch.cat([p.views[v] for p in parts]))
+
+
+def test_a_short_last_batch_and_a_rank_without_any_of_it(config):
+    ids = np.array([40, 3, 3, 17, 8])
+    config = replace(config, shuffle=False, views=CentreCrop(72), global_batch=4, ids=ids, world_size=2)
+    ranks = [_all(replace(config, rank=r), 0, None) for r in range(2)]
+    assert [b.sample.tolist() for b in ranks[0]] == [[40, 3], [8]]
+    assert [b.sample.tolist() for b in ranks[1]] == [[3, 17], []]
+    assert ranks[1][1].views[0].shape == (0, 3, RESOLUTION, RESOLUTION)
+
+
+def test_stopping_early_leaves_a_usable_loader(config):
+    loader = make_loader(config)
+    stream = loader.batches(0, 50)
+    first = next(stream)
+    stream.close()
+    for _ in range(2):
+        _assert_equal(next(loader.batches(0, 1)), first)
+    loader.close()
+
+
+def test_the_graph_before_the_gpus_kernels(config, tmp_path, imagenet_sample):
+    """The path that a GPU takes after the decoder, in Triton's interpreter, on small pictures."""
+    for i, path in enumerate(imagenet_sample[:4]):
+        target = tmp_path / "images" / f"class_{i % 2}" / f"{i}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).convert("RGB").resize((40 + 3 * i, 64 - 2 * i)).save(target, quality=90)
+    convert(ConvertConfig(tmp_path / "train.beton", tmp_path / "images", workers=1))
+    config = replace(config, data=tmp_path / "train.beton", resolution_px=32, global_batch=2)
+    for one, other in zip(*(_all(replace(config, views_on=on), 0, 2) for on in ("gpu", "cpu")), strict=True):
+        _assert_equal(one, other)
+
+
+def _damaged_copy(config, folder, sample, change):
+    for path in config.data.parent.glob("train.*"):
+        shutil.copy(path, folder / path.name)
+    beton = open_beton(config.data)
+    with open(folder / "train.beton", "r+b") as file:
+        file.seek(int(beton.offsets[sample]))
+        data = bytearray(file.read(int(beton.sizes_bytes[sample])))
+        change(data)
+        file.seek(int(beton.offsets[sample]))
+        file.write(data)
+    return beton.file_names()[sample]
+
+
+def _cut(data):
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+
+
+def _no_jpeg(data):
+    data[:2] = b"no"
+
+
+def _other_size(data):
+    at = data.index(b"\xff\xc0")
+    data[at + 5] ^= 1
+
+
+@pytest.mark.parametrize("change", [_cut, _no_jpeg, _other_size])
+def test_a_damaged_image_is_named(config, tmp_path, change):
+    name = _damaged_copy(config, tmp_path, 11, change)
+    loader = make_loader(replace(config, data=tmp_path / "train.beton"))
+    with pytest.raises(UserError, match=name):
+        list(loader.batches(0, 3))
+    loader.close()
+
+
+def test_shards_give_the_batches_of_their_beton(config, tmp_path):
+    for path in config.data.parent.glob("train.*"):
+        (tmp_path / path.name).symlink_to(path)
+    shards = pack_shards(open_beton(tmp_path / "train.beton"), 10)
+    for one, other in zip(_all(replace(config, data=shards)), _all(config), strict=True):
+        _assert_equal(one, other)
+    with pytest.raises(UserError, match="--loader dali"):
+        make_loader(replace(config, data=shards, backend="ffcv"))
+
+
+def test_user_errors(config, tmp_path):
+    with pytest.raises(UserError, match="missing"):
+        make_loader(replace(config, data=tmp_path / "none.beton"))
+    with pytest.raises(UserError, match="larger than the dataset"):
+        make_loader(replace(config, global_batch=64))
+    with pytest.raises(UserError, match="not divisible"):
+        make_loader(replace(config, world_size=3))

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sets up like the demo, checks the style and runs the tests.
+# Sets up like the demo, with NVIDIA DALI, checks the style and runs the tests.
 #   usage: bash scripts/test.sh [--fast] [pytest arguments ...]      --fast leaves out the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh
+bash scripts/setup.sh --dali
 
 marks=""
 if [[ "${1:-}" == --fast ]]; then marks="not slow"; shift; fi

@@ -14,6 +14,7 @@ from torch import nn
 from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
 from train.config import PretrainConfig, projector_widths
 from train.distributed import world_size
+from train.methods.contract import weight_and_bias_groups
 from train.model import make_projector
 
 ROWS = 2048  # rows of C that are reduced over ranks while the next ones are computed
@@ -97,22 +98,7 @@ class BarlowTwins(nn.Module):
         }
 
     def parameter_groups(self) -> list[dict]:
-        """Weights, and 1-d parameters without weight decay or adaptation.
+        return weight_and_bias_groups(self.parameters(), self.config)
 
-        Without either, an update is linear in the gradient: --paper-world-size divides its learning rate,
-        which is the same as dividing its gradient.
-        """
-        config, base = self.config, self.config.global_batch / 256
-        weights = [p for p in self.parameters() if p.requires_grad and p.ndim > 1]
-        biases = [p for p in self.parameters() if p.requires_grad and p.ndim <= 1]
-        lr_biases = config.lr_biases / config.paper_world_size
-        return [
-            {
-                "name": "weights",
-                "params": weights,
-                "peak_lr": config.lr_weights * base,
-                "weight_decay": config.weight_decay,
-                "adapt": True,
-            },
-            {"name": "biases", "params": biases, "peak_lr": lr_biases * base, "weight_decay": 0.0, "adapt": False},
-        ]
+    def after_step(self, step: int, stop_step: int) -> None:
+        """Nothing moves beside the optimizer."""

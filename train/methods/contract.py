@@ -2,15 +2,19 @@
 
 The loop in pretrain.py calls what stands here and nothing else, and --compile compiles each child module.
 Heads, loss and any further state are the method's own affair; `state_dict` holds everything a resumed run needs
-beyond step and optimizer.
+beyond step and optimizer. A new method is such a file (vicreg.py is an example), a line in choose.py, and its
+settings in train/config.py.
 """
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pipeline.spec import ViewSpec
+from train.config import PretrainConfig
 
 
 class Method(Protocol):
@@ -30,8 +34,57 @@ class Method(Protocol):
         """
 
     def parameter_groups(self) -> list[dict]:
-        """The optimizer's groups: params, name, peak_lr, weight_decay, adapt (train/lars.py)."""
+        """The optimizer's groups: params, name, peak_lr, weight_decay, adapt (train/lars.py).
+
+        A group with constant_lr keeps its peak_lr; the others follow the schedule.
+        """
+
+    def after_step(self, step: int, stop_step: int) -> None:
+        """After the optimizer's update number `step` (from 0) of `stop_step`: for state that follows the weights."""
 
     def state_dict(self) -> dict: ...
 
     def load_state_dict(self, state: dict) -> object: ...
+
+
+def weight_and_bias_groups(parameters: Iterable[nn.Parameter], config: PretrainConfig) -> list[dict]:
+    """Weights, and 1-d parameters without weight decay or adaptation.
+
+    Without either, an update is linear in the gradient: --paper-world-size divides its learning rate,
+    which is the same as dividing its gradient.
+    """
+    trained, base = [p for p in parameters if p.requires_grad], config.global_batch / 256
+    lr_biases = config.lr_biases / config.paper_world_size
+    return [
+        {
+            "name": "weights",
+            "params": [p for p in trained if p.ndim > 1],
+            "peak_lr": config.lr_weights * base,
+            "weight_decay": config.weight_decay,
+            "adapt": True,
+        },
+        {
+            "name": "biases",
+            "params": [p for p in trained if p.ndim <= 1],
+            "peak_lr": lr_biases * base,
+            "weight_decay": 0.0,
+            "adapt": False,
+        },
+    ]
+
+
+@torch.no_grad()
+def collapse_metrics(z: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of this rank's embeddings (B, D), scaled to length 1: what falls when they collapse.
+
+    embedding_spread      √D times the mean deviation of a dimension: about 1; 0 where all embeddings are one point
+    effective_dimensions  (Σ λ)² / Σ λ² over the eigenvalues of their covariance: 1 where they lie on one line, at
+                          most min(B − 1, D). Batch norm keeps the spread up while this falls.
+    """
+    directions = F.normalize(z.float())
+    centred = directions - directions.mean(0)
+    gram = centred @ centred.T  # (B, B), with the eigenvalues of the (D, D) covariance
+    return {
+        "embedding_spread": centred.square().mean(0).sqrt().mean() * z.shape[1] ** 0.5,
+        "effective_dimensions": gram.trace().square() / gram.square().sum().clamp(min=1e-12),
+    }

@@ -1,0 +1,93 @@
+"""The rivals through the whole loop: the same update on two ranks as on one, and resumed as if never stopped."""
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests.oracles_train import SyntheticLoader
+from tests.test_methods import WIDTH, embeddings, method
+from train.batchnorm import with_global_batch_norm
+from train.checkpoint import read_checkpoint
+from train.config import METHOD_NAMES, PRESETS, resolved
+from train.distributed import Ranks, mean_over_ranks, start_ranks, stop_ranks, world_size
+from train.pretrain import train
+
+pytestmark = pytest.mark.slow
+IMAGES = 8
+
+
+def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
+    """Loss, metrics and gradients of one step on this rank's share, averaged as DistributedDataParallel does."""
+    module = with_global_batch_norm(method(name), torch.device("cpu"))
+    views = tuple(torch.from_numpy(z).chunk(world_size())[rank] for z in embeddings(IMAGES, WIDTH))
+    loss, metrics = module(views)
+    loss.backward()
+    local = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    averaged = {n: mean_over_ranks({n: g.flatten()})[n].view_as(g) for n, g in local.items()}
+    return averaged | {"loss": metrics["loss"]} | {n: b for n, b in module.named_buffers() if "running" in n}
+
+
+def one_rank(rank: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    start_ranks()
+    torch.save({name: gradients(name, rank) for name in METHOD_NAMES}, folder / f"{rank}.pt")
+    stop_ranks()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(one_rank, (port, folder), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_two_ranks_make_the_update_of_one(two_ranks, name):
+    expected = gradients(name, 0)
+    for of_rank in two_ranks:
+        assert set(of_rank[name]) == set(expected)
+        for key, value in expected.items():
+            # Where a method does not train a shift that batch norm takes out again, both are rounding errors.
+            torch.testing.assert_close(of_rank[name][key], value, rtol=1e-9, atol=1e-13)
+
+
+class Stopping(SyntheticLoader):
+    """Ends the run in the middle of its second epoch, as a crash would."""
+
+    def batches(self, start_step=0, stop_step=None):
+        for batch in super().batches(start_step, stop_step):
+            if batch.step == 6:
+                raise KeyboardInterrupt
+            yield batch
+
+
+def run(folder: Path, name: str, kind=SyntheticLoader) -> dict:
+    heads = {"byol": ("24-16", "24-16"), "simsiam": ("24-16", "8-16")}.get(name, ("24-16", ""))
+    card = PRESETS["cifar10-demo" if name == "barlow_twins" else f"cifar10-demo-{name}"]
+    config = replace(card, arch="test_resnet", projector=heads[0], predictor=heads[1], resolution=16, global_batch=8)
+    config = replace(config, epochs=3, run=str(folder), log_every=1)
+    train(resolved(config), Ranks(0, 1, torch.device("cpu"), None), kind(images=32, global_batch=8))
+    return read_checkpoint(folder / "checkpoint.pt")
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_resumed_it_ends_with_the_same_bits(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("train.runlog.RUNS", tmp_path)
+    straight = run(tmp_path / "straight", name)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "stopped", name, Stopping)
+    assert read_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["step"] == 4
+    resumed = run(tmp_path / "stopped", name)
+    assert resumed["step"] == straight["step"] == 12
+    assert set(resumed["model"]) == set(straight["model"])
+    for key, value in straight["model"].items():
+        assert torch.equal(resumed["model"][key], value), key

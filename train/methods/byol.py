@@ -1,0 +1,58 @@
+"""BYOL (Grill 2020): one view's prediction of the other, as a slowly following target network sees it.
+
+loss = 2 − 2 cos(predictor(z1), t2) + 2 − 2 cos(predictor(z2), t1)      t: the target's, without gradient
+target ← τ · target + (1 − τ) · online,  τ = 1 − (1 − τ₀) (cos(π k / K) + 1) / 2 at step k of K
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
+from train.config import PretrainConfig, projector_widths
+from train.distributed import mean_over_ranks
+from train.methods.contract import collapse_metrics, weight_and_bias_groups
+from train.model import make_projector
+
+
+def momentum_at(step: int, stop_step: int, start: float) -> float:
+    """τ after update number `step` (from 0) of `stop_step`: from `start` to 1 along half a cosine."""
+    return 1 - (1 - start) * (math.cos(math.pi * step / stop_step) + 1) / 2
+
+
+class BYOL(nn.Module):
+    # Barlow Twins took its two views from here.
+    VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}  # noqa: RUF012 (never changed)
+
+    def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
+        super().__init__()
+        widths = projector_widths(config.projector)
+        self.backbone = backbone
+        self.projector = make_projector(features, widths)
+        self.predictor = make_projector(widths[-1], projector_widths(config.predictor))
+        # Neither DistributedDataParallel nor the optimizer sees it; a checkpoint does.
+        self.target = copy.deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
+        self.config = config
+
+    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        predictions = [self.predictor(self.projector(self.backbone(view))) for view in views]
+        with torch.no_grad():
+            targets = [self.target(view) for view in views]
+        with torch.autocast(views[0].device.type, enabled=False):
+            p1, p2, t1, t2 = (z if z.dtype == torch.float64 else z.float() for z in (*predictions, *targets))
+            loss = (4 - 2 * F.cosine_similarity(p1, t2) - 2 * F.cosine_similarity(p2, t1)).mean()
+            metrics = {"loss": loss} | collapse_metrics(t1)
+        return loss, mean_over_ranks(metrics)
+
+    def parameter_groups(self) -> list[dict]:
+        return weight_and_bias_groups(self.parameters(), self.config)
+
+    @torch.no_grad()
+    def after_step(self, step: int, stop_step: int) -> None:
+        """The target follows. Its batch norms keep statistics of their own, which nothing reads."""
+        online = [*self.backbone.parameters(), *self.projector.parameters()]
+        share = 1 - momentum_at(step, stop_step, self.config.ema)
+        torch._foreach_lerp_(list(self.target.parameters()), online, share)

@@ -1,0 +1,58 @@
+"""VICReg (Bardes 2022): views agree, every dimension varies, no two dimensions say the same.
+
+    loss = 25 · mean (z1 − z2)² + 25 · variance + 1 · covariance
+    variance    half the mean over dimensions of max(0, 1 − √(var + 1e-4)), for each view
+    covariance  Σ_{i≠j} cov_ij² / D, for each view
+
+Variance and covariance are those of the global batch, on every rank; the gather passes gradients back, summed over
+ranks, and DistributedDataParallel's mean divides them again: the gradient is the global loss's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pipeline.spec import BARLOW_TWINS_VIEWS, ViewSpec
+from train.config import PretrainConfig, projector_widths
+from train.distributed import gather_over_ranks
+from train.methods.contract import collapse_metrics, weight_and_bias_groups
+from train.model import make_projector
+
+INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # Bardes 2022, section 4.2
+_CIFAR_VIEW = ViewSpec(area=(0.2, 1.0), p_solarize=0.1)  # solo-learn's for CIFAR-10
+
+
+def variance_and_covariance(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, D) of the global batch → the two terms of one view, 0-d."""
+    centred = z - z.mean(0)
+    deviation = (centred.square().sum(0) / (len(z) - 1) + 1e-4).sqrt()
+    covariance = centred.T @ centred / (len(z) - 1)
+    off_diagonal = covariance.square().sum() - covariance.diagonal().square().sum()
+    return F.relu(1 - deviation).mean() / 2, off_diagonal / z.shape[1]
+
+
+class VICReg(nn.Module):
+    VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": (_CIFAR_VIEW, _CIFAR_VIEW)}  # noqa: RUF012 (never changed)
+
+    def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = make_projector(features, projector_widths(config.projector))
+        self.config = config
+
+    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        z = [self.projector(self.backbone(view)) for view in views]
+        with torch.autocast(views[0].device.type, enabled=False):
+            z1, z2 = (gather_over_ranks(one if one.dtype == torch.float64 else one.float()) for one in z)
+            invariance = F.mse_loss(z1, z2)
+            variance, covariance = (sum(t) for t in zip(*map(variance_and_covariance, (z1, z2)), strict=True))
+            loss = INVARIANCE * invariance + VARIANCE * variance + COVARIANCE * covariance
+        metrics = {"loss": loss, "invariance": invariance, "variance": variance, "covariance": covariance}
+        metrics |= collapse_metrics(z1)
+        return loss, {name: value.detach() for name, value in metrics.items()}  # equal on all ranks already
+
+    def parameter_groups(self) -> list[dict]:
+        return weight_and_bias_groups(self.parameters(), self.config)
+
+    def after_step(self, step: int, stop_step: int) -> None:
+        """Nothing moves beside the optimizer."""

@@ -63,6 +63,20 @@ class Shards:
         return [line.rsplit("\t", 1)[1] for line in lines.decode("utf-8", "surrogateescape").split("\n")[1:-1]]
 
 
+class Digests:
+    """The sha256 of each sample as the converter noted it, read where `x.files.tsv` is mapped: 8 bytes a sample."""
+
+    def __init__(self, stored: Beton | Shards) -> None:
+        path = beton.files_path(stored.path) if isinstance(stored, Beton) else _beside(stored.path, ".files.tsv")
+        _checked(path, stored.manifest["files_sha256"])
+        self._text = np.memmap(path, np.uint8, "r")
+        self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
+
+    def sha256(self, sample: int) -> str:
+        line = self._text[self._ends[sample] + 1 : self._ends[sample + 1]].tobytes()
+        return line.split(b"\t", 4)[3].decode("ascii")
+
+
 def stored_jpeg(stored: Beton | Shards, sample: int) -> np.ndarray:
     """The bytes of one sample, a view into its file."""
     if isinstance(stored, Beton):

@@ -17,10 +17,12 @@ if not torch.cuda.is_available():
 from pipeline.beton import MODE_JPEG, OK, decode_rgb, free_handle, jpeg_bytes, make_handle, open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
+from pipeline.convert import convert as convert_source
 from pipeline.convert import main as convert
 from pipeline.loader import make_loader
 from pipeline.loader_dali import make_graph
 from pipeline.shards import pack_shards
+from pipeline.sources import Source
 from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig
 
 RESOLUTION = 64
@@ -122,6 +124,7 @@ def test_stopping_early_leaves_a_usable_loader(config):
     loader.close()
 
 
+@pytest.mark.slow
 def test_the_graph_before_the_gpus_kernels(config, tmp_path, imagenet_sample):
     """The path that a GPU takes after the decoder, in Triton's interpreter, on small pictures."""
     for i, path in enumerate(imagenet_sample[:4]):
@@ -151,20 +154,35 @@ def _cut(data):
     data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
 
 
-def _no_jpeg(data):
-    data[:2] = b"no"
+def _one_bit(data):
+    data[len(data) // 2] ^= 4
 
 
-def _other_size(data):
-    at = data.index(b"\xff\xc0")
-    data[at + 5] ^= 1
-
-
-@pytest.mark.parametrize("change", [_cut, _no_jpeg, _other_size])
-def test_a_damaged_image_is_named(config, tmp_path, change):
+@pytest.mark.parametrize("change", [_cut, _one_bit])
+def test_changed_bytes_are_named(config, tmp_path, change):
     name = _damaged_copy(config, tmp_path, 11, change)
-    loader = make_loader(replace(config, data=tmp_path / "train.beton"))
-    with pytest.raises(UserError, match=name):
+    with pytest.raises(UserError, match=f"{name}.*bytes have changed"):
+        _all(replace(config, data=tmp_path / "train.beton"), 0, 3)
+
+
+def test_what_the_decoder_refuses_is_named(config, monkeypatch):
+    """Bytes that were stored broken: the loader is handed half of one image."""
+    from pipeline import loader_dali
+
+    def half_of_11(stored, sample):
+        whole = jpeg_bytes(stored, sample)
+        return whole[: len(whole) // 2] if sample == 11 else whole
+
+    monkeypatch.setattr(loader_dali, "stored_jpeg", half_of_11)
+    monkeypatch.setattr(loader_dali.DaliLoader, "_jpegs", lambda self, ids: [half_of_11(self.stored, i) for i in ids])
+    with pytest.raises(UserError, match=f"{open_beton(config.data).file_names()[11]}.*damaged or cut off"):
+        _all(config, 0, 3)
+
+
+def test_another_size_than_the_table_says_is_named(config):
+    loader = make_loader(config)
+    loader.sizes[0][11] -= 1
+    with pytest.raises(UserError, match=f"{loader.stored.file_names()[11]}.*another size"):
         list(loader.batches(0, 3))
     loader.close()
 
@@ -186,3 +204,8 @@ def test_user_errors(config, tmp_path):
         make_loader(replace(config, global_batch=64))
     with pytest.raises(UserError, match="not divisible"):
         make_loader(replace(config, world_size=3))
+    names, pixels = ["0", "1", "2", "3"], np.zeros((4, 8, 8, 3), np.uint8)
+    source = Source("cifar-10", "train", ["a", "b"], names, np.arange(4) % 2, tmp_path, pixels=pixels)
+    convert_source(source, tmp_path / "raw.beton", ConvertConfig(tmp_path / "raw.beton"))
+    with pytest.raises(UserError, match="raw pixels"):
+        make_loader(replace(config, data=tmp_path / "raw.beton", global_batch=2))

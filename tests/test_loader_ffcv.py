@@ -1,6 +1,7 @@
 """The fast loader against the PIL/torchvision reference, and its own promises."""
 
 import shutil
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_a_damaged_image_is_named(config, tmp_path):
     loader.close()
 
 
-def test_user_errors(config, tmp_path):
+def test_user_errors(config, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="missing"):
         make_loader(replace(config, data=tmp_path / "none.beton"))
     with pytest.raises(UserError, match="larger than the dataset"):
@@ -143,3 +144,6 @@ def test_user_errors(config, tmp_path):
         make_loader(replace(config, world_size=3))
     with pytest.raises(UserError, match="choose ffcv, torch or dali"):
         make_loader(replace(config, backend="pil"))
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    with pytest.raises(UserError, match="setup.sh --dali"):
+        make_loader(replace(config, backend="dali"))

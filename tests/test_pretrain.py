@@ -148,7 +148,7 @@ def test_a_loss_that_is_no_number_never_reaches_a_checkpoint(tmp_path):
         def global_views(self, step):
             return [v * (float("nan") if step >= 6 else 1) for v in super().global_views(step)]
 
-    with pytest.raises(UserError, match="the loss became nan"):
+    with pytest.raises(UserError, match="the loss became nan in step 7; its 16 images, .* are listed in"):
         run(replace(TINY, log_every=100), tmp_path / "r", Broken(64, 16))
     saved = read_checkpoint(tmp_path / "r" / "checkpoint.pt")
     assert saved["step"] == 4

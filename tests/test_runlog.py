@@ -2,15 +2,23 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.command import UserError
+from pipeline.order import epoch_order
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks
 from train.runlog import RunLog, describe_run, keep_lines_before, open_run_folder, plot_loss
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
+IMAGES = 40
+
+
+def run_log(folder, ranks=CPU, stop_step=8, **flags) -> RunLog:
+    """Of a run of four steps an epoch."""
+    return RunLog(PretrainConfig(run=str(folder), **{"global_batch": 10} | flags), ranks, 0, stop_step, 4, IMAGES)
 
 
 def metrics(loss: float) -> dict[str, torch.Tensor]:
@@ -22,7 +30,7 @@ def lines(folder) -> list[dict]:
 
 
 def test_lines_are_means_over_their_steps(tmp_path):
-    log = RunLog(tmp_path, PretrainConfig(log_every=3, global_batch=10), CPU, 0, 8, 4)
+    log = run_log(tmp_path, log_every=3)
     for step in range(8):
         log.record(step, metrics(float(step)), {"weights": 0.1 * step, "biases": 0.0}, waited_s=0.0)
     log.close()
@@ -45,28 +53,42 @@ def test_a_resumed_run_keeps_only_what_it_does_not_write_again(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    log = RunLog(tmp_path, PretrainConfig(log_every=1), Ranks(1, 2, torch.device("cpu"), None), 0, 2, 2)
+    log = run_log(tmp_path, Ranks(1, 2, torch.device("cpu"), None), log_every=1)
     log.record(0, metrics(1.0), {}, 0.0)
     log.flush()
     log.close()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_lost_loss_stops_the_run(tmp_path):
-    log = RunLog(tmp_path, PretrainConfig(log_every=1), CPU, 0, 2, 2)
-    with pytest.raises(UserError, match="the loss became nan before step 1"):
-        log.record(0, metrics(float("nan")), {}, 0.0)
+def test_a_lost_loss_names_its_step_and_images(tmp_path):
+    log = run_log(tmp_path, log_every=4)
+    for step, loss in enumerate([1.0, 2.0, float("nan")]):
+        log.record(step, metrics(loss), {}, 0.0)
+    with pytest.raises(UserError, match=r"the loss became nan in step 3; its 10 images, \d+, .* listed in"):
+        log.record(3, metrics(4.0), {}, 0.0)
     log.close()
+    expected = epoch_order(0, 0, np.arange(IMAGES))[20:30]
+    assert (tmp_path / "lost-step-3.txt").read_text().split() == [str(i) for i in expected]
 
 
 def test_a_loss_lost_between_two_lines_stops_the_checkpoint(tmp_path):
-    log = RunLog(tmp_path, PretrainConfig(log_every=10), CPU, 0, 20, 5)
+    log = run_log(tmp_path, log_every=10)
     log.record(0, metrics(1.0), {}, 0.0)
-    log.before_checkpoint(1)
+    log.before_checkpoint()
     log.record(1, metrics(float("inf")), {}, 0.0)
-    with pytest.raises(UserError, match="the loss became inf before step 2"):
-        log.before_checkpoint(2)
+    with pytest.raises(UserError, match="the loss became inf in step 2"):
+        log.before_checkpoint()
     log.close()
+
+
+def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
+    log = run_log(tmp_path, log_every=2, on_nan="skip")
+    kept = [True, False, False, False, True, True, True, False]
+    for step, keep in enumerate(kept):
+        log.record(step, metrics(float(step) if keep else float("nan")), {}, 0.0, keep)
+    log.close()
+    found = [(line["step"], line["loss"], line["skipped_steps"]) for line in lines(tmp_path)]
+    assert found == [(2, 0.0, 1), (6, 4.5, 0), (8, 6.0, 1)]
 
 
 def test_description_and_latest(tmp_path, monkeypatch):

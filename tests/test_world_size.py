@@ -128,6 +128,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "bn 1d": batch_norm(ranks, 5),
         "float64": run(folder / "float64", ranks, torch.float64),
         "float32": smooth_run(folder / "float32", ranks),
+        "recomputed": run(folder / "recomputed", ranks, torch.float64, checkpoint_activations=True),
         "no disk": run_without_disk(folder / "full", ranks),
         "signalled": run(folder / "signalled", ranks, torch.float32, SignalledLoader),
     }
@@ -215,6 +216,14 @@ def test_weights_after_six_steps(several, one, dtype, tolerance):
     for names in (parameters, expected):
         assert distance(ours, expected, names) < tolerance
         assert distance(start, expected, names) > 1e-3  # the weights did move
+
+
+def test_activations_computed_again_give_the_same_bits(several):
+    """Batch norm talks to the other ranks once more in the backward pass."""
+    _, folder, found = several
+    assert all(rank["recomputed"] == 0 for rank in found)
+    ours, expected = weights(folder / "recomputed"), weights(folder / "float64")
+    assert all(np.array_equal(ours[name], expected[name]) for name in expected)
 
 
 def distance(a: dict, b: dict, names) -> float:

@@ -27,7 +27,8 @@ LR_WEIGHTS_BY_BATCH = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096
 
 # Flags that change where a run lives or how fast it goes, not which weights come out of it.
 NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
-NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep")
+NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "checkpoint_activations")
+NOT_RECIPE += ("on_nan", "timeout_minutes")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class PretrainConfig:
     """auto: go on from the run's checkpoint where there is one. never: start over, replacing it."""
     amp: Literal["bf16", "fp16", "off"] = "bf16"
     """Autocast of backbone and projector; the loss is float32 always. fp16 scales the loss, at one sync a step."""
+    checkpoint_activations: bool = False
+    """Keep each block's input alone and compute the rest again in the backward pass: the same bits, much less memory,
+    about a third more work. (There is no gradient accumulation: with batch norm it is another method.)"""
     compile: bool = False
     """torch.compile backbone and projector: minutes at the start, faster steps on a GPU."""
     log_every: int = 20
@@ -99,6 +103,11 @@ class PretrainConfig:
     """Minutes after which one more is written; 0: none by the clock. Training waits for the copy, not for the disk."""
     keep: int = 2
     """Checkpoints that stay: checkpoint.pt and those before it, by step. A damaged one is passed over at the start."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A loss that is no number ends the run, with its step and images named; skip: such a step makes no update, nor
+    does one with such a gradient, at one host sync a step. Ten in a row end the run all the same."""
+    timeout_minutes: float = 15.0
+    """A rank that waits so long within a step ends the run and names the rank it waited for; 0: it waits on."""
 
 
 PRESETS = {
@@ -201,9 +210,12 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     projector_widths(config.projector)
     bounds = {"epochs": 0, "global_batch": 2, "resolution": 1, "warmup_epochs": 0, "paper_world_size": 1, "seed": 0}
     bounds |= {"workers": 0, "log_every": 1, "checkpoint_every_steps": 0, "checkpoint_every_minutes": 0, "keep": 1}
+    bounds |= {"timeout_minutes": 0}
     for name, least in bounds.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small; give at least {least}")
+    if config.checkpoint_activations and config.compile:
+        raise UserError("--checkpoint-activations and --compile do not go together; leave one of them out")
     if config.lr_weights is None:
         config = replace(config, lr_weights=lr_weights_for(config.global_batch))
     config = replace(config, data=config.data.expanduser().resolve())

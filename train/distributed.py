@@ -27,8 +27,12 @@ class Ranks(NamedTuple):
     control: dist.ProcessGroup | None
 
 
-def start_ranks() -> Ranks:
-    """Joins the processes that torchrun (or SLURM with the same variables) started; NCCL on GPUs, gloo on CPUs."""
+def start_ranks(timeout_minutes: float = 0) -> Ranks:
+    """Joins the processes that torchrun (or SLURM with the same variables) started; NCCL on GPUs, gloo on CPUs.
+
+    A collective gives up after `timeout_minutes`; 0 for `TIMEOUT`.
+    """
+    timeout = timedelta(minutes=timeout_minutes) or TIMEOUT
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -37,11 +41,11 @@ def start_ranks() -> Ranks:
     if world_size == 1:
         return Ranks(0, 1, device, None)
     # torchrun's store outlives a restart; under a prefix of its own a new start does not meet the last one's addresses.
-    store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend, on = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=on)
-    return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=on)
+    return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def stop_ranks() -> None:

@@ -25,12 +25,15 @@ from train.batchnorm import with_global_batch_norm
 from train.checkpoint import export_backbone
 from train.config import NORMALIZATIONS, PretrainConfig, as_plain, chosen_preset, resolved, train_beton
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
+from train.guard import UpdateGuard
 from train.lars import LARS
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
+from train.recompute import recompute_blocks
 from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
 from train.runstate import RunState, backbone_info
 from train.schedule import lr_share
+from train.watchdog import Watchdog
 
 EXIT_FINISHED, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 75, 130  # 75 is sysexits' EX_TEMPFAIL: worth another try
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
@@ -38,7 +41,7 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 def main(config: PretrainConfig) -> None:
     config = resolved(config)
-    ranks = start_ranks()
+    ranks = start_ranks(2 * config.timeout_minutes)  # the watchdog speaks first
     try:
         loader = make_loader(loader_config(config, ranks))
         try:
@@ -75,6 +78,8 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     backbone, features = make_backbone(config.arch, config.stem)
     method = BarlowTwins(backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
     method = with_global_batch_norm(method, ranks.device)
+    if config.checkpoint_activations:
+        recompute_blocks(method.backbone)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
 
@@ -102,13 +107,17 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
         model.broadcast_buffers = False  # batch norm's are equal on all ranks
 
     warmup_steps = config.warmup_epochs * loader.steps_per_epoch
-    log = RunLog(folder, config, ranks, start_step, stop_step, loader.steps_per_epoch)
-    with StopRequest(ranks) as stop, contextlib.closing(log), state:
+    guard = UpdateGuard(method, config, ranks, loader.images)
+    log = RunLog(config, ranks, start_step, stop_step, loader.steps_per_epoch, loader.images)
+    watchdog = Watchdog(ranks, config.timeout_minutes)
+    with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state:
         batches = iter(loader.batches(start_step, stop_step))
         for step in range(start_step, stop_step):
             asked = time.perf_counter()
             batch = next(batches)
             waited_s = time.perf_counter() - asked
+            watchdog.step(step)
+            guard.before_step()
 
             share = lr_share(step, warmup_steps, stop_step)
             for group in optimizer.param_groups:
@@ -117,14 +126,15 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
             with torch.autocast(ranks.device.type, AMP[config.amp], enabled=config.amp != "off"):
                 loss, metrics = model(batch.views)
             scaler.scale(loss).backward()
-            scaler.step(optimizer)  # with fp16 the one host sync of a step: were the gradients finite?
-            scaler.update()
+            if kept := guard.keeps(metrics["loss"], step):
+                scaler.step(optimizer)  # with fp16 the one host sync of a step: were the gradients finite?
+                scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            log.record(step, metrics, {group["name"]: group["lr"] for group in optimizer.param_groups}, waited_s)
+            log.record(step, metrics, {group["name"]: group["lr"] for group in optimizer.param_groups}, waited_s, kept)
 
             stopping = stop.agreed(state.failed)  # a signal, or a checkpoint that could not be written
             if stopping or state.due(step + 1):
-                log.before_checkpoint(step + 1)  # a loss that is no number ends the run, its checkpoint stays good
+                log.before_checkpoint()  # a loss that is no number ends the run, its checkpoint stays good
                 state.save(step + 1)
             if stopping or step + 1 == stop_step:
                 state.finish()

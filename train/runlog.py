@@ -2,10 +2,11 @@
 
     config.json     the whole configuration         env.json      versions and devices of the last start
     metrics.jsonl   one line every --log-every steps, means over those steps
-    tensorboard/    the same numbers                loss.png      loss, diagonal mean, off-diagonal RMS; at the end
+    tensorboard/    the same numbers                loss.png      loss and what shows a collapse; at the end
 
-Reading a number from a GPU waits for it. So the metrics are added up on the device, copied out without waiting
-when a line is due, and written once the copy has arrived, a step or two later.
+Reading a number from a GPU waits for it. So the metrics stay on the device, are copied out without waiting when a
+line is due, and are written once the copy has arrived, a step or two later. A loss that is no number shows then;
+the message names its own step.
 """
 
 import importlib.metadata
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from pipeline.command import RUNS, UserError
 from train.checkpoint import write_atomically
 from train.distributed import Ranks, say
+from train.guard import note_lost_step
 
 PACKAGES = ("torch", "torchvision", "timm", "numba", "numpy", "pillow", "ffcv", "safetensors", "tyro")
 
@@ -68,10 +70,11 @@ def environment(ranks: Ranks, start_step: int) -> dict:
 class RunLog:
     """Metrics, TensorBoard and progress bar of one start of a run; does nothing on ranks other than 0."""
 
-    def __init__(self, folder: Path, config, ranks: Ranks, start_step: int, stop_step: int, steps_per_epoch: int):
+    def __init__(self, config, ranks: Ranks, start_step: int, stop_step: int, steps_per_epoch: int, images: int):
+        folder = Path(config.run)
         self.active = ranks.rank == 0
-        self.global_batch, self.log_every = config.global_batch, config.log_every
-        self.steps_per_epoch, self.stop_step = steps_per_epoch, stop_step
+        self.config, self.log_every = config, config.log_every
+        self.steps_per_epoch, self.stop_step, self.images = steps_per_epoch, stop_step, images
         self.device, self.pending = ranks.device, None
         self._start_interval()
         if not self.active:
@@ -86,75 +89,89 @@ class RunLog:
         self.bar = tqdm(total=stop_step, initial=start_step, unit="step", mininterval=interval, dynamic_ncols=True)
 
     def _start_interval(self) -> None:
-        self.totals, self.steps, self.waited_s, self.since = None, 0, 0.0, time.perf_counter()
+        self.rows, self.steps, self.skipped, self.waited_s, self.since = {}, 0, 0, 0.0, time.perf_counter()
 
-    def record(self, step: int, metrics: dict[str, torch.Tensor], rates: dict[str, float], waited_s: float) -> None:
-        """Takes in one step: 0-d tensors on the device, learning rates by group, seconds spent waiting for data."""
+    def record(self, step: int, metrics: dict, rates: dict[str, float], waited_s: float, kept: bool = True) -> None:
+        """Takes in one step: 0-d tensors on the device by name, learning rates by group, seconds of waiting for data.
+
+        `kept` is False for a step without an update: only its number is recorded.
+        """
         if not self.active:
             return
-        values = torch.stack(list(metrics.values()))
-        self.totals = values if self.totals is None else self.totals + values
+        self.names = list(metrics)
+        if kept:
+            self.rows[step] = torch.stack(list(metrics.values()))
         self.steps += 1
+        self.skipped += not kept
         self.waited_s += waited_s
         self.bar.update()
         if (step + 1) % self.log_every == 0 or step + 1 == self.stop_step:
             self.flush()
-            self._send(step + 1, list(metrics), rates)
+            self._send(step + 1, rates)
         if self.pending and (self.pending[0] is None or self.pending[0].query()):
             self.flush()
 
-    def _send(self, step: int, names: list[str], rates: dict[str, float]) -> None:
-        """Starts the copy of this interval's means to the host, and a new interval."""
+    def _send(self, step: int, rates: dict[str, float]) -> None:
+        """Starts the copy of this interval's metrics to the host, and a new interval."""
+        if not self.rows:  # no update was kept
+            return self._start_interval()
         seconds = time.perf_counter() - self.since
         line = {"step": step, "epoch": step / self.steps_per_epoch}
         speed = {
-            "images_per_s": self.steps * self.global_batch / seconds,
+            "images_per_s": self.steps * self.config.global_batch / seconds,
             "data_wait_share": self.waited_s / seconds,
             **{f"lr_{name}": rate for name, rate in rates.items()},
+            **({"skipped_steps": self.skipped} if self.config.on_nan == "skip" else {}),
         }
         cuda = self.device.type == "cuda"
-        host = torch.empty(len(names), dtype=self.totals.dtype, pin_memory=cuda)
-        host.copy_(self.totals / self.steps, non_blocking=True)
+        values = torch.stack(list(self.rows.values()))
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=cuda)
+        host.copy_(values, non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if cuda else None
-        self.pending = arrived, line, names, host, speed
+        self.pending = arrived, line, list(self.rows), host, speed
         self._start_interval()
 
     def flush(self) -> None:
         """Writes the line that is under way, waiting for it if need be; UserError for a loss that is no number."""
         if not self.pending:
             return
-        arrived, line, names, host, speed = self.pending
+        arrived, line, steps, host, speed = self.pending
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
-        line = line | dict(zip(names, host.tolist(), strict=True)) | speed
+        line = line | dict(zip(self.names, host.double().mean(0).tolist(), strict=True)) | speed
         self.file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             self.board.add_scalar(name, value, line["step"])
         self.bar.set_postfix_str(
             f"loss {line['loss']:.4g}, {line['images_per_s']:.0f} images/s, {line['data_wait_share']:.0%} data wait"
         )
-        refuse_lost_loss(line["loss"], line["step"])
+        self._refuse_lost_loss(steps, host)
 
-    def before_checkpoint(self, step: int) -> None:
-        """Writes what is under way. Raises UserError where a checkpoint of this step would hold lost weights."""
+    def before_checkpoint(self) -> None:
+        """Writes what is under way. Raises UserError where a checkpoint of now would hold lost weights."""
+        if not self.active:
+            return
         self.flush()
-        if self.totals is not None:
-            refuse_lost_loss(self.totals.sum().item(), step)
+        if self.rows:
+            self._refuse_lost_loss(list(self.rows), torch.stack(list(self.rows.values())))
+
+    def _refuse_lost_loss(self, steps: list[int], values: torch.Tensor) -> None:
+        """values (steps, metrics): raises UserError for the first step whose loss is no number."""
+        losses = values[:, self.names.index("loss")].tolist()
+        for step, loss in zip(steps, losses, strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss became {loss} in step {step + 1}; {note_lost_step(self.config, self.images, step)}; "
+                    "the last checkpoint is from before; lower --lr-weights and --lr-biases, lengthen "
+                    "--warmup-epochs, try --amp off, or leave such steps out with --on-nan skip"
+                )
 
     def close(self) -> None:
         if self.active:
             self.bar.close()
             self.file.close()
             self.board.close()
-
-
-def refuse_lost_loss(loss: float, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss became {loss} before step {step}; the last checkpoint is from before; "
-            "lower --lr-weights and --lr-biases, lengthen --warmup-epochs or try --amp off"
-        )
 
 
 def keep_lines_before(path: Path, step: int) -> None:
@@ -181,8 +198,10 @@ def plot_loss(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5), layout="constrained")
     titles = {"loss": "loss", "diagonal_mean": "mean of C's diagonal", "off_diagonal_rms": "RMS of C off the diagonal"}
+    titles |= {"embedding_spread": "spread of embeddings", "effective_dimensions": "effective dimensions"}
+    titles = {name: title for name, title in titles.items() if name in lines[0]}
+    figure, axes = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.5), layout="constrained")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
         axis.plot([line["epoch"] for line in lines], [line[name] for line in lines], linewidth=1.2)
         axis.set(title=title, xlabel="epoch")

@@ -38,7 +38,7 @@ class PretrainConfig:
     preset: Literal["imagenet", "cifar10", "cifar10-demo"] = "imagenet"
     """The experiment card to start from; every other flag changes one value of it."""
     data: Path = DATA / "imagenet"
-    """A folder that holds train.beton, or a .beton file."""
+    """A folder that holds train.beton, or a .beton file, or, for --loader dali, the shards.json of shards."""
     run: Annotated[str, tyro.conf.arg(aliases=["--name"])] = ""
     """Name of the run, a folder under runs/, or a path. Empty: preset, architecture, epochs and a short hash
     of the recipe, so that the same command finds its own run again and another recipe never meets it.
@@ -79,7 +79,7 @@ class PretrainConfig:
     warmup_epochs: int = 10
     """Linear warm-up from 0; then a cosine to a thousandth."""
     loader: Literal["ffcv", "torch", "dali"] = "ffcv"
-    """Which data path: the fast one, the PIL/torchvision reference, or the fast one with DALI as decoder. Same views."""
+    """Which data path: the fast one, the PIL/torchvision reference, or DALI as decoder. Same views, same order."""
     workers: int = 0
     """Threads (ffcv) or processes (torch) of each rank's loader; 0: one a core that this process may use."""
     views_on: Literal["auto", "cpu", "gpu"] = "auto"
@@ -196,7 +196,7 @@ def projector_widths(projector: str) -> list[int]:
 
 def train_beton(data: Path) -> Path:
     """The training file that --data means."""
-    path = data if data.suffix == ".beton" else data / "train.beton"
+    path = data if data.name.endswith((".beton", ".shards.json")) else data / "train.beton"
     if not path.is_file():
         raise UserError(
             f"no {path.name} in {path.parent}; make it with pipeline/convert.py "

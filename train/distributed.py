@@ -57,6 +57,10 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def say(ranks: Ranks, text: str) -> None:
     """Prints on rank 0, to stderr: stdout is for results."""
     if ranks.rank == 0:
@@ -80,6 +84,34 @@ class _Sum(torch.autograd.Function):
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's x, any shape, differentiable; x itself at world size 1."""
     return x if world_size() == 1 else _Sum.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad.chunk(world_size())[rank()]
+
+
+def gather_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Every rank's x (B, …), rank after rank, differentiable: (global batch, …); x itself at world size 1."""
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+def mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """0-d tensors of this rank → their means over ranks, not seen by autograd, in one message."""
+    if world_size() == 1:
+        return {name: value.detach() for name, value in metrics.items()}
+    values = torch.stack([value.detach() for value in metrics.values()])
+    dist.all_reduce(values)
+    return dict(zip(metrics, (values / world_size()).unbind(), strict=True))
 
 
 def largest(ranks: Ranks, value: int) -> int:

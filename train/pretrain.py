@@ -1,8 +1,9 @@
-"""Pretrains an encoder with Barlow Twins and leaves it in a run folder.
+"""Pretrains an encoder with Barlow Twins, or one of its rivals, and leaves it in a run folder.
 
     torchrun train/pretrain.py                              one process; the published recipe on data/imagenet
     torchrun --nproc-per-node=8 train/pretrain.py           eight GPUs, the same update
     python train/pretrain.py --preset cifar10 --help        another experiment card, and its values
+    python train/pretrain.py --preset cifar10-byol          another method; imagenet-simclr, …-simsiam, …-vicreg
 
 Started again, the same command goes on where the run stopped, to the step. SIGTERM and SIGUSR1 write a checkpoint
 at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 130; a second Ctrl-C ends at once.
@@ -27,7 +28,7 @@ from train.config import NORMALIZATIONS, PretrainConfig, as_plain, chosen_preset
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
 from train.lars import LARS
-from train.methods.barlow_twins import BarlowTwins
+from train.methods.choose import METHODS
 from train.model import make_backbone
 from train.recompute import recompute_blocks
 from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
@@ -57,7 +58,7 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
     rank_batch(config.global_batch, ranks.world_size)
     return LoaderConfig(
         data=train_beton(config.data),
-        views=BarlowTwins.VIEWS[config.views],
+        views=METHODS[config.method].VIEWS[config.views],
         resolution_px=config.resolution,
         global_batch=config.global_batch,
         seed=config.seed,
@@ -76,7 +77,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     folder = Path(config.run)
     torch.manual_seed(config.seed)
     backbone, features = make_backbone(config.arch, config.stem)
-    method = BarlowTwins(backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
+    method = METHODS[config.method](backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
     method = with_global_batch_norm(method, ranks.device)
     if config.checkpoint_activations:
         recompute_blocks(method.backbone)
@@ -121,7 +122,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
 
             share = lr_share(step, warmup_steps, stop_step)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * share
+                group["lr"] = group["peak_lr"] * (1.0 if group.get("constant_lr") else share)
             torch.manual_seed(hash((config.seed, step, ranks.rank)))  # for networks with dropout: resumed, the same
             with torch.autocast(ranks.device.type, AMP[config.amp], enabled=config.amp != "off"):
                 loss, metrics = model(batch.views)
@@ -129,6 +130,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
             if kept := guard.keeps(metrics["loss"], step):
                 scaler.step(optimizer)  # with fp16 the one host sync of a step: were the gradients finite?
                 scaler.update()
+                method.after_step(step, stop_step)
             optimizer.zero_grad(set_to_none=True)
             log.record(step, metrics, {group["name"]: group["lr"] for group in optimizer.param_groups}, waited_s, kept)
 

@@ -6,6 +6,14 @@
 
 So a global batch holds the same samples in the same order at any world size, every sample appears at
 most once an epoch, and a run can start at any step without replaying the ones before it.
+
+What an epoch drops, N mod G images, other ones each epoch, whatever the world size:
+
+    N            G      steps    dropped          N         G      steps    dropped
+    1,281,167    256    5,004        143          50,000    256      195         80
+    1,281,167   1024    1,251        143          50,000   1024       48        848
+    1,281,167   2048      625      1,167          50,000   2048       24        848
+    1,281,167   4096      312      3,215          50,000   4096       12        848
 """
 
 from collections.abc import Iterator

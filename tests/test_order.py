@@ -1,9 +1,12 @@
 """The order of samples: a permutation an epoch, the same global batch at any world size, resumable anywhere."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from pipeline import order as order_module
 from pipeline.command import UserError
 from pipeline.order import (
     balanced_subset,
@@ -50,6 +53,37 @@ def test_each_sample_at_most_once_an_epoch_and_the_rest_is_dropped():
     assert per_epoch == 20
     first = np.concatenate(_stream(2, 0, per_epoch))
     assert len(first) == len(np.unique(first)) == 960
+
+
+@pytest.mark.parametrize(
+    ("images", "global_batch", "world_size"), [(96, 48, 4), (103, 16, 1), (103, 16, 4), (50, 48, 16)]
+)
+def test_what_the_ranks_see_of_an_epoch(images, global_batch, world_size):
+    """No sample twice, over all ranks; every sample where the batch divides them, else N mod G fewer, other ones."""
+    ids, steps = np.arange(images) * 3, steps_per_epoch(images, global_batch)
+    dropped = []
+    for epoch in range(3):
+        span = epoch * steps, (epoch + 1) * steps
+        ranks = [list(shuffled_batches(2, ids, global_batch, r, world_size, *span)) for r in range(world_size)]
+        assert all(len(part) == global_batch // world_size for batches in ranks for _, _, part in batches)
+        seen = np.concatenate([part for batches in ranks for _, _, part in batches])
+        assert len(seen) == len(np.unique(seen)) == images - images % global_batch
+        dropped.append(frozenset(set(ids.tolist()) - set(seen.tolist())))
+    assert images % global_batch == 0 or len(set(dropped)) > 1
+
+
+def test_the_table_of_dropped_images():
+    """The rows of the module's docstring against the steps that the stream really has."""
+    numbers = [
+        [int(x.replace(",", "")) for x in line.split()]
+        for line in order_module.__doc__.splitlines()
+        if re.fullmatch(r"[\d, ]+", line) and line.strip()
+    ]
+    rows = [row[i : i + 4] for row in numbers for i in (0, 4)]
+    assert len(rows) == 8
+    for images, global_batch, steps, dropped in rows:
+        assert steps_per_epoch(images, global_batch) == steps
+        assert images - steps * global_batch == dropped
 
 
 def test_a_start_anywhere_goes_on_with_the_same_stream():

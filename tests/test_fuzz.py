@@ -1,0 +1,157 @@
+"""Broken images: 1,200 mutated JPEGs. Each decodes to Pillow's very pixels or gives a status; nothing crashes, hangs or
+writes beside its buffer, and a loader ends with the image's name or yields whole batches. (Tables: test_beton.py.)
+"""
+
+import io
+import shutil
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.beton import MODE_JPEG, OK, STATUS_TEXT, decode_rgb, free_handle, make_handle, open_beton
+from pipeline.command import UserError
+from pipeline.convert import ConvertConfig
+from pipeline.convert import main as convert
+from pipeline.loader import make_loader
+from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
+
+GUARD = 64  # bytes behind the pixels, which must stay as they are
+SLOWEST_S = 2.0
+
+
+def jpeg(seed: int, height: int, width: int, **options) -> bytes:
+    rng, buffer = np.random.default_rng(seed), io.BytesIO()
+    blocks = rng.integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), np.uint8)
+    pixels = blocks.repeat(4, 0).repeat(4, 1)[:height, :width]
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=85, **options)
+    return buffer.getvalue()
+
+
+def cut(data, rng):
+    return data[: rng.integers(1, len(data))]
+
+
+def flip_bits(data, rng):
+    changed = bytearray(data)
+    for at in rng.integers(0, len(data), rng.integers(1, 9)):
+        changed[at] ^= 1 << rng.integers(0, 8)
+    return bytes(changed)
+
+
+def zero_some(data, rng):
+    first = rng.integers(0, len(data))
+    count = min(int(rng.integers(1, 400)), len(data) - first)
+    return data[:first] + bytes(count) + data[first + count :]
+
+
+def other_size(data, rng):
+    """Height or width in the frame header."""
+    at = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5 + 2 * int(rng.integers(0, 2))
+    return data[:at] + rng.integers(0, 256, 2, np.uint8).tobytes() + data[at + 2 :]
+
+
+def repeat_scans(data, rng):
+    """All scans of a progressive JPEG many times over: 60,000 of them for a few bytes each would keep a core busy."""
+    first = data.find(b"\xff\xda")
+    return data[:first] + data[first:-2] * int(rng.integers(2, 400)) + data[-2:]
+
+
+def splice(data, rng):
+    other = jpeg(int(rng.integers(0, 100)), 40, 56)
+    return data[: rng.integers(2, len(data))] + other[rng.integers(2, len(other)) :]
+
+
+MUTATIONS = [cut, flip_bits, zero_some, other_size, repeat_scans, splice]
+
+
+@pytest.fixture
+def handle():
+    handle = make_handle()
+    yield handle
+    free_handle(handle)
+
+
+def decode(handle, data: bytes, height: int, width: int) -> tuple[int, np.ndarray]:
+    out = np.full(height * width * 3 + GUARD, 77, np.uint8)
+    start = time.perf_counter()
+    status = decode_rgb(handle, np.frombuffer(data, np.uint8), 0, len(data), MODE_JPEG, height, width, out)
+    assert time.perf_counter() - start < SLOWEST_S
+    assert (out[-GUARD:] == 77).all()
+    return status, out[:-GUARD].reshape(height, width, 3)
+
+
+def pillows(data: bytes) -> np.ndarray | None:
+    try:
+        return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError):
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it sees
+def test_mutated_jpegs(handle, mutation):
+    rng, counts = np.random.default_rng(MUTATIONS.index(mutation)), np.zeros(len(STATUS_TEXT), int)
+    sound = [jpeg(seed, 40 + seed, 64 - seed, progressive=seed % 2 == 1) for seed in range(20)]
+    decode(handle, sound[0], 40, 64)  # loads the compiled code, untimed below
+    for number in range(200):
+        seed = number % 20
+        data = mutation(sound[seed], rng)
+        status, pixels = decode(handle, data, 40 + seed, 64 - seed)
+        counts[status] += 1
+        if status == OK:
+            assert np.array_equal(pixels, pillows(data))
+        else:
+            assert decode(handle, sound[seed], 40 + seed, 64 - seed)[0] == OK  # the next image does not suffer
+    assert counts[OK] < 200
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 30_000), (30_000, 1), (3, 65_500)])
+def test_odd_sizes(handle, height, width):
+    data = jpeg(0, height, width)
+    status, pixels = decode(handle, data, height, width)
+    assert status == OK and np.array_equal(pixels, pillows(data))
+
+
+def test_a_bomb_of_scans_is_refused_quickly(handle):
+    progressive = jpeg(0, 512, 512, progressive=True)
+    first = progressive.find(b"\xff\xda")
+    second = progressive.find(b"\xff\xda", first + 2)
+    bomb = progressive[:first] + progressive[first:second] * 5000 + progressive[second:]
+    decode(handle, progressive, 512, 512)
+    assert decode(handle, bomb, 512, 512)[0] != OK
+
+
+@pytest.mark.slow
+def test_a_loader_names_the_image_or_yields_whole_batches(tmp_path):
+    """150 files, one image of each damaged in place: no crash, no hang, no batch of another size."""
+    for seed in range(8):
+        path = tmp_path / "images" / f"class_{seed % 2}" / f"{seed}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(seed, 40 + seed, 64 - seed, progressive=seed % 2 == 1))
+    convert(ConvertConfig(tmp_path / "train.beton", tmp_path / "images", workers=1))
+    beton, rng, named = open_beton(tmp_path / "train.beton"), np.random.default_rng(0), 0
+    (tmp_path / "bad").mkdir()
+    for path in tmp_path.glob("train.*"):
+        shutil.copy(path, tmp_path / "bad" / path.name)
+    config = LoaderConfig(tmp_path / "bad" / "train.beton", BARLOW_TWINS_VIEWS, 32, global_batch=4, workers=2)
+    file = np.memmap(config.data, np.uint8, "r+")
+    for number in range(150):
+        sample = number % 8
+        place = slice(beton.offsets[sample], beton.offsets[sample] + beton.sizes_bytes[sample])
+        sound = file[place].tobytes()
+        mutated = (flip_bits, zero_some, other_size)[number % 3](sound, rng)
+        file[place] = np.frombuffer(mutated, np.uint8)
+        loader = make_loader(config)
+        try:
+            batches = list(loader.batches(0, 2))
+            assert [view.shape for batch in batches for view in batch.views] == [(4, 3, 32, 32)] * 4
+        except UserError as error:
+            named += 1
+            assert beton.file_names()[sample] in str(error)
+        finally:
+            loader.close()
+        file[place] = np.frombuffer(sound, np.uint8)
+    assert 30 < named < 150

@@ -42,15 +42,7 @@ echo "setup: installing the Python packages into .venv" >&2
 install=(.venv/bin/uv pip install -q --python .venv/bin/python --constraint constraints.txt)
 "${install[@]}" numpy setuptools wheel
 "${install[@]}" --no-build-isolation-package ffcv --editable ".[$extras]"
-# torchrun reads a script's flags as abbreviations of its own before Python 3.12: "--run" would be an ambiguous one.
-cat > .venv/bin/torchrun <<EOF
-#!$PWD/.venv/bin/python
-import argparse
-import functools
-from torch.distributed.run import main
-argparse.ArgumentParser.__init__ = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
-main()
-EOF
+printf '#!/bin/sh\nexec "%s/.venv/bin/python" "%s/scripts/torchrun.py" "$@"\n' "$PWD" "$PWD" > .venv/bin/torchrun
 echo "setup: compiling the kernels for this machine" >&2
 TQDM_DISABLE=1 .venv/bin/python scripts/compile_kernels.py >/dev/null
 rm -f .venv/.setup-*; touch ".venv/.setup-$stamp"

@@ -45,7 +45,7 @@ def checkout(tmp_path_factory, shared_data) -> Path:
     return code
 
 
-def _run(code: Path, command: str, cwd: str = ".") -> str:
+def _finished(code: Path, command: str, cwd: str = ".") -> subprocess.CompletedProcess:
     env = {
         **os.environ,
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
@@ -53,7 +53,11 @@ def _run(code: Path, command: str, cwd: str = ".") -> str:
         "IMAGENET": str(code.parent / "imagenet"),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(command, shell=True, cwd=code / cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(command, shell=True, cwd=code / cwd, env=env, capture_output=True, text=True)
+
+
+def _run(code: Path, command: str, cwd: str = ".") -> str:
+    done = _finished(code, command, cwd)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -96,3 +100,10 @@ def test_python_and_the_other_evaluations(checkout):
         json.loads(line)["protocol"] for line in (checkout / "runs/plain/results.jsonl").read_text().splitlines()
     ]
     assert len(set(protocols)) >= 2
+
+
+def test_torchrun_ends_with_the_scripts_own_code(checkout):
+    """A mistake is exit code 2 through torchrun as well, which by itself makes 1 of everything."""
+    done = _finished(checkout, "torchrun --nproc-per-node=2 train/pretrain.py --arch resnet51 --run never")
+    assert done.returncode == 2, done.stderr
+    assert "did you mean" in done.stderr and not (checkout / "runs" / "never").exists()

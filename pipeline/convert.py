@@ -372,6 +372,8 @@ def main(config: ConvertConfig) -> None:
             raise UserError(f"{config.out} has no .beton file to verify")
         for out in outs:
             verify(out, config.workers)
+            if config.format == "webdataset":
+                shards.verify_shards(out.with_suffix(shards.SUFFIX))
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ class DaliLoader:
         self._gpu_views = config.views_on == "gpu" or (config.views_on == "auto" and self.device.type == "cuda")
         on_gpu = self._gpu_views and self.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self._device_id = (self.device.index or 0) if on_gpu else None
+        self._device_id = self._stream.device_index if on_gpu else None
         self._table = normalization_table(config.normalization)
         self._thread = local()
         self._pool = ThreadPoolExecutor(self.workers, "views", initializer=self._start_thread)
@@ -150,7 +150,7 @@ class DaliLoader:
     def _views(self, images, ids: np.ndarray, epoch: int) -> tuple[torch.Tensor, ...]:
         """The views of a decoded batch, finished: the decoded pixels may go when this returns."""
         heights, widths = self.sizes[0][ids], self.sizes[1][ids]
-        addresses = np.array([image.data_ptr() for image in images], np.int64)
+        addresses = np.array([images[b].data_ptr() for b in range(len(ids))], np.int64)
         device = self.device if self._stream else torch.device("cpu")
         pixels, starts = spanned(addresses, heights * widths * 3, device)
         params, side = self._params(ids, epoch), self.config.resolution_px

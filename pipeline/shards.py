@@ -250,3 +250,21 @@ def open_shards(path: Path) -> Shards:
 def open_stored(path: Path) -> Beton | Shards:
     """A .beton, or shards by their manifest x.shards.json."""
     return open_shards(path) if path.name.endswith(SUFFIX) else open_beton(path)
+
+
+def verify_shards(path: Path) -> None:
+    """Reads finished shards whole and compares checksums. Raises UserError that names the first bad images."""
+    opened = open_shards(path)
+    digests = Digests(opened)
+    bad = [
+        sample
+        for sample in tqdm(range(len(opened)), unit="img", desc=f"verify {path.name}")
+        if hashlib.sha256(stored_jpeg(opened, sample)).hexdigest() != digests.sha256(sample)
+    ]
+    if bad:
+        names = opened.file_names()
+        raise UserError(
+            f"{path} has {len(bad)} changed images of {len(opened)} ({'; '.join(names[i] for i in bad[:3])});"
+            f" remove {path.name} and the tars, and convert again"
+        )
+    print(f"{path}: all {len(opened)} images are in order")

@@ -10,7 +10,7 @@ from pipeline.beton import files_path, jpeg_bytes, open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
-from pipeline.shards import open_shards, pack_shards, stored_jpeg
+from pipeline.shards import open_shards, pack_shards, stored_jpeg, verify_shards
 
 PER_SHARD = 7  # 48 images: six full shards and one of six images
 
@@ -103,7 +103,7 @@ def test_the_command(imagenet_sample, tmp_path):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(path)
     out = tmp_path / "out" / "train.beton"
-    convert(
+    convert(  # verify reads both
         ConvertConfig(out=out, source=tmp_path / "images", format="webdataset", shard_images=4, workers=1, verify=True)
     )
     assert len(open_shards(tmp_path / "out" / "train.shards.json")) == 6
@@ -135,6 +135,17 @@ def test_damage_is_named(beton):
     (folder / "train.shards.npy").write_bytes(index)
     with pytest.raises(UserError, match="not the file its manifest describes"):
         open_shards(path)
+
+
+def test_verify_names_the_changed_image(beton):
+    path = pack_shards(beton, PER_SHARD)
+    verify_shards(path)
+    row = open_shards(path).index[17]
+    with open(path.parent / f"train-{row['shard']:06d}.tar", "r+b") as file:
+        file.seek(int(row["offset"] + row["bytes"] - 3))
+        file.write(b"?")
+    with pytest.raises(UserError, match=f"1 changed images of 48 .*{beton.file_names()[17]}"):
+        verify_shards(path)
 
 
 def test_the_disk_and_raw_pixels(beton, monkeypatch):

@@ -45,6 +45,7 @@ def test_a_small_run(imagenet_sample, tmp_path):
         assert row["mean_difference"] < 0.5
 
 
+@pytest.mark.slow
 def test_user_errors(tmp_path):
     for arguments, expected in ((("--repeats", 1), "at least 2"), ((), "no class folders")):
         done = run("--images", tmp_path, *arguments)

@@ -39,7 +39,7 @@ class SubjectConfig:
     loader: Literal["ffcv", "torch", "dali"] = "ffcv"
     """Which data path: the fast one, the PIL/torchvision reference, or NVIDIA DALI as decoder."""
     workers: int = 0
-    """Threads (ffcv) or processes (torch) of the loader; 0: one a core that this process may use."""
+    """Threads (ffcv, dali) or processes (torch) of the loader; 0: one a core that this process may use."""
     seed: int = 0
     """Decides the classifier's initial weights, the order of images, their views, and the balanced subset."""
 

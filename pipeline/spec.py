@@ -98,15 +98,15 @@ class Batch(NamedTuple):
 class LoaderConfig:
     """Everything that decides what a loader yields, and how (the last five) it gets there.
 
-    data            a .beton file with its manifest beside it
+    data            a .beton file with its manifest beside it; for dali also the shards.json of shards
     views           one ViewSpec a view, or a CentreCrop for evaluation
     resolution_px   side of the square views
     shuffle         True: shuffled full batches, epoch after epoch (order.shuffled_batches);
                     False: every sample once, in the order given (order.sequential_batches)
     ids             positions of the samples to use; None for all
-    workers         threads (ffcv) or processes (torch) of this rank; 0 for one a core this process may use
+    workers         threads (ffcv, dali) or processes (torch) of this rank; 0 for one a core this process may use
     device          where the views end up
-    views_on        "cpu" or "gpu": who makes the views (ffcv); "auto" for the device they end up on
+    views_on        "cpu" or "gpu": who makes the views (ffcv, dali); "auto" for the device they end up on
     """
 
     data: Path

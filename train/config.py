@@ -99,7 +99,7 @@ class PretrainConfig:
     loader: Literal["ffcv", "torch", "dali"] = "ffcv"
     """Which data path: the fast one, the PIL/torchvision reference, or DALI as decoder. Same views, same order."""
     workers: int = 0
-    """Threads (ffcv) or processes (torch) of each rank's loader; 0: one a core that this process may use."""
+    """Threads (ffcv, dali) or processes (torch) of each rank's loader; 0: one a core that this process may use."""
     views_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Who makes the views: the GPU's kernels where there is one, or the CPU's. The pixels are the same."""
     seed: int = 0

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.beton import Beton, open_beton
 from pipeline.command import UserError
 from pipeline.constants import IMAGENET_LIST_IMAGES, IMAGENET_LIST_SHA256
-from pipeline.order import balanced_subset
+from pipeline.order import balanced_subset, k_shot
 
 LISTS = Path(__file__).resolve().parent / "splits"
 
@@ -94,3 +94,9 @@ def labelled_subset(train: Beton, fraction: float, seed: int) -> Subset:
     total = IMAGENET_LIST_IMAGES[percent]
     partly = "" if len(ids) == total else f" ({len(ids)} of {total} files)"
     return Subset(ids, f"imagenet-{percent}percent{partly}", len(ids))
+
+
+def shot_subset(train: Beton, shots: int, seed: int) -> Subset:
+    """`shots` labelled images of each class. Raises UserError where a class has fewer."""
+    ids = k_shot(seed, train.labels, shots)
+    return Subset(ids, f"{shots}-shot-seed{seed}", len(ids))

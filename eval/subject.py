@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from eval.features import Encoder, centre_loader_config, dataset_sha256, features_of, open_encoder
-from eval.splits import Dataset, Subset, labelled_subset, open_dataset
+from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from pipeline.command import DATA, RUNS, UserError
 from pipeline.loader import Loader, make_loader
 from pipeline.spec import SUPERVISED_VIEW, LoaderConfig
@@ -32,6 +32,8 @@ class SubjectConfig:
     """A run folder, or a checkpoint file: checkpoint.pt, backbone.safetensors, or a torchvision ResNet's state dict."""
     data: Path | None = None
     """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
+    shots: int = 0
+    """Labelled images of each class, chosen by the seed, in place of --fraction; 0: --fraction decides."""
     features: Literal["encoder", "pixels"] = "encoder"
     """What to evaluate: the encoder, or, as a control, the raw pixels of its centre views (at most 32 px)."""
     feature_type: Literal["float32", "float16"] = "float32"
@@ -111,7 +113,10 @@ def open_subject(config: SubjectConfig, fraction: float) -> Subject:
     checkpoint = config.checkpoint.expanduser()
     encoder = open_encoder(checkpoint, config.features == "pixels")
     dataset = open_dataset(config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet"))
-    subset = labelled_subset(dataset.train, fraction, config.seed)
+    if config.shots:
+        subset = shot_subset(dataset.train, config.shots, config.seed)
+    else:
+        subset = labelled_subset(dataset.train, fraction, config.seed)
     checkpoint = checkpoint.resolve()
     run = checkpoint if checkpoint.is_dir() else checkpoint.parent
     return Subject(config, encoder, dataset, subset, run, started)
@@ -159,7 +164,7 @@ def record_result(
         "checkpoint_sha256": info.sha256,
         "dataset": dataset.name,
         "dataset_sha256": {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)},
-        "fraction": fraction,
+        "fraction": None if subject.config.shots else fraction,
         "split": subject.subset.name,
         "train_images": subject.subset.images,
         "val_images": len(dataset.val),

@@ -16,7 +16,7 @@ What an epoch drops, N mod G images, other ones each epoch, whatever the world s
     1,281,167   4096      312      3,215          50,000   4096       12        848
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -91,11 +91,23 @@ def balanced_subset(seed: int, labels: np.ndarray, fraction: float) -> np.ndarra
     """A class-balanced share of a dataset: labels (N,) → sorted ids with round(fraction · n) ≥ 1 of each class."""
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction} is outside (0, 1]; give a share such as 0.01, 0.1 or 1.0")
+    return _of_each_class(seed, labels, lambda members: max(1, round(fraction * members)))
+
+
+def k_shot(seed: int, labels: np.ndarray, shots: int) -> np.ndarray:
+    """`shots` images of each class: labels (N,) → sorted ids. Fewer shots of the same seed are among more of them."""
+    fewest = int(np.bincount(labels)[np.unique(labels)].min())
+    if not 1 <= shots <= fewest:
+        raise UserError(f"--shots {shots}: the smallest class has {fewest} images; give 1 … {fewest}")
+    return _of_each_class(seed, labels, lambda members: shots)
+
+
+def _of_each_class(seed: int, labels: np.ndarray, keep: Callable[[int], int]) -> np.ndarray:
+    """keep(n) of each class's n images, those with the lowest keys: labels (N,) → sorted ids."""
     ids = np.arange(len(labels))
     keys = _keys(seed, DOMAIN_SPLIT, 0, ids)
     chosen = []
     for label in np.unique(labels):
         members = ids[labels == label]
-        keep = max(1, round(fraction * len(members)))
-        chosen.append(members[np.argsort(keys[members], kind="stable")[:keep]])
+        chosen.append(members[np.argsort(keys[members], kind="stable")[: keep(len(members))]])
     return np.sort(np.concatenate(chosen))

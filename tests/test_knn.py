@@ -76,10 +76,12 @@ def test_lines_add_up_and_file_or_folder_name_the_same_run(run):
     main(KnnConfig(checkpoint=run))
     main(KnnConfig(checkpoint=run / "checkpoint.pt", features="pixels"))
     main(KnnConfig(checkpoint=run, fraction=0.5))
+    main(KnnConfig(checkpoint=run, shots=30))
     results = read_results(run)
-    assert [r["encoder"] for r in results] == ["trained", "raw pixels", "trained"]
-    assert [r["train_images"] for r in results] == [200, 200, 100]
-    assert results[2]["split"] == "balanced-0.5-seed0"
+    assert [r["encoder"] for r in results] == ["trained", "raw pixels", "trained", "trained"]
+    assert [r["train_images"] for r in results] == [200, 200, 100, 150]
+    assert [r["split"] for r in results[2:]] == ["balanced-0.5-seed0", "30-shot-seed0"]
+    assert [r["fraction"] for r in results] == [1.0, 1.0, 0.5, None]
 
 
 def test_without_flags_the_newest_run_and_its_data(run, tmp_path, monkeypatch):

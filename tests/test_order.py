@@ -11,6 +11,7 @@ from pipeline.command import UserError
 from pipeline.order import (
     balanced_subset,
     epoch_order,
+    k_shot,
     rank_batch,
     sequential_batches,
     shuffled_batches,
@@ -124,3 +125,16 @@ def test_balanced_subset_takes_its_share_of_every_class():
     assert np.array_equal(chosen, np.unique(chosen))
     assert not np.array_equal(chosen, balanced_subset(1, labels, 0.1))
     assert np.array_equal(balanced_subset(0, labels, 1.0), np.arange(len(labels)))
+
+
+def test_k_shot_takes_as_many_of_every_class():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), [10, 20, 30, 200, 6]))
+    sets = [k_shot(0, labels, shots) for shots in (1, 3, 6)]
+    for chosen, shots in zip(sets, (1, 3, 6), strict=True):
+        assert np.bincount(labels[chosen]).tolist() == [shots] * 5
+        assert np.array_equal(chosen, np.unique(chosen))
+    assert set(sets[0]) < set(sets[1]) < set(sets[2])
+    assert not np.array_equal(sets[1], k_shot(1, labels, 3))
+    for shots in (0, 7, -1):
+        with pytest.raises(UserError, match="smallest class has 6 images"):
+            k_shot(0, labels, shots)

@@ -269,8 +269,9 @@ class DaliLoader:
                 yield batch
         finally:
             for future in ahead:
-                future.cancel()
-            self._maker.submit(made.close).result()  # waits for a batch in the making; DALI's graph goes with it
+                if not future.cancel():
+                    future.exception()  # waits for the batch in the making
+            made.close()  # and DALI's graph with it
 
     def close(self) -> None:
         """Ends the threads. The loader cannot be used afterwards."""

@@ -121,7 +121,10 @@ def test_stopping_early_leaves_a_usable_loader(config):
     stream.close()
     for _ in range(2):
         _assert_equal(next(loader.batches(0, 1)), first)
+    abandoned = loader.batches(0, 50)
+    next(abandoned)
     loader.close()
+    abandoned.close()  # as the trainer does it: the loader first
 
 
 @pytest.mark.slow

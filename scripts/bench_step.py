@@ -84,9 +84,9 @@ class Bench:
         side, share = config.resolution, rank_batch(config.global_batch, ranks.world_size)
         pixels = (torch.randn(share, 3, side, side, device=ranks.device) for _ in range(2))
         self.views = tuple(view.contiguous(memory_format=torch.channels_last) for view in pixels)
-        with FlopCounterMode(display=False) as counter:
-            self._loss(self.method)[0].backward()
-        self.operations = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:  # of two images: they grow with the batch, as memory does
+            self._loss(self.method, [view[:2] for view in self.views])[0].backward()
+        self.operations = counter.get_total_flops() * share / 2
         if config.checkpoint_activations:
             recompute_blocks(self.method.backbone)
         if config.compile:
@@ -105,10 +105,10 @@ class Bench:
         self.marks: list[tuple[str, object]] | None = None
         self.batches = self._batches()
 
-    def _loss(self, model, views=None):
+    def _loss(self, model, views):
         enabled = self.config.amp != "off"
         with torch.autocast(self.ranks.device.type, AMP[self.config.amp], enabled=enabled):
-            return model(views or self.views)
+            return model(views)
 
     def _mark(self, stage: str) -> None:
         """Notes that `stage` ended here. On a GPU an event, which makes nothing wait."""

@@ -10,11 +10,13 @@ the other in every repeat; each figure is the mean over the repeats with its 95 
     decode_once           the decoder of the loader: all that a core does where the GPU makes the views
     crop_only             that, then two crop-resizes, flips and normalizations
     views_cpu_parity      that with everything: the loader's work on one thread, draws included
+    dali_cpu              the same views where DALI decodes on the CPU (--loader dali), where it is installed
     …_400px               the same from JPEGs of at most 400 px, quality 90 (--stored-side)
     op_<name>             one operation alone on a view of 224 px, views per second; pillow_<name> is Pillow's
 """
 
 import ctypes
+import importlib.util
 import io
 import json
 import os
@@ -23,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -46,9 +49,11 @@ from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.draws import draw_views, empty_params
 from pipeline.jpeg import LIMIT_SCANS, RGB, turbojpeg
-from pipeline.spec import BARLOW_TWINS_VIEWS, SOLARIZE_THRESHOLD, Normalization, ViewSpec
+from pipeline.loader import Loader, make_loader
+from pipeline.spec import BARLOW_TWINS_VIEWS, SOLARIZE_THRESHOLD, LoaderConfig, Normalization, ViewSpec
 
 CROPS = (ViewSpec(p_jitter=0, p_grey=0), ViewSpec(p_jitter=0, p_grey=0))
+FIRST_BATCH = Path(__file__).with_name("first_batch.py")
 SLOTS = 32  # images whose views are kept, so that writing them costs what it costs in a batch
 
 
@@ -191,6 +196,13 @@ def machine() -> str:
     )
 
 
+def has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def store(images: Path, out: Path, max_side: int) -> Beton:
     """The folder as a .beton; JPEGs that need no resize are kept byte for byte."""
     convert(ConvertConfig(out=out, source=images, max_side=max_side, quality=90, skip_unreadable=True))
@@ -216,27 +228,13 @@ def record(name: str, speeds: np.ndarray, config: BenchConfig) -> dict:
     return {"name": name, **rounded, "repeats": len(speeds), "threads": threads, "machine": machine()}
 
 
-FIRST_BATCH = """
-import sys, time
-start = time.time()
-from pathlib import Path
-from pipeline.loader import make_loader
-from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
-if __name__ == "__main__":
-    loader = make_loader(LoaderConfig(Path(sys.argv[1]), BARLOW_TWINS_VIEWS, 224, global_batch=int(sys.argv[2])))
-    next(iter(loader.batches(0, 1)))
-    print(time.time() - start)
-    loader.close()
-"""
-
-
 def first_batch_s(path: Path, images: int) -> dict[str, float]:
     """Seconds from the start of a program to its first batch of 32, imports included, with and without compiling."""
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"NUMBA_CACHE_DIR": cache}
         seconds = {}
         for name in ("nothing_compiled", "compiled"):
-            command = [sys.executable, "-c", FIRST_BATCH, str(path), str(min(images, 32))]
+            command = [sys.executable, FIRST_BATCH, str(path), str(min(images, 32))]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
             seconds[name] = round(float(done.stdout.split()[-1]), 1)
     return seconds
@@ -266,6 +264,14 @@ def candidates_of(betons: dict[str, Beton], workers: list[Worker], threads: Thre
     return candidates
 
 
+def dali_candidate(beton: Beton, threads: int) -> tuple[Loader, dict]:
+    """The loader, to be closed, and its one pass over all images in batches of SLOTS."""
+    loader = make_loader(
+        LoaderConfig(beton.path, BARLOW_TWINS_VIEWS, SIDE, SLOTS, shuffle=False, backend="dali", workers=threads)
+    )
+    return loader, {"dali_cpu": (lambda: deque(loader.batches(), maxlen=0), None)}
+
+
 def print_speeds(records: list[dict]) -> None:
     recipe = next(r["images_per_s"] for r in records if r["name"] == "published_recipe")
     for r in records:
@@ -293,7 +299,12 @@ def main(config: BenchConfig) -> None:
         context = get_context("forkserver")
         processes = ProcessPoolExecutor(config.threads, context) if config.threads > 1 else None
         candidates = candidates_of(betons, workers, threads, processes) | OperationBench(betons[""]).candidates()
+        if has_dali():
+            dali, candidate = dali_candidate(betons[""], config.threads)
+            candidates |= candidate
         speeds = measure(candidates, len(betons[""]), config.repeats)
+        if has_dali():
+            dali.close()
         for worker in workers:
             worker.close()
         if processes:

@@ -49,6 +49,7 @@ def test_real_images_on_two_ranks(tmp_path, small_beton):
     assert found["stages_ms"]["views"]["mean"] > 0 and found["config"]["data"] == str(small_beton)
 
 
+@pytest.mark.slow
 def test_user_errors():
     done = bench(*SMALL, "--repeats", 4)
     assert done.returncode == 2 and "at least 5" in done.stderr

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipeline.compiled import source_digest
 
 REPO = Path(__file__).resolve().parents[1]
@@ -17,6 +19,7 @@ print(draw_views(0, 0, np.arange(1), np.array([300]), np.array([300]), BARLOW_TW
 """
 
 
+@pytest.mark.slow
 def test_a_change_in_another_file_is_compiled(tmp_path):
     """draws.py calls the generator of rng.py. Numba alone would go on with the old one: draws.py is unchanged."""
     shutil.copytree(REPO / "pipeline", tmp_path / "pipeline", ignore=shutil.ignore_patterns("__pycache__"))

@@ -73,6 +73,7 @@ def test_no_utils():
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", sorted(ENTRIES))
 def test_help(entry):
     script = REPO / (entry.replace(".", "/") + ".py")

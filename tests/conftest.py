@@ -1,5 +1,7 @@
-"""Fixtures the whole suite shares: where real images are, and a small dataset made of them."""
+"""Fixtures the whole suite shares: where real images are, a small dataset made of them, quick child processes."""
 
+import multiprocessing
+import multiprocessing.forkserver
 import os
 from pathlib import Path
 
@@ -36,6 +38,13 @@ def small_beton(tmp_path_factory, imagenet_sample) -> Path:
         target.symlink_to(path)
     main(ConvertConfig(out=root / "train.beton", source=root / "images", max_side=10_000, workers=1))
     return root / "train.beton"
+
+
+@pytest.fixture(scope="session")
+def training_forkserver() -> None:
+    """A fork server with the trainer loaded, so that no child imports it anew. Another test's server lacks it."""
+    multiprocessing.forkserver._forkserver._stop()
+    multiprocessing.set_forkserver_preload(["train.pretrain", "timm", "torch.utils.tensorboard"])
 
 
 def pytest_collection_modifyitems(items):

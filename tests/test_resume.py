@@ -183,7 +183,6 @@ def run_to_be_killed(folder: Path) -> None:
 
 
 def start(folder: Path) -> multiprocessing.Process:
-    multiprocessing.set_forkserver_preload(["train.pretrain", "timm", "torch.utils.tensorboard"])
     process = multiprocessing.get_context("forkserver").Process(target=run_to_be_killed, args=(folder,))
     process.start()
     return process
@@ -205,6 +204,7 @@ def kill_somewhere(process: multiprocessing.Process, folder: Path, in_a_write: b
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("training_forkserver")
 def test_sigkill_at_random_moments(tmp_path):
     """Real kills, in a step, in a checkpoint write, at the start; every survivor equals the uninterrupted run."""
     threads = torch.get_num_threads()

@@ -18,6 +18,8 @@ from train.checkpoint import read_checkpoint
 from train.distributed import Ranks, start_ranks, stop_ranks
 from train.watchdog import EXIT_STUCK, Watchdog, culprits
 
+pytestmark = pytest.mark.usefixtures("training_forkserver")
+
 
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
@@ -91,7 +93,6 @@ def start(world_size: int, folder: Path, kind: str, **flags) -> list[multiproces
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["train.pretrain", "timm"])
     context = multiprocessing.get_context("forkserver")
     arguments = (world_size, port, folder, kind, flags)
     processes = [context.Process(target=one_rank, args=(rank, *arguments)) for rank in range(world_size)]

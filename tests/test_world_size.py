@@ -1,6 +1,5 @@
 """One update is the same at any world size: gloo ranks on the CPU against one process and a float64 reference."""
 
-import multiprocessing
 import os
 import resource
 import signal
@@ -137,13 +136,12 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def several(request, tmp_path_factory) -> tuple[int, Path, list[dict]]:
+def several(request, tmp_path_factory, training_forkserver) -> tuple[int, Path, list[dict]]:
     """(world size, folder, what each rank found)."""
     folder = tmp_path_factory.mktemp(f"w{request.param}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["train.pretrain", "timm"])  # imported once, not by every rank
     arguments = (request.param, port, folder)
     torch.multiprocessing.start_processes(one_rank, arguments, nprocs=request.param, start_method="forkserver")
     found = [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]

@@ -21,6 +21,7 @@ from pipeline.convert import main as convert
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig
 
+pytestmark = pytest.mark.slow  # the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

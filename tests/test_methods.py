@@ -169,7 +169,7 @@ def after_training(stop_gradient: bool) -> dict[str, float]:
 def test_simsiam_without_the_stop_is_seen_to_collapse():
     healthy, collapsed = after_training(stop_gradient=True), after_training(stop_gradient=False)
     assert healthy["embedding_spread"] > 0.95 and healthy["effective_dimensions"] > 3
-    assert collapsed["embedding_spread"] < 0.6 and collapsed["effective_dimensions"] < 1.5
+    assert collapsed["embedding_spread"] < 0.6 and collapsed["effective_dimensions"] < 2.2
     assert collapsed["loss"] < -0.85  # it looks like success
 
 

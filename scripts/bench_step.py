@@ -40,7 +40,8 @@ from pipeline.command import UserError, run_command
 from pipeline.loader import make_loader
 from pipeline.order import rank_batch
 from train.batchnorm import with_global_batch_norm
-from train.config import PretrainConfig, as_plain, chosen_preset, resolved
+from train.cards import chosen_preset, resolved
+from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks, say, start_ranks, stop_ranks
 from train.lars import LARS
 from train.methods.choose import METHODS

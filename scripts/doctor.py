@@ -29,7 +29,8 @@ from pipeline.command import UserError, run_command
 from pipeline.draws import draw_views
 from pipeline.loader_dali import views_of_images
 from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization, ViewSpec
-from train.config import PretrainConfig, train_beton
+from train.cards import train_beton
+from train.config import PretrainConfig
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
 

@@ -11,6 +11,7 @@ import torch
 import torchvision
 
 from pipeline.command import UserError
+from train.cards import PRESETS, resolved
 from train.checkpoint import (
     BACKBONE,
     CHECKPOINT,
@@ -23,7 +24,7 @@ from train.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from train.config import NORMALIZATIONS, PRESETS, as_plain, resolved
+from train.config import NORMALIZATIONS, as_plain
 from train.model import make_backbone
 
 INFO = BackboneInfo("resnet18", "small", 512, 32, NORMALIZATIONS["cifar10"], "/somewhere/cifar10", 3, 40, 5)

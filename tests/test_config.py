@@ -7,19 +7,8 @@ import pytest
 import tyro
 
 from pipeline.command import RUNS, UserError
-from train.config import (
-    NOT_RECIPE,
-    PRESETS,
-    PretrainConfig,
-    as_plain,
-    chosen_preset,
-    lr_weights_for,
-    projector_widths,
-    recipe,
-    resolved,
-    run_folder,
-    train_beton,
-)
+from train.cards import PRESETS, chosen_preset, lr_weights_for, resolved, run_folder, train_beton
+from train.config import NOT_RECIPE, PretrainConfig, as_plain, projector_widths, recipe
 
 
 def parse(*arguments: str) -> PretrainConfig:

@@ -11,7 +11,8 @@ from torch import nn
 
 from pipeline.command import UserError
 from tests.oracles_train import numeric_gradient
-from train.config import METHOD_NAMES, PRESETS, PretrainConfig, chosen_preset, resolved
+from train.cards import PRESETS, chosen_preset, resolved
+from train.config import METHOD_NAMES, PretrainConfig
 from train.methods.byol import momentum_at
 from train.methods.choose import METHODS
 from train.methods.contract import collapse_metrics

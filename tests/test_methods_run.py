@@ -12,8 +12,9 @@ import torch.multiprocessing
 from tests.oracles_train import SyntheticLoader
 from tests.test_methods import WIDTH, embeddings, method
 from train.batchnorm import with_global_batch_norm
+from train.cards import PRESETS, resolved
 from train.checkpoint import read_checkpoint
-from train.config import METHOD_NAMES, PRESETS, resolved
+from train.config import METHOD_NAMES
 from train.distributed import Ranks, mean_over_ranks, start_ranks, stop_ranks, world_size
 from train.pretrain import train
 

@@ -10,8 +10,9 @@ import torch
 
 from pipeline.command import UserError
 from tests.oracles_train import SyntheticLoader, reference_run
+from train.cards import resolved
 from train.checkpoint import load_backbone, read_checkpoint
-from train.config import PretrainConfig, resolved
+from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.command import UserError
 from tests.test_resume import bits, end_of, run
-from train.config import PRESETS, resolved
+from train.cards import PRESETS, resolved
 from train.model import make_backbone
 from train.recompute import recompute_blocks
 

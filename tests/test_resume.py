@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from tests.oracles_train import SyntheticLoader
+from train.cards import resolved
 from train.checkpoint import read_checkpoint
-from train.config import PretrainConfig, resolved
+from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.pretrain import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, train
 

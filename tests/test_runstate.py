@@ -14,8 +14,9 @@ import train.runstate
 from pipeline.command import UserError
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, STEPS, TINY, Killed, StoppingLoader, bits, end_of, run
+from train.cards import resolved
 from train.checkpoint import earlier_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
-from train.config import as_plain, resolved
+from train.config import as_plain
 from train.runstate import RunState, on_cpu
 
 

@@ -23,8 +23,9 @@ from pipeline.loader import make_loader
 from pipeline.order import rank_batch
 from pipeline.spec import LoaderConfig
 from train.batchnorm import with_global_batch_norm
+from train.cards import chosen_preset, resolved, train_beton
 from train.checkpoint import export_backbone
-from train.config import NORMALIZATIONS, PretrainConfig, as_plain, chosen_preset, resolved, train_beton
+from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
 from train.lars import LARS

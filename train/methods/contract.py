@@ -3,7 +3,7 @@
 The loop in pretrain.py calls what stands here and nothing else, and --compile compiles each child module.
 Heads, loss and any further state are the method's own affair; `state_dict` holds everything a resumed run needs
 beyond step and optimizer. A new method is such a file (vicreg.py is an example), a line in choose.py, and its
-settings in train/config.py.
+settings in train/config.py and cards.py.
 """
 
 from collections.abc import Iterable

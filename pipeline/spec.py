@@ -9,7 +9,8 @@ Shape legend, used in every docstring of the project:
 World size is always spelled `world_size`; `global_batch` = `rank_batch` × `world_size`.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,19 @@ CIFAR_VIEWS = (
 
 # Supervised training of the linear and semi-supervised protocols: crop and flip.
 SUPERVISED_VIEW = ViewSpec(interpolation="bilinear", p_jitter=0.0, p_grey=0.0)
+
+# What leaving one augmentation out means. Without crops the whole image's centre square is resized.
+WITHOUT = {
+    "crop": {"area": (1.0, 1.0), "ratio": (1.0, 1.0)},
+    **{name: {f"p_{name}": 0.0} for name in ("flip", "jitter", "grey", "blur", "solarize")},
+}
+
+
+def views_without(views: tuple[ViewSpec, ...], names: Iterable[str]) -> tuple[ViewSpec, ...]:
+    """The same view table with some augmentations of `WITHOUT` left out."""
+    for name in names:
+        views = tuple(replace(view, **WITHOUT[name]) for view in views)
+    return views
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ from train.cards import chosen_preset, resolved
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks, say, start_ranks, stop_ranks
 from train.lars import LARS
-from train.methods.choose import METHODS
+from train.methods.choose import make_method
 from train.model import make_backbone
 from train.pretrain import AMP, loader_config
 from train.recompute import recompute_blocks
@@ -77,7 +77,7 @@ class Bench:
         self.cuda = ranks.device.type == "cuda"
         torch.manual_seed(config.seed)
         network = make_backbone(config.arch, config.stem)
-        method = METHODS[config.method](*network, config).to(ranks.device, memory_format=torch.channels_last)
+        method = make_method(*network, config).to(ranks.device, memory_format=torch.channels_last)
         self.method = with_global_batch_norm(method, ranks.device)
         self.optimizer = LARS(self.method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")

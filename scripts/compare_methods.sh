@@ -20,4 +20,4 @@ for seed in ${SEEDS:-0}; do
     $python eval/linear.py --checkpoint "$run" --cached
   done
 done
-$python scripts/method_table.py --out "runs/compare-$card" "${runs[@]}"
+$python scripts/comparison_table.py --out "runs/compare-$card" "${runs[@]}"

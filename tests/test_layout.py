@@ -17,7 +17,8 @@ pipeline.convert
 pipeline.vector_cpu pipeline.resample_cpu pipeline.colour_cpu pipeline.blur_cpu pipeline.augment_cpu
 pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
 pipeline.loader_torch pipeline.loader_ffcv pipeline.loader_dali pipeline.loader pipeline.preview
-train.config train.cards train.distributed train.batchnorm train.model train.methods.contract train.methods.barlow_twins
+train.config train.cards train.distributed train.batchnorm train.model
+train.methods.contract train.methods.barlow_twins train.methods.barlow_ablations
 train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicreg train.methods.choose train.lars
 train.schedule train.checkpoint train.runstate train.recompute train.guard train.watchdog train.runlog train.pretrain
 eval.features eval.metrics eval.supervised eval.splits eval.subject eval.knn eval.linear eval.semisup eval.report

@@ -10,6 +10,7 @@ import torch
 import torch.multiprocessing
 
 from tests.oracles_train import SyntheticLoader
+from tests.test_ablations import ABLATIONS
 from tests.test_methods import WIDTH, embeddings, method
 from train.batchnorm import with_global_batch_norm
 from train.cards import PRESETS, resolved
@@ -22,9 +23,13 @@ pytestmark = pytest.mark.slow
 IMAGES = 8
 
 
+NAMES = (*METHOD_NAMES, *ABLATIONS)
+
+
 def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
     """Loss, metrics and gradients of one step on this rank's share, averaged as DistributedDataParallel does."""
-    module = with_global_batch_norm(method(name), torch.device("cpu"))
+    flags = ABLATIONS.get(name, {})
+    module = with_global_batch_norm(method("barlow_twins" if flags else name, **flags), torch.device("cpu"))
     views = tuple(torch.from_numpy(z).chunk(world_size())[rank] for z in embeddings(IMAGES, WIDTH))
     loss, metrics = module(views)
     loss.backward()
@@ -37,7 +42,7 @@ def one_rank(rank: int, port: int, folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     start_ranks()
-    torch.save({name: gradients(name, rank) for name in METHOD_NAMES}, folder / f"{rank}.pt")
+    torch.save({name: gradients(name, rank) for name in NAMES}, folder / f"{rank}.pt")
     stop_ranks()
 
 
@@ -51,7 +56,7 @@ def two_ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", METHOD_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_make_the_update_of_one(two_ranks, name):
     expected = gradients(name, 0)
     for of_rank in two_ranks:

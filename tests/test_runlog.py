@@ -1,6 +1,8 @@
 """The run's record: lines, their means, what a resumed run keeps, the picture, and a lost loss."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,6 +52,35 @@ def test_a_resumed_run_keeps_only_what_it_does_not_write_again(tmp_path):
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
     keep_lines_before(tmp_path / "none.jsonl", 4)
     assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_weights_and_biases_gets_the_same_lines(tmp_path, monkeypatch):
+    """A stand-in for the package: what it is told, by rank 0 alone."""
+    told = []
+
+    class Run:
+        def log(self, line, step):
+            told.append((step, line))
+
+        def finish(self):
+            told.append("finished")
+
+    def init(**about):
+        told.append(about)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    (tmp_path / "r").mkdir()
+    log = run_log(tmp_path / "r", log_every=2, stop_step=2, wandb="project")
+    for step in range(2):
+        log.record(step, metrics(1.0), {}, 0.0)
+    log.flush()
+    log.close()
+    about, line, end = told
+    assert (about["project"], about["id"], about["resume"]) == ("project", "r", "allow")
+    assert line == (2, lines(tmp_path / "r")[0]) and end == "finished"
+    run_log(tmp_path / "other", Ranks(1, 2, torch.device("cpu"), None), wandb="project").close()
+    assert len(told) == 3
 
 
 def test_other_ranks_write_nothing(tmp_path):

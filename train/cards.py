@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,7 @@ RIVALS = {
         "simsiam": {
             "projector": "2048-2048-2048",
             "predictor": "512-2048",
+            "stop_gradient": True,
             "lr_weights": 0.05,
             "weight_decay": 1e-4,
             "warmup_epochs": 0,
@@ -96,13 +98,19 @@ RIVALS = {
     "cifar10": {
         "simclr": {"projector": "2048-256", "temperature": 0.2, "lr_weights": 0.4},
         "byol": {"projector": "4096-256", "predictor": "4096-256", "lr_weights": 1.0, "weight_decay": 1e-5},
-        "simsiam": {"projector": "2048-2048", "predictor": "512-2048", "lr_weights": 0.5, "weight_decay": 1e-5},
+        "simsiam": {
+            "projector": "2048-2048",
+            "predictor": "512-2048",
+            "stop_gradient": True,
+            "lr_weights": 0.5,
+            "weight_decay": 1e-5,
+        },
         "vicreg": {"projector": "2048-2048", "lr_weights": 0.3},
     },
     "cifar10-demo": {
         "simclr": {"projector": "256-128", "temperature": 0.2, "lr_weights": 0.4},
         "byol": {"projector": "512-128", "predictor": "512-128", "lr_weights": 0.4},
-        "simsiam": {"projector": "256-256", "predictor": "64-256", "lr_weights": 0.05},
+        "simsiam": {"projector": "256-256", "predictor": "64-256", "stop_gradient": True, "lr_weights": 0.05},
         "vicreg": {"projector": "256-256", "lr_weights": 0.4},
     },
 }
@@ -160,13 +168,24 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
         raise UserError(
             f"--preset {config.preset} is a card of {card.method}, --method says {config.method}; leave one of them out"
         )
-    if (config.method in ("byol", "simsiam")) != bool(config.predictor):
-        raise UserError(f"--predictor {config.predictor!r}: BYOL and SimSiam need one, the other methods have none")
+    if config.method in ("byol", "simsiam") and not config.predictor:
+        raise UserError("--predictor is empty; BYOL and SimSiam need one, for example that of their cards")
+    only = {"predictor": ("barlow_twins", "byol", "simsiam"), "stop_gradient": ("barlow_twins", "simsiam")}
+    only |= {name: ("barlow_twins",) for name in ("loss", "embedding_norm", "projector_norm")}
+    for name, methods in only.items():
+        value = getattr(config, name)
+        if value != getattr(PretrainConfig(), name) and config.method not in methods:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} does not go with --method {config.method}, but with "
+                f"{' or '.join(methods)}; leave one of them out"
+            )
     if config.predictor and projector_widths(config.predictor)[-1] != projector_widths(config.projector)[-1]:
         raise UserError(
             f"--predictor {config.predictor} and --projector {config.projector} end in different widths; the predictor"
             " predicts what the projector gives, so make them equal"
         )
+    if config.wandb and not find_spec("wandb"):
+        raise UserError(f"--wandb {config.wandb}: the package is not installed; pip install wandb, or leave it out")
     if config.checkpoint_activations and config.compile:
         raise UserError("--checkpoint-activations and --compile do not go together; leave one of them out")
     if config.lr_weights is None:

@@ -12,10 +12,12 @@ import tyro
 
 from pipeline.command import DATA, UserError
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
-from pipeline.spec import Normalization
+from pipeline.spec import WITHOUT, Normalization
 
 NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_MEAN, CIFAR10_STD)}
 
+LOSSES = ("barlow-twins", "invariance", "redundancy", "cross-entropy")
+EMBEDDING_NORMS = ("batch", "feature", "none")
 METHOD_NAMES = ("barlow_twins", "simclr", "byol", "simsiam", "vicreg")
 CARDS = tuple(
     base if method == "barlow_twins" else f"{base}-{method}"
@@ -26,7 +28,7 @@ CARDS = tuple(
 # Flags that change where a run lives or how fast it goes, not which weights come out of it.
 NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
 NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "checkpoint_activations")
-NOT_RECIPE += ("on_nan", "timeout_minutes")
+NOT_RECIPE += ("on_nan", "timeout_minutes", "wandb")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class PretrainConfig:
     projector: str = "8192-8192-8192"
     """Widths of the projector's linear layers; the last is the embedding's."""
     predictor: str = ""
-    """Widths of the predictor behind the projector (BYOL, SimSiam); the last is the embedding's."""
+    """Widths of the predictor behind the projector (BYOL, SimSiam); the last is the embedding's. With Barlow Twins an
+    ablation (table 6): on the first view's side."""
     resolution: int = 224
     """Side of the square views, px."""
     views: Literal["imagenet", "cifar10"] = "imagenet"
@@ -65,11 +68,21 @@ class PretrainConfig:
     loss_scale: float = 1.0
     """Factor on the whole loss of Barlow Twins."""
     temperature: float = 0.1
-    """Of SimCLR's softmax over cosines."""
+    """Of SimCLR's softmax over cosines, and of --loss cross-entropy."""
     ema: float = 0.99
     """How much of its target network BYOL keeps in a step, at the start; it rises to 1 along a cosine."""
-    stop_gradient: bool = True
-    """SimSiam's; without it the network collapses, which embedding_spread shows."""
+    stop_gradient: bool = False
+    """On SimSiam's cards: without it the network collapses, which effective_dimensions shows. With Barlow Twins the
+    second view's side is the one that stops (Zbontar 2021, table 6)."""
+    loss: Literal[LOSSES] = "barlow-twins"
+    """Ablation of Barlow Twins (table 5): one term alone, or a cross-entropy of C's entries with --temperature."""
+    embedding_norm: Literal[EMBEDDING_NORMS] = "batch"
+    """Ablation of Barlow Twins (table 5): what happens to embeddings before C. batch: mean 0 and deviation 1 of every
+    dimension; feature: besides, every embedding scaled to length 1, C not divided by the batch; none: mean 0 alone."""
+    projector_norm: Literal["batch", "none"] = "batch"
+    """Ablation of Barlow Twins (table 5): the projector's hidden layers without batch norm."""
+    without: tuple[Literal[tuple(WITHOUT)], ...] = ()
+    """Augmentations to leave out of both views (figure 3): --without grey solarize."""
     lr_weights: float | None = None
     """Learning rate of the weights, × global batch / 256. None: by global batch, as measured for 300 epochs
     (128 → .7, 256 → .4, 512 → .3, 1024 → .25, 2048 and more → .2; Barlow Twins, issue 7)."""
@@ -106,6 +119,8 @@ class PretrainConfig:
     """torch.compile backbone and projector: minutes at the start, faster steps on a GPU."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
+    wandb: str = ""
+    """A project on Weights & Biases that the same numbers go to (`pip install wandb` first). Empty: none."""
     checkpoint_every_steps: int = 0
     """Steps between two checkpoints, besides those at the end of every epoch and on signals; 0: none by steps."""
     checkpoint_every_minutes: float = 15.0
@@ -132,7 +147,10 @@ def projector_widths(projector: str) -> list[int]:
 
 def as_plain(config: PretrainConfig) -> dict:
     """The configuration as JSON would hold it: the form in config.json and in checkpoints."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(config).items()}
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(config).items()
+    }
 
 
 def recipe(plain: dict) -> dict:

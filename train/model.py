@@ -69,10 +69,14 @@ def with_small_stem(resnet: nn.Module) -> nn.Module:
     return resnet
 
 
-def make_projector(features: int, widths: list[int]) -> nn.Sequential:
-    """Linear, BN, ReLU for every width but the last, which is a bare Linear; no biases. (B, D_in) → (B, D_out)."""
+def make_projector(features: int, widths: list[int], norm: bool = True) -> nn.Sequential:
+    """Linear, BN, ReLU for every width but the last, which is a bare Linear; no biases. (B, D_in) → (B, D_out).
+
+    Without `norm` there is no BN.
+    """
     layers: list[nn.Module] = []
     for width in widths[:-1]:
-        layers += [nn.Linear(features, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True)]
+        layers += [nn.Linear(features, width, bias=False), *([nn.BatchNorm1d(width)] if norm else [])]
+        layers += [nn.ReLU(inplace=True)]
         features = width
     return nn.Sequential(*layers, nn.Linear(features, widths[-1], bias=False))

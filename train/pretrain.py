@@ -29,7 +29,7 @@ from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
 from train.lars import LARS
-from train.methods.choose import METHODS
+from train.methods.choose import make_method, view_table
 from train.model import make_backbone
 from train.recompute import recompute_blocks
 from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
@@ -59,7 +59,7 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
     rank_batch(config.global_batch, ranks.world_size)
     return LoaderConfig(
         data=train_beton(config.data),
-        views=METHODS[config.method].VIEWS[config.views],
+        views=view_table(config),
         resolution_px=config.resolution,
         global_batch=config.global_batch,
         seed=config.seed,
@@ -78,7 +78,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     folder = Path(config.run)
     torch.manual_seed(config.seed)
     backbone, features = make_backbone(config.arch, config.stem)
-    method = METHODS[config.method](backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
+    method = make_method(backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
     method = with_global_batch_norm(method, ranks.device)
     if config.checkpoint_activations:
         recompute_blocks(method.backbone)

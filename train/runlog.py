@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pipeline.command import RUNS, UserError
 from train.checkpoint import write_atomically
+from train.config import as_plain
 from train.distributed import Ranks, say
 from train.guard import note_lost_step
 
@@ -85,6 +86,7 @@ class RunLog:
         keep_lines_before(folder / "metrics.jsonl", start_step)
         self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self.wandb = start_wandb(config) if config.wandb else None
         interval = 0.5 if sys.stderr.isatty() else 10
         self.bar = tqdm(total=stop_step, initial=start_step, unit="step", mininterval=interval, dynamic_ncols=True)
 
@@ -143,6 +145,8 @@ class RunLog:
         self.file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             self.board.add_scalar(name, value, line["step"])
+        if self.wandb:
+            self.wandb.log(line, step=line["step"])
         self.bar.set_postfix_str(
             f"loss {line['loss']:.4g}, {line['images_per_s']:.0f} images/s, {line['data_wait_share']:.0%} data wait"
         )
@@ -172,6 +176,17 @@ class RunLog:
             self.bar.close()
             self.file.close()
             self.board.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def start_wandb(config):
+    """A run on Weights & Biases under this run's name; resumed, it goes on there."""
+    import wandb
+
+    folder = Path(config.run)
+    about = {"project": config.wandb, "id": folder.name, "name": folder.name, "dir": folder, "config": as_plain(config)}
+    return wandb.init(resume="allow", **about)
 
 
 def keep_lines_before(path: Path, step: int) -> None:

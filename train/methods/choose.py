@@ -2,6 +2,9 @@
 
 from torch import nn
 
+from pipeline.spec import ViewSpec, views_without
+from train.config import PretrainConfig
+from train.methods.barlow_ablations import AblatedBarlowTwins, is_ablated
 from train.methods.barlow_twins import BarlowTwins
 from train.methods.byol import BYOL
 from train.methods.simclr import SimCLR
@@ -15,3 +18,14 @@ METHODS: dict[str, type[nn.Module]] = {
     "simsiam": SimSiam,
     "vicreg": VICReg,
 }
+
+
+def make_method(backbone: nn.Module, features: int, config: PretrainConfig) -> nn.Module:
+    """The configured method around a backbone with `features` outputs."""
+    ablated = config.method == "barlow_twins" and is_ablated(config)
+    return (AblatedBarlowTwins if ablated else METHODS[config.method])(backbone, features, config)
+
+
+def view_table(config: PretrainConfig) -> tuple[ViewSpec, ...]:
+    """The method's views for these images, less what --without names."""
+    return views_without(METHODS[config.method].VIEWS[config.views], config.without)

@@ -13,15 +13,15 @@ REPO = Path(__file__).resolve().parents[1]
 
 def run_folder(folder: Path, method: str, seed: int, value: float) -> Path:
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"method": method, "seed": seed}))
+    (folder / "config.json").write_text(json.dumps({"method": method, "seed": seed, "preset": "cifar10-demo"}))
     results = [{"protocol": "knn", "encoder": "trained", "value": v} for v in (0.0, value)]  # the newest counts
     results.append({"protocol": "knn", "encoder": "raw pixels", "value": 99.0})
     (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in results))
     return folder
 
 
-def tabulate(out: Path, *runs: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, REPO / "scripts" / "method_table.py", "--out", out, *runs]
+def tabulate(out: Path, *runs: Path | str) -> subprocess.CompletedProcess:
+    command = [sys.executable, REPO / "scripts" / "comparison_table.py", "--out", out, *runs]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True)
 
 
@@ -43,3 +43,13 @@ def test_a_run_without_results_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     done = tabulate(tmp_path / "out", tmp_path / "empty")
     assert done.returncode == 2 and "empty/results.jsonl is missing" in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ablations_stand_beside_the_papers(tmp_path):
+    named = (("no-norm-0", 30.0), ("no-norm-1", 32.0), ("baseline-0", 40.0), ("width-half-0", 35.0))
+    runs = [run_folder(tmp_path / f"ablate-cifar10-demo-{n}", "barlow_twins", int(n[-1]), v) for n, v in named]
+    done = tabulate(tmp_path / "out", *runs, "--rows", "ablation")
+    assert done.returncode == 0, done.stderr
+    assert "| no-norm | 31.00 ± " in done.stdout and "| 53.4 | 0, 1 |" in done.stdout
+    assert "| baseline | 40.00 | 71.4 | 0 |" in done.stdout and "| width-half | 35.00 | – | 0 |" in done.stdout

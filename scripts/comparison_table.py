@@ -1,0 +1,133 @@
+"""The results of several methods or ablations and seeds as one table and one plot.
+
+    python scripts/comparison_table.py --out runs/compare-cifar10-demo RUN [RUN ...]
+    python scripts/comparison_table.py --rows ablation --out runs/ablate-cifar10-demo RUN [RUN ...]
+
+scripts/compare_methods.sh and scripts/ablate.sh make the runs. Writes table.md and plot.png into --out. With several
+seeds a value is the mean with its 95 % interval (Student's t).
+"""
+
+import json
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from scipy import stats
+
+from pipeline.command import UserError, run_command
+
+# Linear top-1 on ImageNet after 300 epochs. Source: Zbontar 2021, tables 5 and 6; batch sizes: Barlow Twins, issue 7.
+PAPER = {
+    "baseline": 71.4,
+    "invariance": 57.3,
+    "redundancy": 0.1,
+    "feature-norm": 69.8,
+    "no-projector-bn": 71.2,
+    "no-norm": 53.4,
+    "cross-entropy": 63.3,
+    "stop-gradient": 70.5,
+    "predictor": 70.2,
+    "stop-gradient-predictor": 61.3,
+    "batch-256": 70.7,
+    "batch-512": 71.4,
+    "batch-1024": 71.7,
+    "batch-2048": 71.4,
+}
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """One row a method or an ablation, one column a protocol."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders with results.jsonl and config.json."""
+    out: Path
+    """The folder for table.md and plot.png."""
+    rows: Literal["method", "ablation"] = "method"
+    """ablation: a row is what the folder is called (ablate-CARD-NAME-SEED), with the paper's value beside it."""
+
+
+def row_name(run: Path, config: dict, rows: str) -> str:
+    """What a run is called in the table."""
+    return (
+        run.name.removeprefix(f"ablate-{config['preset']}-").rsplit("-", 1)[0]
+        if rows == "ablation"
+        else config["method"]
+    )
+
+
+def collect(runs: tuple[Path, ...], rows: str) -> dict[str, dict[str, dict[int, float]]]:
+    """{protocol: {row: {seed: newest value in percent}}}."""
+    values: dict = defaultdict(lambda: defaultdict(dict))
+    for run in runs:
+        for name in ("results.jsonl", "config.json"):
+            if not (run / name).is_file():
+                raise UserError(
+                    f"{run / name} is missing; make it with scripts/compare_methods.sh or scripts/ablate.sh"
+                )
+        config = json.loads((run / "config.json").read_text())
+        for line in (run / "results.jsonl").read_text().splitlines():
+            result = json.loads(line)
+            if result["encoder"] == "trained":
+                values[result["protocol"]][row_name(run, config, rows)][config["seed"]] = result["value"]
+    return values
+
+
+def interval(values: list[float]) -> float:
+    """Half the 95 % interval of the mean; 0 for a single value, which has none."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else 0.0
+
+
+def table(values: dict, rows: str) -> str:
+    protocols = sorted(values)
+    names = list(dict.fromkeys(name for protocol in protocols for name in values[protocol]))
+    paper = ["paper: ImageNet, linear"] if rows == "ablation" else []
+    lines = [f"| {' | '.join([rows, *protocols, *paper, 'seeds'])} |", "|---|" + "---|" * (len(protocols + paper) + 1)]
+    for name in names:
+        cells, seeds = [], set()
+        for protocol in protocols:
+            found = values[protocol][name]
+            seeds |= set(found)
+            spread = f" ± {interval(list(found.values())):.2f}" if len(found) > 1 else ""
+            cells.append(f"{np.mean(list(found.values())):.2f}{spread}" if found else "–")
+        cells += [f"{PAPER[name]:.1f}" if name in PAPER else "–"] if paper else []
+        lines.append(f"| {' | '.join([name, *cells, ', '.join(map(str, sorted(seeds)))])} |")
+    return "\n".join([*lines, "", "Top-1 in percent of the validation images, after the last epoch; ±: 95 % interval."])
+
+
+def plot(values: dict, path: Path) -> None:
+    """Bars of each method, one group a protocol; the axis starts at 0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = max(len(found) for found in values.values())
+    size = (max(5, 0.5 * rows) * len(values), 3.5)
+    figure, axes = pyplot.subplots(1, len(values), figsize=size, layout="constrained", squeeze=False)
+    for axis, protocol in zip(axes[0], sorted(values), strict=True):
+        found = {name: list(seeds.values()) for name, seeds in values[protocol].items()}
+        bars = axis.bar(list(found), [np.mean(v) for v in found.values()], yerr=[interval(v) for v in found.values()])
+        axis.bar_label(bars, fmt="%.1f")
+        axis.set(title=protocol, ylabel="top-1, %")
+        axis.tick_params(axis="x", rotation=20 if rows < 8 else 90)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(config: TableConfig) -> None:
+    values = collect(config.runs, config.rows)
+    if not values:
+        raise UserError("no run has a result of a trained encoder; evaluate one with eval/knn.py first")
+    config.out.mkdir(parents=True, exist_ok=True)
+    text = table(values, config.rows)
+    (config.out / "table.md").write_text(text + "\n")
+    plot(values, config.out / "plot.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_command(TableConfig, main)

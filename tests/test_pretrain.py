@@ -54,7 +54,9 @@ def initial(config: PretrainConfig) -> BarlowTwins:
         ("test_efficientnet", "24", 16, torch.float32, 1e-5),
     ],
 )
-def test_twenty_steps_against_the_float64_reference(tmp_path, arch, projector, paper_world_size, dtype, tolerance):
+def test_twenty_steps_against_the_float64_reference(
+    tmp_path, record_property, arch, projector, paper_world_size, dtype, tolerance
+):
     config = replace(TINY, arch=arch, projector=projector, paper_world_size=paper_world_size, resolution=32)
     config = replace(config, lr_weights=1.0, lr_biases=0.02, lars_eta=0.03)
     loader = SyntheticLoader(64, 16, size_px=32, dtype=dtype)
@@ -86,6 +88,7 @@ def test_twenty_steps_against_the_float64_reference(tmp_path, arch, projector, p
         if reference.ndim > 1:
             distances.append(np.linalg.norm(start.state_dict()[name].double().numpy() - reference) / scale)
     worst = max(errors, key=errors.get)
+    record_property("largest relative error", errors[worst])
     assert errors[worst] < tolerance, worst
     assert np.median(distances) > 0.01  # the weights did move
 

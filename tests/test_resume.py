@@ -206,7 +206,7 @@ def kill_somewhere(process: multiprocessing.Process, folder: Path, in_a_write: b
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("training_forkserver")
-def test_sigkill_at_random_moments(tmp_path):
+def test_sigkill_at_random_moments(tmp_path, record_property):
     """Real kills, in a step, in a checkpoint write, at the start; every survivor equals the uninterrupted run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -229,4 +229,6 @@ def test_sigkill_at_random_moments(tmp_path):
             assert end_of(folder) == expected
             finished += 1
             shutil.rmtree(folder)
+    for name, value in {"kills": kills, "in a checkpoint write": in_writes, "runs that ended alike": finished}.items():
+        record_property(name, value)
     assert in_writes >= KILLS // 4

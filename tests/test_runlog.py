@@ -1,5 +1,6 @@
 """The run's record: lines, their means, what a resumed run keeps, the picture, and a lost loss."""
 
+import io
 import json
 import sys
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.command import UserError
 from pipeline.order import epoch_order
@@ -81,6 +83,31 @@ def test_weights_and_biases_gets_the_same_lines(tmp_path, monkeypatch):
     assert line == (2, lines(tmp_path / "r")[0]) and end == "finished"
     run_log(tmp_path / "other", Ranks(1, 2, torch.device("cpu"), None), wandb="project").close()
     assert len(told) == 3
+
+
+def test_a_collapse_is_named_once(tmp_path, capsys):
+    log = run_log(tmp_path, log_every=2)
+    for step in range(8):
+        spread = {"embedding_spread": torch.tensor(1.0 if step < 2 else 0.02)}
+        log.record(step, metrics(1.0) | spread, {}, 0.0)
+        assert ("the embeddings collapse" in capsys.readouterr().err) == (step == 3)
+    log.close()
+
+
+def test_pictures_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = run_log(tmp_path)
+    views = tuple(torch.randn(3, 3, 6, 5, generator=torch.Generator().manual_seed(v)) for v in range(2))
+    corner = torch.tensor([[1.0, -1.0], [0.0, 0.5]])
+    log.pictures(4, views, SimpleNamespace(pictures=lambda: {"cross_correlation": corner}))
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (shown,), (matrix,) = (events.Images(name) for name in ("views", "cross_correlation"))
+    assert (shown.step, shown.width, shown.height) == (4, 15, 12)
+    pixels = np.asarray(Image.open(io.BytesIO(matrix.encoded_image_string)))
+    assert pixels.tolist() == [[[255, 0, 0], [0, 0, 255]], [[255, 255, 255], [255, 127, 127]]]
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import socket
 from dataclasses import replace
@@ -130,7 +131,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "float32": smooth_run(folder / "float32", ranks),
         "recomputed": run(folder / "recomputed", ranks, torch.float64, checkpoint_activations=True),
         "no disk": run_without_disk(folder / "full", ranks),
-        "signalled": run(folder / "signalled", ranks, torch.float32, SignalledLoader),
+        "signalled": run(folder / "signalled", ranks, torch.float64, SignalledLoader),
     }
     torch.save(found, folder / f"rank{rank}.pt")
     stop_ranks()
@@ -206,12 +207,13 @@ def test_batch_norm(several, name, shape, kind):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
-def test_weights_after_six_steps(several, one, dtype, tolerance):
+def test_weights_after_six_steps(several, one, record_property, dtype, tolerance):
     """Network, projector, batch norm's statistics, loss, DDP, LARS and schedule together."""
     _, folder, found = several
     assert all(rank[dtype] == 0 for rank in found)
     ours, expected, start = weights(folder / dtype), weights(one / dtype), weights(one / f"{dtype} start")
     parameters = [name for name in expected if "running" not in name and "num_batches" not in name]
+    record_property("relative difference to one process", distance(ours, expected, expected))
     for names in (parameters, expected):
         assert distance(ours, expected, names) < tolerance
         assert distance(start, expected, names) > 1e-3  # the weights did move
@@ -234,6 +236,16 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(several):
     _, folder, found = several
     assert [rank["signalled"] for rank in found] == [EXIT_REQUEUE] * len(found)
     assert read_checkpoint(folder / "signalled" / "checkpoint.pt")["step"] == 3
+
+
+def test_another_world_size_goes_on_with_the_run(several, one, tmp_path, monkeypatch):
+    """Stopped after three of six steps on several ranks, ended by one process."""
+    _, folder, _ = several
+    monkeypatch.setattr("train.runlog.RUNS", tmp_path)
+    shutil.copytree(folder / "signalled", tmp_path / "r")
+    assert run(tmp_path / "r", Ranks(0, 1, torch.device("cpu"), None), torch.float64) == 0
+    ours, expected = weights(tmp_path / "r"), weights(one / "float64")
+    assert distance(ours, expected, expected) < 1e-12
 
 
 def test_no_rank_waits_for_one_that_could_not_write(several):

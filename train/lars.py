@@ -14,6 +14,12 @@ q · dp afterwards, which spares a copy of the network.
 import torch
 
 
+def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """‖g‖ over all parameters, 0-d, before `step` uses the gradients up. Nothing is read back."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+
+
 class LARS(torch.optim.Optimizer):
     """Groups need `lr`; `weight_decay` (0) and `adapt` (True) may differ by group.
 

@@ -28,7 +28,7 @@ from train.checkpoint import export_backbone
 from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
-from train.lars import LARS
+from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method, view_table
 from train.model import make_backbone
 from train.recompute import recompute_blocks
@@ -128,6 +128,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
             with torch.autocast(ranks.device.type, AMP[config.amp], enabled=config.amp != "off"):
                 loss, metrics = model(batch.views)
             scaler.scale(loss).backward()
+            metrics["gradient_norm"] = gradient_norm(optimizer) / scaler.scale(torch.ones_like(metrics["loss"]))
             if kept := guard.keeps(metrics["loss"], step):
                 scaler.step(optimizer)  # with fp16 the one host sync of a step: were the gradients finite?
                 scaler.update()
@@ -138,6 +139,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
             stopping = stop.agreed(state.failed)  # a signal, or a checkpoint that could not be written
             if stopping or state.due(step + 1):
                 log.before_checkpoint()  # a loss that is no number ends the run, its checkpoint stays good
+                log.pictures(step + 1, batch.views, method)
                 state.save(step + 1)
             if stopping or step + 1 == stop_step:
                 state.finish()

@@ -2,7 +2,7 @@
 
     config.json     the whole configuration         env.json      versions and devices of the last start
     metrics.jsonl   one line every --log-every steps, means over those steps
-    tensorboard/    the same numbers                loss.png      loss and what shows a collapse; at the end
+    tensorboard/    the same numbers and pictures   loss.png      loss and what shows a collapse; at the end
 
 Reading a number from a GPU waits for it. So the metrics stay on the device, are copied out without waiting when a
 line is due, and are written once the copy has arrived, a step or two later. A loss that is no number shows then;
@@ -27,6 +27,9 @@ from train.config import as_plain
 from train.distributed import Ranks, say
 from train.guard import note_lost_step
 
+PICTURED = 8  # images whose views are shown
+# Metrics of a collapse: below which value it is one, and what a healthy run has. See train/methods/contract.py.
+COLLAPSED = {"embedding_spread": (0.1, "about 1"), "effective_dimensions": (1.2, "well above 2")}
 PACKAGES = ("torch", "torchvision", "timm", "numba", "numpy", "pillow", "ffcv", "safetensors", "tyro")
 
 
@@ -76,7 +79,7 @@ class RunLog:
         self.active = ranks.rank == 0
         self.config, self.log_every = config, config.log_every
         self.steps_per_epoch, self.stop_step, self.images = steps_per_epoch, stop_step, images
-        self.device, self.pending = ranks.device, None
+        self.device, self.pending, self.said_collapse = ranks.device, None, False
         self._start_interval()
         if not self.active:
             return
@@ -141,16 +144,47 @@ class RunLog:
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
-        line = line | dict(zip(self.names, host.double().mean(0).tolist(), strict=True)) | speed
+        values = dict(zip(self.names, host.double().mean(0).tolist(), strict=True))
+        # Where fp16's scaler left a step out, its gradient was no number: null in JSON.
+        line = line | {name: value if math.isfinite(value) else None for name, value in values.items()} | speed
         self.file.write(json.dumps(line) + "\n")
         for name, value in line.items():
-            self.board.add_scalar(name, value, line["step"])
+            if value is not None:
+                self.board.add_scalar(name, value, line["step"])
         if self.wandb:
             self.wandb.log(line, step=line["step"])
         self.bar.set_postfix_str(
-            f"loss {line['loss']:.4g}, {line['images_per_s']:.0f} images/s, {line['data_wait_share']:.0%} data wait"
+            f"loss {values['loss']:.4g}, {line['images_per_s']:.0f} images/s, {line['data_wait_share']:.0%} data wait"
         )
         self._refuse_lost_loss(steps, host)
+        self._name_collapse(values)
+
+    def _name_collapse(self, values: dict[str, float]) -> None:
+        """Says so once when the embeddings have shrunk to a point or a line."""
+        symptoms = [
+            f"{name.replace('_', ' ')} {values[name]:.3g}, healthy is {healthy}"
+            for name, (least, healthy) in COLLAPSED.items()
+            if values.get(name, math.inf) < least
+        ]
+        if symptoms and not self.said_collapse:
+            self.said_collapse = True
+            self.bar.clear()
+            print(
+                f"warning: the embeddings collapse ({'; '.join(symptoms)}): every image looks the same to the network; "
+                "lower the learning rates, or check what --loss, --stop-gradient and --without take out",
+                file=sys.stderr,
+            )
+
+    def pictures(self, step: int, views: tuple[torch.Tensor, ...], method) -> None:
+        """To TensorBoard: the views (B, 3, H, W) of some images, and what the method has to show."""
+        if not self.active:
+            return
+        rows = [view[:PICTURED].detach().float().cpu() for view in views]
+        pixels = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # side by side, a row a view
+        low, high = pixels.amin(), pixels.amax()
+        self.board.add_image("views", (pixels - low) / (high - low).clamp(min=1e-6), step)
+        for name, matrix in getattr(method, "pictures", dict)().items():
+            self.board.add_image(name, red_and_blue(matrix.float().cpu()), step)
 
     def before_checkpoint(self) -> None:
         """Writes what is under way. Raises UserError where a checkpoint of now would hold lost weights."""
@@ -178,6 +212,12 @@ class RunLog:
             self.board.close()
             if self.wandb:
                 self.wandb.finish()
+
+
+def red_and_blue(matrix: torch.Tensor) -> torch.Tensor:
+    """(H, W) in [-1, 1] → (3, H, W) in [0, 1]: white is 0, red 1, blue -1."""
+    up, down = matrix.clamp(0, 1), (-matrix).clamp(0, 1)
+    return torch.stack([1 - down, 1 - up - down, 1 - up])
 
 
 def start_wandb(config):

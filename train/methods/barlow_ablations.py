@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from train.config import PretrainConfig, projector_widths
-from train.distributed import sum_over_ranks, world_size
-from train.methods.barlow_twins import BarlowTwins
+from train.distributed import mean_over_ranks, sum_over_ranks, world_size
+from train.methods.barlow_twins import CORNER, BarlowTwins
+from train.methods.contract import collapse_metrics
 from train.model import make_projector
 
 
@@ -61,11 +62,14 @@ class AblatedBarlowTwins(BarlowTwins):
         if self.config.stop_gradient:
             z2 = z2.detach()
         with torch.autocast(z1.device.type, enabled=False):
-            z1, z2 = (self.normalized(z if z.dtype == torch.float64 else z.float()) for z in (z1, z2))
+            z1, z2 = (z if z.dtype == torch.float64 else z.float() for z in (z1, z2))
+            collapse = mean_over_ranks(collapse_metrics(z1))
+            z1, z2 = self.normalized(z1), self.normalized(z2)
+            self.corner = [z[:, :CORNER].detach().clone() for z in (z1, z2)]
             images = 1 if self.config.embedding_norm == "feature" else len(z1) * world_size()
             c = sum_over_ranks(z1.T @ z2) / images
             loss = ablated_loss(c, self.config) * self.config.loss_scale
-        return loss, {"loss": loss.detach()} | matrix_metrics(c.detach())
+        return loss, {"loss": loss.detach()} | matrix_metrics(c.detach()) | collapse
 
 
 def matrix_metrics(c: torch.Tensor) -> dict[str, torch.Tensor]:

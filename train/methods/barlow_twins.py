@@ -13,11 +13,12 @@ from torch import nn
 
 from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
 from train.config import PretrainConfig, projector_widths
-from train.distributed import world_size
-from train.methods.contract import weight_and_bias_groups
+from train.distributed import mean_over_ranks, world_size
+from train.methods.contract import collapse_metrics, weight_and_bias_groups
 from train.model import make_projector
 
 ROWS = 2048  # rows of C that are reduced over ranks while the next ones are computed
+CORNER = 64  # dimensions of C that are shown as a picture
 
 
 def cross_correlation(z1: torch.Tensor, z2: torch.Tensor) -> torch.Tensor:
@@ -76,16 +77,14 @@ class BarlowTwins(nn.Module):
         self.normalize = nn.BatchNorm1d(widths[-1], affine=False, track_running_stats=False)
         self.config = config
 
-    def embed(self, view: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) → (B, D), each dimension of mean 0 and deviation 1 over the global batch; float32."""
-        z = self.projector(self.backbone(view))
-        with torch.autocast(view.device.type, enabled=False):
-            return self.normalize(z if z.dtype == torch.float64 else z.float())
-
     def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         # Two passes, not one of 2B images: batch norm's statistics are each view's own.
-        z1, z2 = (self.embed(view) for view in views)
+        z1, z2 = (self.projector(self.backbone(view)) for view in views)
         with torch.autocast(z1.device.type, enabled=False):
+            z1, z2 = (z if z.dtype == torch.float64 else z.float() for z in (z1, z2))
+            collapse = mean_over_ranks(collapse_metrics(z1))
+            z1, z2 = self.normalize(z1), self.normalize(z2)
+            self.corner = [z[:, :CORNER].detach().clone() for z in (z1, z2)]
             loss, on_diagonal, off_diagonal, diagonal_mean = BarlowTwinsLoss.apply(z1, z2, self.config.lambd)
             loss = loss * self.config.loss_scale
         pairs = z1.shape[1] * (z1.shape[1] - 1)
@@ -95,7 +94,12 @@ class BarlowTwins(nn.Module):
             "off_diagonal": off_diagonal,
             "diagonal_mean": diagonal_mean,
             "off_diagonal_rms": (off_diagonal / max(pairs, 1)).sqrt(),
-        }
+        } | collapse
+
+    def pictures(self) -> dict[str, torch.Tensor]:
+        """The first dimensions' part of C over this rank's images of the last step."""
+        z1, z2 = self.corner
+        return {"cross_correlation": z1.T @ z2 / len(z1)}
 
     def parameter_groups(self) -> list[dict]:
         return weight_and_bias_groups(self.parameters(), self.config)

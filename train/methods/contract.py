@@ -19,6 +19,8 @@ from train.config import PretrainConfig
 
 class Method(Protocol):
     """
+    A method may also have pictures(): {name: (H, W) in [-1, 1]} of the last step, for TensorBoard.
+
     VIEWS     the value of --views → the view table, one ViewSpec a view
     backbone  the network that evaluations keep; all else is dropped after pretraining
     """

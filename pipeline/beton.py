@@ -180,11 +180,15 @@ def _check_tables(path: Path, manifest: dict, samples: np.ndarray, allocations: 
         and (samples["mode"] <= MODE_RAW).all()
         and (samples["width"] > 0).all()
         and (samples["height"] > 0).all()
-        and (samples["label"] >= 0).all()
-        and (samples["label"] < len(manifest["classes"])).all()
     )
     if not sound:
         raise UserError(f"{path} has a damaged sample table; convert again")
+    labels, classes = samples["label"], len(manifest["classes"])
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{path} has labels from {labels.min()} to {labels.max()}, {manifest_path(path).name} names {classes} "
+            f"classes (labels 0 to {classes - 1}); copy both again or convert again"
+        )
 
 
 def open_beton(path: str | Path) -> Beton:

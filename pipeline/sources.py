@@ -3,6 +3,7 @@
     folder         root/<class>/**/<image>, or root/{train,val}/<class>/…             ids by class, then by name
     imagenet tar   root/ILSVRC2012_img_{train,val}.tar, read in place                 the ids of the unpacked folder
     cifar-10       root/cifar-10-batches-py/ (pickles) or root/data_batch_*.png …     ids in file order
+    voc 2007       root[/VOCdevkit]/VOC2007; train is trainval, val is test           ids in list order, one class
 
 `open_source` lists one split and reads no image of the first two; CIFAR-10 it reads whole, since only the
 published pixels and labels are accepted, whatever way they came.
@@ -30,6 +31,7 @@ SPLITS = ("train", "val")
 
 _CIFAR_PICKLES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
 _CIFAR_LABELS = {"train": "train_lables.json", "val": "test_lables.json"}  # so spelt in the npm package
+_VOC_LISTS = {"train": "trainval", "val": "test"}
 _DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
 
@@ -79,6 +81,8 @@ def split_names(root: Path) -> list[str]:
         raise UserError(f"{root} {found}; --source expects a folder of images, one folder a class")
     if _cifar_folder(root):
         return list(SPLITS)
+    if voc := voc_root(root):
+        return [s for s in SPLITS if (voc / "ImageSets" / "Main" / f"{_VOC_LISTS[s]}.txt").is_file()]
     return [s for s in SPLITS if (root / s).is_dir() or (root / f"ILSVRC2012_img_{s}.tar").is_file()]
 
 
@@ -97,6 +101,8 @@ def open_source(root: str | Path, split: str = "") -> Source:
         return _image_folder(root, split)
     if _cifar_folder(root):
         return _cifar10(root, split)
+    if voc := voc_root(root):
+        return _voc2007(voc, split)
     if (root / split).is_dir():
         return _image_folder(root / split, split)
     return _imagenet_tar(root / f"ILSVRC2012_img_{split}.tar", split)
@@ -210,6 +216,30 @@ def _imagenet_tar(path: Path, split: str) -> Source:
     names, labels, offsets, sizes = zip(*rows, strict=True)
     extents = np.stack([offsets, sizes], 1).astype(np.int64)
     return Source("imagenet tar", split, classes, list(names), np.array(labels), path, extents)
+
+
+# ---- PASCAL VOC 2007 ----
+
+
+def voc_root(folder: Path) -> Path | None:
+    """VOC2007 itself, where it is `folder` or lies in it, in VOCdevkit or not."""
+    for root in (folder, folder / "VOC2007", folder / "VOCdevkit" / "VOC2007"):
+        if (root / "ImageSets" / "Main").is_dir():
+            return root
+    return None
+
+
+def _voc2007(root: Path, split: str) -> Source:
+    """An image shows several classes, a .beton has one label an image: here all have one (pipeline/voc.py has them)."""
+    listed = root / "ImageSets" / "Main" / f"{_VOC_LISTS[split]}.txt"
+    names = [f"JPEGImages/{line.split()[0]}.jpg" for line in listed.read_text().splitlines() if line.strip()]
+    missing = [name for name in names if not (root / name).is_file()]
+    if missing or not names:
+        raise UserError(
+            f"{listed} lists {len(names)} images, {len(missing)} of them are missing"
+            f"{f' ({missing[0]} first)' if missing else ''}; unpack VOC2007's {_VOC_LISTS[split]} archive again"
+        )
+    return Source("voc 2007", split, ["image"], names, np.zeros(len(names), np.int64), root)
 
 
 # ---- CIFAR-10 ----

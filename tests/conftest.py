@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ def small_beton(tmp_path_factory, imagenet_sample) -> Path:
         target.symlink_to(path)
     main(ConvertConfig(out=root / "train.beton", source=root / "images", max_side=10_000, workers=1))
     return root / "train.beton"
+
+
+@pytest.fixture(scope="session")
+def shared_voc(tmp_path_factory, shared_data) -> Path:
+    """The folder of VOCdevkit/VOC2007: 160 trainval and 100 test images with their annotations."""
+    archive = shared_data / "voc2007-sample.tar"
+    if not archive.is_file():
+        pytest.skip(f"no {archive}")
+    root = tmp_path_factory.mktemp("voc")
+    with tarfile.open(archive) as tar:
+        tar.extractall(root, filter="data")
+    return root
 
 
 @pytest.fixture(scope="session")

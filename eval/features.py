@@ -4,6 +4,9 @@
                                                                           │
                                        <run folder>/features/<hash>.safetensors, written whole or not at all
 
+A large set is extracted in parts of whole batches, each kept as it is done: an interrupted extraction goes on, and
+eval/extract.py shares the parts among ranks. Parts do not change a batch, and so not a bit.
+
 The hash covers everything that decides the numbers: the checkpoint's sha256, the dataset's digest, the ids, the
 view, the type. The same description stands inside the file and is compared on reading, so that features of
 another checkpoint are never used, however a file came to its name.
@@ -13,6 +16,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,10 +32,12 @@ from pipeline.command import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import CentreCrop, LoaderConfig
 from train.checkpoint import BackboneInfo, load_backbone
+from train.model import make_backbone
 
 FEATURES_VERSION = 1  # of the cache: raise it when the same description would give other numbers
 EXTRACT_BATCH = 128  # at 224 px; more where the images are smaller, so that a batch is as much work
 EXTRACT_BATCH_MOST = 256
+PART_BATCHES = 128  # of one part: some seconds of a GPU, minutes of a CPU
 PIXELS_MAX_PX = 32  # raw pixels as features are taken at this side at most: 3072 numbers an image
 
 
@@ -39,7 +45,7 @@ PIXELS_MAX_PX = 32  # raw pixels as features are taken at this side at most: 307
 class Encoder:
     """What is evaluated. `module` maps (B, 3, H, W) to (B, D), lies on `device` and is in evaluation mode.
 
-    kind    "trained", "untrained" (a checkpoint of step 0) or "raw pixels" (the module only flattens)
+    kind    "trained", "untrained" (random weights, or a checkpoint of step 0), "raw pixels" (the module only flattens)
     """
 
     kind: str
@@ -48,10 +54,13 @@ class Encoder:
     device: str
 
 
-def open_encoder(checkpoint: Path, pixels: bool = False) -> Encoder:
-    """The encoder of a run folder or checkpoint file, on a GPU where there is one.
+def open_encoder(
+    checkpoint: Path, pixels: bool = False, random_seed: int | None = None, resolution_px: int | None = None
+) -> Encoder:
+    """The encoder of a run folder or checkpoint file, on this rank's GPU where there is one.
 
-    With `pixels` the checkpoint only says how large the views are and how they are normalized. Raises UserError.
+    With `pixels` the checkpoint only says how large the views are and how they are normalized; with `random_seed`
+    also which architecture gets random weights. `resolution_px` replaces the views' side. Raises UserError.
     """
     if not checkpoint.exists():
         raise UserError(
@@ -59,13 +68,25 @@ def open_encoder(checkpoint: Path, pixels: bool = False) -> Encoder:
             "or point --checkpoint at a run folder or a checkpoint file"
         )
     module, info = load_backbone(checkpoint)
+    info = replace(info, resolution_px=resolution_px or info.resolution_px)
     kind = "untrained" if info.data and info.step == 0 else "trained"
     if pixels:
         side = min(info.resolution_px, PIXELS_MAX_PX)
         kind, module = "raw pixels", nn.Flatten()
         info = replace(info, arch="pixels", stem="", features=3 * side * side, resolution_px=side)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif random_seed is not None:
+        kind, module, info = "untrained", *random_encoder(info, random_seed)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return Encoder(kind, module.eval().to(device, memory_format=torch.channels_last), info, device)
+
+
+def random_encoder(info: BackboneInfo, seed: int) -> tuple[nn.Module, BackboneInfo]:
+    """The architecture of `info` before any training, its weights a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module, _ = make_backbone(info.arch, info.stem)
+    named = f"random weights of {info.arch}, {info.stem} stem, seed {seed}"
+    return module, replace(info, step=0, epochs=0, seed=seed, sha256=hashlib.sha256(named.encode()).hexdigest())
 
 
 def centre_view(resolution_px: int) -> CentreCrop:
@@ -154,14 +175,51 @@ def features_of(
     config = centre_loader_config(encoder, beton.path, ids, backend, workers)
     if encoder.kind == "raw pixels":
         return extract_features(encoder, config, dtype)
-    description = json.dumps(describe_features(encoder, beton, config, dtype), sort_keys=True)
-    path = cache / f"{hashlib.sha256(description.encode()).hexdigest()[:32]}.safetensors"
+    path, description = cache_entry(encoder, beton, cache, config, dtype)
     kept = read_features(path, description)
     if kept is not None:
         return kept
-    features = extract_features(encoder, config, dtype)
+    ids = np.arange(len(beton)) if ids is None else ids
+    features = torch.empty(len(ids), encoder.info.features, dtype=dtype)
+    at = 0
+    for part in feature_parts(encoder, replace(config, ids=ids), dtype, path, description):
+        features[at : at + len(part)] = part
+        at += len(part)
     keep_features(path, description, features)
+    for part_file in path.parent.glob(f"{path.stem}.part*"):
+        part_file.unlink(missing_ok=True)
     return features
+
+
+def cache_entry(
+    encoder: Encoder, beton: Beton, cache: Path, config: LoaderConfig, dtype: torch.dtype
+) -> tuple[Path, str]:
+    """Where features are kept, and the description that stands in that file."""
+    description = json.dumps(describe_features(encoder, beton, config, dtype), sort_keys=True)
+    return cache / f"{hashlib.sha256(description.encode()).hexdigest()[:32]}.safetensors", description
+
+
+def feature_parts(
+    encoder: Encoder,
+    config: LoaderConfig,
+    dtype: torch.dtype,
+    path: Path,
+    description: str,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[torch.Tensor]:
+    """This rank's parts of the features of config.ids, in order: read where they are kept, else fresh and kept."""
+    images = PART_BATCHES * config.global_batch
+    starts = range(0, len(config.ids), images)
+    for number in range(rank, len(starts), world_size):
+        part_path, own = path.with_name(f"{path.stem}.part{number:05d}"), f"{description} part {number}"
+        part = read_features(part_path, own)
+        if part is None:
+            ids = config.ids[starts[number] : starts[number] + images]
+            part = extract_features(encoder, replace(config, ids=ids), dtype)
+            if len(starts) > 1 or world_size > 1:
+                keep_features(part_path, own, part)
+        yield part
 
 
 def read_features(path: Path, description: str) -> torch.Tensor | None:

@@ -2,6 +2,7 @@
 
     python eval/semisup.py --fraction 0.01      the newest run, on the data it was trained on
     python eval/semisup.py --checkpoint runs/NAME --data DIR --fraction 0.1
+    python eval/semisup.py --fraction 0.01 --seeds 5       mean and standard deviation of five trainings
 
 Protocol semisup-bt (Zbontar 2021, section 3.2): a linear classifier N(0, 0.01) on the encoder, all weights train
 for 20 epochs with SGD, momentum 0.9, cosine, learning rate 0.005 for the encoder and 0.5 for the classifier, no
@@ -9,11 +10,13 @@ weight decay; random crops and flips. On ImageNet and subsets of its classes the
 and 10 % lists, elsewhere a seeded class-balanced share (eval/splits.py).
 """
 
-from dataclasses import dataclass, fields
+import statistics
+import sys
+from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
-from eval.subject import SubjectConfig, images_per_step, open_subject, record_result, require_positive
+from eval.subject import Subject, SubjectConfig, images_per_step, open_subject, record_result, require_positive
 from eval.supervised import Group, Heads, final_scores, fit, make_head, validate
 from pipeline.command import UserError, run_command
 
@@ -36,6 +39,9 @@ class SemisupConfig(SubjectConfig):
     """Of all weights."""
     validate_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
+    seeds: int = 1
+    """Trainings, of --seed and the seeds after it: the values are their means, and <value>_std the sample standard
+    deviations. A seed decides the classifier's start, the order, the views and a balanced share's images."""
 
 
 SETTINGS = ("epochs", "batch", "lr_backbone", "lr_classifier", "weight_decay")
@@ -53,13 +59,9 @@ class FineTuned(nn.Module):
         return self.heads(self.backbone(images))
 
 
-def main(config: SemisupConfig) -> dict:
-    if config.features == "pixels":
-        raise UserError("--features pixels has no weights to fine-tune; use eval/linear.py --cached --features pixels")
-    require_positive("validate-every", config.validate_every)
-    subject = open_subject(config, config.fraction)
-    settings = {key: getattr(config, key) for key in SETTINGS}
-    batch = images_per_step(subject, settings)
+def fine_tune(config: SemisupConfig, subject: Subject) -> dict[str, float]:
+    """Trains encoder and classifier, and returns the scores. The subject's encoder is changed."""
+    batch = images_per_step(subject, {key: getattr(config, key) for key in SETTINGS})
     if batch < 2:
         raise UserError(f"--batch {config.batch} leaves {batch} image a step, at least 2 are needed for batch norm")
     steps = subject.subset.images // batch
@@ -85,8 +87,37 @@ def main(config: SemisupConfig) -> dict:
     finally:
         train_loader.close()
         val_loader.close()
-    values = final_scores(history, "semisup")
-    return record_result(subject, "semisup-bt", PUBLISHED, settings, "top1", values, config.fraction)
+    return final_scores(history, "semisup")
+
+
+def over_seeds(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Means of the scores of several seeds, and their sample standard deviations as <name>_std; one seed's as it is."""
+    if len(scores) == 1:
+        return scores[0]
+    by_name = {name: [score[name] for score in scores] for name in scores[0]}
+    means = {name: statistics.fmean(values) for name, values in by_name.items()}
+    return means | {f"{name}_std": statistics.stdev(values) for name, values in by_name.items()}
+
+
+def main(config: SemisupConfig) -> dict:
+    if config.features == "pixels":
+        raise UserError("--features pixels has no weights to fine-tune; use eval/linear.py --cached --features pixels")
+    for flag in ("validate_every", "seeds"):
+        require_positive(flag.replace("_", "-"), getattr(config, flag))
+    first, scores, splits = None, [], []
+    for seed in range(config.seed, config.seed + config.seeds):
+        if config.seeds > 1:
+            print(f"seed {seed}", file=sys.stderr)
+        one = replace(config, seed=seed)
+        subject = open_subject(one, config.fraction)  # anew: the last training has changed the encoder
+        first = first or subject
+        scores.append(fine_tune(one, subject))
+        splits.append(subject.subset.name)
+    settings = {key: getattr(config, key) for key in SETTINGS}
+    seeds = [{"seed": config.seed + i, "split": splits[i], **score} for i, score in enumerate(scores)]
+    return record_result(
+        first, "semisup-bt", PUBLISHED, settings, "top1", over_seeds(scores), config.fraction, {"seeds": seeds}
+    )
 
 
 if __name__ == "__main__":

@@ -32,6 +32,10 @@ class Dataset:
     val: Beton
     val_labels: np.ndarray
 
+    @property
+    def classes(self) -> list[str]:
+        return self.train.classes
+
 
 @dataclass(frozen=True)
 class Subset:
@@ -45,7 +49,8 @@ class Subset:
 def open_dataset(data: Path) -> Dataset:
     """Opens `data`, a folder or its train.beton. Raises UserError where a file or a class is missing.
 
-    Classes are matched by name, so a validation set may lack some of them; it may not have others.
+    Classes are matched by name, so a validation set may lack some of them; it may not have others. Every class needs
+    a training image.
     """
     folder = data.parent if data.suffix == ".beton" else data
     train = open_beton(data if data.suffix == ".beton" else folder / "train.beton")
@@ -55,6 +60,12 @@ def open_dataset(data: Path) -> Dataset:
         raise UserError(
             f"{val.path} has {len(unknown)} of {len(val.classes)} classes that {train.path.name} lacks "
             f"({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''}); convert both from the same class folders"
+        )
+    missing = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
+    if len(missing):
+        raise UserError(
+            f"{train.path} has no image of {len(missing)} of its {len(train.classes)} classes "
+            f"({train.classes[missing[0]]} first); add images of it or remove its folder, and convert again"
         )
     index = {name: i for i, name in enumerate(train.classes)}
     val_labels = np.array([index[name] for name in val.classes], np.int64)[val.labels]

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -29,13 +29,19 @@ class SubjectConfig:
     """The flags that all evaluations share."""
 
     checkpoint: Path = RUNS / "latest"
-    """A run folder, or a checkpoint file: checkpoint.pt, backbone.safetensors, or a torchvision ResNet's state dict."""
+    """A run folder, or a file: checkpoint.pt, backbone.safetensors, Barlow Twins' published resnet50.pth or
+    checkpoint.pth, or any state dict of a torchvision ResNet (self-supervised or supervised)."""
     data: Path | None = None
     """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
     shots: int = 0
     """Labelled images of each class, chosen by the seed, in place of --fraction; 0: --fraction decides."""
-    features: Literal["encoder", "pixels"] = "encoder"
-    """What to evaluate: the encoder, or, as a control, the raw pixels of its centre views (at most 32 px)."""
+    features: Literal["encoder", "random", "pixels"] = "encoder"
+    """What to evaluate: the encoder, or, as controls, its architecture with random weights (of --seed) and the raw
+    pixels of its centre views (at most 32 px)."""
+    resolution: int | None = None
+    """Side of the views, px. None: what the encoder was trained at, 224 where its file does not tell."""
+    out: Path | None = None
+    """Folder for the result and the kept features. None: the run folder, or the one that --checkpoint lies in."""
     feature_type: Literal["float32", "float16"] = "float32"
     """Type in which a frozen encoder's features are kept; float16 halves the disk they take."""
     loader: Literal["ffcv", "torch", "dali"] = "ffcv"
@@ -59,7 +65,11 @@ class Subject:
 
     @property
     def classes(self) -> int:
-        return len(self.dataset.train.classes)
+        return len(self.dataset.classes)
+
+    def with_subset(self, subset: Subset) -> "Subject":
+        """The same evaluation on other training images."""
+        return replace(self, subset=subset)
 
     def train_labels(self) -> torch.Tensor:
         """Labels of the labelled share, (n,) int64, on the encoder's device."""
@@ -110,16 +120,26 @@ class Subject:
 def open_subject(config: SubjectConfig, fraction: float) -> Subject:
     """Everything the flags name, opened and checked. Raises UserError."""
     started = time.monotonic()
-    checkpoint = config.checkpoint.expanduser()
-    encoder = open_encoder(checkpoint, config.features == "pixels")
+    encoder, run = open_encoder_and_run(config)
     dataset = open_dataset(config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet"))
     if config.shots:
         subset = shot_subset(dataset.train, config.shots, config.seed)
     else:
         subset = labelled_subset(dataset.train, fraction, config.seed)
-    checkpoint = checkpoint.resolve()
-    run = checkpoint if checkpoint.is_dir() else checkpoint.parent
     return Subject(config, encoder, dataset, subset, run, started)
+
+
+def open_encoder_and_run(config: SubjectConfig) -> tuple[Encoder, Path]:
+    """What the flags say is evaluated, and the folder that gets the result."""
+    if config.resolution is not None:
+        require_positive("resolution", config.resolution)
+    checkpoint = config.checkpoint.expanduser()
+    random_seed = config.seed if config.features == "random" else None
+    encoder = open_encoder(checkpoint, config.features == "pixels", random_seed, config.resolution)
+    checkpoint = checkpoint.resolve()
+    run = config.out.expanduser() if config.out else checkpoint if checkpoint.is_dir() else checkpoint.parent
+    run.mkdir(parents=True, exist_ok=True)
+    return encoder, run
 
 
 def require_positive(flag: str, value: int) -> None:
@@ -141,11 +161,19 @@ def protocol_name(name: str, published: dict, settings: dict) -> tuple[str, dict
 
 
 def record_result(
-    subject: Subject, protocol: str, published: dict, settings: dict, metric: str, values: dict, fraction: float
+    subject: Subject,
+    protocol: str,
+    published: dict,
+    settings: dict,
+    metric: str,
+    values: dict,
+    fraction: float,
+    details: dict | None = None,
 ) -> dict:
     """Prints the result and appends it to the run folder's results.jsonl in one write; returns it.
 
-    `metric` names the one of `values` that is the headline. Raises UserError where the folder cannot be written.
+    `metric` names the one of `values` (plain numbers) that is the headline; `details` is what else there is to
+    say, such as every point of a sweep. Raises UserError where the folder cannot be written.
     """
     protocol, changed = protocol_name(protocol, published, settings)
     info, dataset = subject.encoder.info, subject.dataset
@@ -155,6 +183,7 @@ def record_result(
         "metric": metric,
         "value": values[metric],
         "values": values,
+        "details": details or {},
         "encoder": subject.encoder.kind,
         "arch": info.arch,
         "step": info.step,
@@ -174,7 +203,7 @@ def record_result(
         "changed": changed,
         "loader": subject.config.loader,
         "feature_type": subject.config.feature_type,
-        "device": torch.cuda.get_device_name() if subject.encoder.device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if subject.encoder.device != "cpu" else "cpu",
         "seconds": round(time.monotonic() - subject.started, 2),
     }
     line = json.dumps(result, allow_nan=False)

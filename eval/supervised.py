@@ -28,6 +28,7 @@ from pipeline.command import UserError
 from pipeline.order import shuffled_batches
 
 MOMENTUM = 0.9  # every published protocol here trains with this
+LINE_HEADS = 6  # named in an epoch's line
 SMALL_STEP = 1 << 25  # multiplications of one forward pass that a single core does in a millisecond
 
 
@@ -56,6 +57,11 @@ def scheduled_lr(group: Group, epoch: int, epochs: int) -> float:
     if group.milestones is None:
         return group.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     return group.lr * 0.1 ** sum(epoch >= milestone for milestone in group.milestones)
+
+
+def milestones_for(published: tuple[int, ...], published_epochs: int, epochs: int) -> tuple[int, ...]:
+    """The published epochs of the rate's steps, at the same shares of a run of another length."""
+    return tuple(round(milestone * epochs / published_epochs) for milestone in published)
 
 
 def make_head(features: int, classes: int, seed: int) -> nn.Linear:
@@ -121,18 +127,25 @@ def make_optimizer(groups: list[Group], nesterov: bool) -> torch.optim.SGD:
     )
 
 
-def train_epoch(model: nn.Module, optimizer, stream: Iterator, steps: int) -> torch.Tensor:
-    """Takes `steps` batches from the stream and one optimizer step on each. Returns the summed loss, unsynchronized."""
+def train_epoch(model: nn.Module, optimizer, stream: Iterator, steps: int) -> dict[str, torch.Tensor]:
+    """Takes `steps` batches from the stream and one optimizer step on each. Returns each head's summed loss, 0-d."""
     model.train()
-    total = torch.zeros(())
+    totals: dict[str, torch.Tensor] = {}
     for _ in range(steps):
         inputs, labels = next(stream)
-        loss = sum(cross_entropy(logits, labels) for logits in model(inputs).values())
+        losses = {name: cross_entropy(logits, labels) for name, logits in model(inputs).items()}
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        sum(losses.values()).backward()
         optimizer.step()
-        total = total.to(loss.device) + loss.detach()
-    return total
+        totals = {name: totals.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
+    return totals
+
+
+def mean_loss(totals: dict[str, torch.Tensor], steps: int, may_diverge: bool) -> float:
+    """The heads' mean losses, summed. With `may_diverge` those that are no number are left out while one is left."""
+    losses = [total.item() / steps for total in totals.values()]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite if finite and may_diverge else losses)
 
 
 def fit(
@@ -144,12 +157,13 @@ def fit(
     steps_per_epoch: int,
     nesterov: bool = False,
     validate_every: int = 1,
+    may_diverge: bool = False,
 ) -> list[Epoch]:
     """Trains `model` (inputs → {head: logits}) for `epochs` epochs of `steps_per_epoch` batches of the stream.
 
     One stream for all epochs, so that a loader can prepare the next batches while this one validates. Validates
     every `validate_every` epochs and after the last. One line an epoch goes to stderr. Raises UserError where
-    the loss is no longer finite.
+    the loss is no longer finite; with `may_diverge` only where no head's is, and a lost head scores 0.
     """
     optimizer = make_optimizer(groups, nesterov)
     history = []
@@ -157,9 +171,9 @@ def fit(
         started = time.monotonic()
         for target, group in zip(optimizer.param_groups, groups, strict=True):
             target["lr"] = scheduled_lr(group, epoch, epochs)
-        loss = train_epoch(model, optimizer, stream, steps_per_epoch).item() / steps_per_epoch
+        loss = mean_loss(train_epoch(model, optimizer, stream, steps_per_epoch), steps_per_epoch, may_diverge)
         if not math.isfinite(loss):
-            rates = ", ".join(f"{group.lr:g}" for group in groups)
+            rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(group.lr for group in groups))
             raise UserError(
                 f"the training loss is {loss} after epoch {epoch + 1}, a finite number was expected; "
                 f"the learning rates ({rates}) are too high for these features, or the encoder's output is not finite"
@@ -173,7 +187,9 @@ def fit(
 
 def epoch_line(epoch: Epoch, epochs: int) -> str:
     """One epoch for a person to read."""
-    scores = "".join(f"  {name} top-1 {a.top1:.2f} top-5 {a.top5:.2f}" for name, a in (epoch.accuracy or {}).items())
+    shown = list((epoch.accuracy or {}).items())
+    scores = "".join(f"  {name} top-1 {a.top1:.2f} top-5 {a.top5:.2f}" for name, a in shown[:LINE_HEADS])
+    scores += f"  and {len(shown) - LINE_HEADS} more" if len(shown) > LINE_HEADS else ""
     return f"epoch {epoch.epoch}/{epochs}  loss {epoch.loss:.4f}{scores}  {epoch.seconds:.1f} s"
 
 

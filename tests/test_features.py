@@ -7,7 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from eval import extract
 from eval import features as features_module
+from eval.extract import ExtractConfig
 from eval.features import (
     centre_loader_config,
     centre_view,
@@ -18,6 +20,7 @@ from eval.features import (
     open_encoder,
     read_features,
 )
+from eval.subject import open_subject
 from pipeline.beton import open_beton
 from pipeline.command import UserError
 from tests.evaluation import NORMALIZATION, coloured_images, write_dataset, write_run
@@ -71,6 +74,72 @@ def test_kept_features_equal_fresh_ones_bit_for_bit(encoder, val, tmp_path, monk
     kept = features_of(encoder, val, tmp_path, dtype=dtype)
     assert kept.dtype == first.dtype == dtype
     assert torch.equal(kept, first) and torch.equal(kept, fresh)
+
+
+# ---- parts: resumed, and shared among ranks ----
+
+
+@pytest.fixture
+def in_parts(monkeypatch) -> list[int]:
+    """Parts of one batch of 16; the list gets the images of each extraction."""
+    monkeypatch.setattr(features_module, "extract_batch", lambda _: 16)
+    monkeypatch.setattr(features_module, "PART_BATCHES", 1)
+    sizes, extract = [], extract_features
+
+    def counted(encoder, config, dtype):
+        sizes.append(len(config.ids))
+        return extract(encoder, config, dtype)
+
+    monkeypatch.setattr(features_module, "extract_features", counted)
+    return sizes
+
+
+def test_parts_do_not_change_a_bit(encoder, val, tmp_path, in_parts):
+    found = features_of(encoder, val, tmp_path)
+    assert in_parts == [16, 16, 16, 12]
+    whole = extract_features(encoder, centre_loader_config(encoder, val.path, None, "ffcv", 1), torch.float32)
+    assert torch.equal(found, whole)
+    assert len(list(tmp_path.iterdir())) == 1, "no part stays behind"
+
+
+def test_an_interrupted_extraction_goes_on(encoder, val, tmp_path, in_parts, monkeypatch, capsys):
+    expected = features_of(encoder, val, tmp_path / "whole")
+    in_parts.clear()
+    counted = features_module.extract_features
+
+    def interrupted(*args):
+        if len(in_parts) == 2:
+            raise KeyboardInterrupt
+        return counted(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(features_module, "extract_features", interrupted)
+        features_of(encoder, val, tmp_path / "kept")
+    parts = sorted((tmp_path / "kept").iterdir())
+    assert len(parts) == 2
+    parts[0].write_bytes(parts[0].read_bytes()[:100])
+    in_parts.clear()
+    assert torch.equal(features_of(encoder, val, tmp_path / "kept"), expected)
+    assert in_parts == [16, 16, 12], "the damaged part and the missing ones"
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_ranks_share_the_parts(encoder, val, data, in_parts, monkeypatch, tmp_path):
+    run = write_run(tmp_path / "run", data)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        extract.main(ExtractConfig(checkpoint=run, fraction=0.16))  # 30 of train: two parts; 60 of val: four
+        made.append(sorted(in_parts))
+        in_parts.clear()
+    assert made == [[16, 16, 16], [12, 14, 16]]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    subject = open_subject(ExtractConfig(checkpoint=run, fraction=0.16), 0.16)
+    subject.val_features(), subject.train_features()
+    assert in_parts == [], "every part was there"
+    extract.main(ExtractConfig(checkpoint=run, fraction=0.1))
+    assert sorted(in_parts) == [4, 16], "alone it keeps the whole"
 
 
 def test_half_precision_is_the_rounding_of_full(encoder, val, tmp_path):
@@ -147,6 +216,17 @@ def test_raw_pixels_are_the_normalized_pixels(val, data, tmp_path):
 def test_the_kind_of_an_encoder(data, tmp_path):
     assert open_encoder(write_run(tmp_path / "a", data, step=3)).kind == "trained"
     assert open_encoder(write_run(tmp_path / "b", data, step=0)).kind == "untrained"
+
+
+def test_random_weights_are_a_control_of_their_own(data, val, tmp_path):
+    """The same architecture, another number for every seed, and never a trained network's kept features."""
+    run = write_run(tmp_path / "run", data)
+    encoders = [open_encoder(run), *(open_encoder(run, random_seed=seed) for seed in (3, 3, 4))]
+    assert [encoder.kind for encoder in encoders] == ["trained", "untrained", "untrained", "untrained"]
+    first, second, again, other = (features_of(encoder, val, tmp_path / "kept") for encoder in encoders)
+    assert torch.equal(second, again)
+    assert not torch.allclose(second, other) and not torch.allclose(second, first)
+    assert open_encoder(run, resolution_px=16).info.resolution_px == 16
 
 
 @pytest.mark.parametrize(("resolution_px", "resize_px"), [(224, 256), (128, 146), (64, 73), (63, 63), (32, 32)])

@@ -12,8 +12,8 @@ REPO = Path(__file__).resolve().parents[1]
 # ARCHITECTURE: the listing is the data flow; a file imports only from files above it.
 ORDER = """
 pipeline.constants pipeline.command pipeline.spec pipeline.compiled pipeline.rng pipeline.draws pipeline.order
-pipeline.sources pipeline.jpeg pipeline.beton pipeline.shards pipeline.shrink pipeline.store pipeline.beton_writer
-pipeline.convert
+pipeline.sources pipeline.voc pipeline.jpeg pipeline.beton pipeline.shards pipeline.shrink pipeline.store
+pipeline.beton_writer pipeline.convert
 pipeline.vector_cpu pipeline.resample_cpu pipeline.colour_cpu pipeline.blur_cpu pipeline.augment_cpu
 pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
 pipeline.loader_torch pipeline.loader_ffcv pipeline.loader_dali pipeline.loader pipeline.preview
@@ -21,10 +21,11 @@ train.config train.cards train.distributed train.batchnorm train.model
 train.methods.contract train.methods.barlow_twins train.methods.barlow_ablations
 train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicreg train.methods.choose train.lars
 train.schedule train.checkpoint train.runstate train.recompute train.guard train.watchdog train.runlog train.pretrain
-eval.features eval.metrics eval.supervised eval.splits eval.subject eval.knn eval.linear eval.semisup eval.report
+eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
+eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer eval.report
 """.split()
 ENTRIES = {"pipeline.convert", "pipeline.preview", "train.pretrain"} | {
-    f"eval.{name}" for name in ("knn", "linear", "semisup", "report")
+    f"eval.{name}" for name in ("extract", "knn", "linear", "heads", "semisup", "svm", "transfer", "report")
 }
 PACKAGES = ("pipeline", "train", "eval")
 

@@ -91,7 +91,8 @@ def test_untouched_settings_are_the_published_ones(run, monkeypatch):
     """The published protocol without a flag: what reaches the loop."""
     seen = {}
 
-    def watch(model, groups, stream, validation, epochs, steps):
+    def watch(model, groups, stream, validation, epochs, steps, may_diverge):
+        assert not may_diverge
         seen.update(epochs=epochs, steps=steps, groups=groups, weights=copy.deepcopy(model.state_dict()))
         return []
 
@@ -146,3 +147,74 @@ def test_a_collapsed_encoder_scores_chance():
 def test_a_missing_run(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint at .*nowhere; make one with"):
         main(LinearConfig(checkpoint=tmp_path / "nowhere"))
+
+
+# ---- MMSelfSup's AvgPool, and the sweep ----
+
+
+def test_avgpool_is_the_published_protocol(run, monkeypatch):
+    seen = {}
+
+    def watch(model, groups, stream, validation, epochs, steps, may_diverge):
+        seen.update(epochs=epochs, groups=groups)
+        return []
+
+    monkeypatch.setattr(linear, "fit", watch)
+    monkeypatch.setattr(linear, "final_scores", lambda *_: {"top1": 0.0})
+    result = main(LinearConfig(checkpoint=run, protocol="avgpool"))
+    assert (result["protocol"], result["changed"]) == ("linear-avgpool", {})
+    (group,) = seen["groups"]
+    assert (seen["epochs"], group.lr, group.weight_decay, group.milestones) == (100, 30.0, 0.0, (60, 80))
+    with pytest.raises(UserError, match="--cached is a protocol of its own"):
+        main(LinearConfig(checkpoint=run, protocol="avgpool", cached=True))
+
+
+def test_a_sweep_reports_every_head_and_the_held_out_tenth_chooses(run):
+    grid = {"sweep_lr": (3.0, 0.001), "sweep_weight_decay": (0.0, 0.1)}
+    result = main(LinearConfig(checkpoint=run, cached=True, sweep=True, epochs=5, batch=30, **grid))
+    assert result["protocol"] == "linear-cached-sweep-modified"
+    assert result["changed"] == {"epochs": 5, "batch": 30, "lr": [0.001, 3.0], "weight_decay": [0.0, 0.1]}
+    points = result["details"]["sweep"]
+    assert [(p["lr"], p["weight_decay"]) for p in points] == [(0.001, 0.0), (0.001, 0.1), (3.0, 0.0), (3.0, 0.1)]
+    assert len({p["top1"] for p in points}) > 1, "the case decides nothing"
+    best = max(points, key=lambda p: p["held_out_top1"])
+    assert result["value"] == best["top1"] and result["values"]["lr"] == best["lr"]
+    assert result["train_images"] == 180 and result["split"] == "all without 20 held out"
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_head_that_diverges_leaves_the_others_alone(run, cached, opened):
+    """The head of learning rate 0.3 is bit for bit the one that trains alone, beside one that is lost."""
+    decay = {"sweep_weight_decay": (1e-4,)}  # × 1e30 it overflows in the second step
+    results = [
+        main(LinearConfig(checkpoint=run, cached=cached, sweep=True, epochs=2, batch=60, sweep_lr=rates, **decay))
+        for rates in ((0.3,), (0.3, 1e30))
+    ]
+    (alone,), (beside, lost) = (result["details"]["sweep"] for result in results)
+    assert beside == alone
+    assert lost["top1"] == lost["held_out_top1"] == 0
+    assert results[0]["values"] == results[1]["values"]
+    assert not opened[0].encoder.module.training
+
+
+def test_held_out_images_train_nothing(run, data):
+    subject = open_subject(LinearConfig(checkpoint=run, fraction=0.5), 0.5)
+    training, choosing = linear.held_out(subject)
+    assert set(training.ids) | set(choosing.ids) == set(subject.subset.ids)
+    assert not set(training.ids) & set(choosing.ids)
+    assert np.bincount(open_beton(data / "train.beton").labels[choosing.ids]).tolist() == [2] * 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lr": 1.0}, "use --sweep-lr"),
+        ({"sweep_weight_decay": ()}, "--sweep-weight-decay was given without a value"),
+        ({"shots": 1}, "a class has 1 labelled"),
+        ({"sweep_lr": (1e30,), "sweep_weight_decay": (1e-4,), "batch": 60}, "learning rates"),
+    ],
+)
+def test_sweeps_that_cannot_be(run, flags, message):
+    with pytest.raises(UserError, match=message):
+        main(LinearConfig(checkpoint=run, cached=True, sweep=True, epochs=2, **flags))
+    assert not (run / "results.jsonl").exists()

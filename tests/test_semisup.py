@@ -1,5 +1,6 @@
 """Semi-supervised evaluation: every weight trains, each at its own rate, on the right images."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,6 +114,20 @@ def test_same_command_same_number(run):
     assert main(config)["values"] == main(config)["values"]
 
 
+def test_seeds_are_trainings_of_their_own(run):
+    """Mean and sample standard deviation of what each seed gives by itself."""
+    flags = {"checkpoint": run, "fraction": 0.2, "epochs": 1, "batch": 20, "lr_backbone": 0.02}
+    alone = [main(SemisupConfig(**flags, seed=seed)) for seed in (4, 5)]
+    result = main(SemisupConfig(**flags, seed=4, seeds=2))
+    tops = np.array([one["value"] for one in alone])
+    assert len(set(tops)) > 1, "the case decides nothing"
+    assert result["value"] == result["values"]["top1"] == pytest.approx(tops.mean())
+    assert result["values"]["top1_std"] == pytest.approx(tops.std(ddof=1))
+    assert [one["top1"] for one in result["details"]["seeds"]] == tops.tolist()
+    assert [one["split"] for one in result["details"]["seeds"]] == [f"balanced-0.2-seed{seed}" for seed in (4, 5)]
+    assert "top1_std" not in alone[0]["values"] and alone[0]["changed"] == result["changed"]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -121,6 +136,7 @@ def test_same_command_same_number(run):
         ({"batch": 1}, "at least 2 are needed for batch norm"),
         ({"batch": 0}, "--batch 0 was given"),
         ({"validate_every": 0}, "--validate-every 0 was given"),
+        ({"seeds": 0}, "--seeds 0 was given"),
     ],
 )
 def test_bad_flags(run, flags, message):

@@ -1,6 +1,7 @@
 """SimCLR's lists, when they apply, and what stands in for them elsewhere."""
 
 import hashlib
+import json
 import tarfile
 from collections import Counter
 from types import SimpleNamespace
@@ -132,4 +133,20 @@ def test_a_missing_dataset_names_the_command(tmp_path):
     write_dataset(tmp_path)
     (tmp_path / "val.beton").unlink()
     with pytest.raises(UserError, match=r"val\.beton is missing"):
+        open_dataset(tmp_path)
+
+
+def test_a_class_without_training_images(tmp_path):
+    """As --skip-unreadable leaves it behind where none of a class's images can be read."""
+    write_split(tmp_path / "train.beton", np.array([0, 2, 2]), ["ant", "bee", "cat"], 0)
+    write_split(tmp_path / "val.beton", np.array([0, 1]), ["ant", "bee"], 1)
+    with pytest.raises(UserError, match=r"no image of 1 of its 3 classes \(bee first\)"):
+        open_dataset(tmp_path)
+
+
+def test_labels_out_of_range(tmp_path):
+    write_split(tmp_path / "train.beton", np.array([0, 1, 2]), ["ant", "bee", "cat"], 0)
+    manifest = tmp_path / "train.manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"classes": ["ant", "bee"]}))
+    with pytest.raises(UserError, match=r"labels from 0 to 2, train\.manifest\.json names 2 classes \(labels 0 to 1\)"):
         open_dataset(tmp_path)

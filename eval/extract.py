@@ -1,0 +1,49 @@
+"""Keeps a frozen encoder's features of a dataset's two files, by as many processes as torchrun starts.
+
+    torchrun --nproc-per-node=8 eval/extract.py --checkpoint runs/NAME --data DIR
+
+The ranks share the parts of a set, through files in the run folder alone; a part that is there already is not made
+again. knn.py, linear.py and svm.py with the same flags then find the features instead of extracting them.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from eval.features import cache_entry, centre_loader_config, feature_parts, read_features
+from eval.subject import SubjectConfig, open_subject
+from pipeline.command import UserError, run_command
+
+
+@dataclass(frozen=True)
+class ExtractConfig(SubjectConfig):
+    """Feature extraction."""
+
+    fraction: float = 1.0
+    """Share of the training images, as the evaluation will name it."""
+
+
+def main(config: ExtractConfig) -> None:
+    if config.features == "pixels":
+        raise UserError("--features pixels was given; raw pixels are not kept, reading them again is as fast")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    subject = open_subject(config, config.fraction)
+    if world_size == 1:
+        subject.train_features(), subject.val_features()
+        return
+    encoder, dtype = subject.encoder, getattr(torch, config.feature_type)
+    for beton, ids in ((subject.dataset.train, subject.subset.ids), (subject.dataset.val, None)):
+        loading = centre_loader_config(encoder, beton.path, ids, config.loader, config.workers)
+        path, description = cache_entry(encoder, beton, subject.run / "features", loading, dtype)
+        if read_features(path, description) is not None:
+            continue
+        loading = replace(loading, ids=np.arange(len(beton)) if ids is None else ids)
+        made = sum(len(part) for part in feature_parts(encoder, loading, dtype, path, description, rank, world_size))
+        print(f"rank {rank} of {world_size}: {made} of {len(loading.ids)} images of {beton.path}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run_command(ExtractConfig, main)

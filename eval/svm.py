@@ -1,0 +1,239 @@
+"""VOC 2007 classification: linear SVMs on a frozen encoder's features, all labels and few.
+
+    python pipeline/convert.py --source DIR --out data/voc07      once; DIR holds VOCdevkit/VOC2007
+    python eval/svm.py --voc DIR                                  the newest run
+    python eval/svm.py --voc DIR --checkpoint resnet50.pth --no-low-shot
+
+Protocol svm-voc07 (Goyal 2019, as VISSL and MMSelfSup run it): average-pooled features of centre views of trainval,
+each scaled to length 1; for every class one LinearSVC (squared hinge, L2, positives count twice, at most 2000
+iterations), its cost from .01 … 1000 the one with the best average precision in 3-fold cross-validation on trainval;
+judged on test by VOC 2007's 11-point average precision (`map`; `map_area` is the area under the curve, which VISSL
+and MMSelfSup print). An image that shows a class in difficult objects only counts as a negative in training and not
+at all on test.
+
+Low-shot (`map_k1` … `map_k96`): k positives and 19·k negatives of each class, five samples, their mean; the cost, one
+for all classes, is the one of 1, 10, 100 that reads best on test, as published. `details` has all of them.
+"""
+
+import os
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.model_selection import cross_val_score
+from sklearn.svm import LinearSVC
+from sklearn.utils.parallel import Parallel, delayed
+from tqdm import tqdm
+
+from eval.metrics import average_precision_11, average_precision_area
+from eval.splits import Dataset, Subset, open_dataset
+from eval.subject import Subject, SubjectConfig, open_encoder_and_run, record_result
+from pipeline.command import DATA, UserError, run_command
+from pipeline.voc import ABSENT, CLASSES, IGNORED, PRESENT, voc_targets
+
+COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
+LOW_SHOT_COSTS = (1.0, 10.0, 100.0)
+LOW_SHOT_K = (1, 2, 4, 8, 16, 32, 64, 96)
+FOLDS = 3
+
+
+@dataclass(frozen=True)
+class SvmConfig(SubjectConfig):
+    """VOC 2007 classification by linear SVMs. --data None is data/voc07; --shots is not used."""
+
+    voc: Path = DATA / "voc"
+    """The folder that holds VOCdevkit/VOC2007, for its annotations."""
+    costs: tuple[float, ...] = COSTS
+    """Costs that are cross-validated."""
+    low_shot: bool = True
+    """Whether to train on k images a class as well."""
+    low_shot_k: tuple[int, ...] = LOW_SHOT_K
+    """The numbers of positives; those that a class has not are left out."""
+    samples: Annotated[int, tyro.conf.arg(name="low-shot-samples")] = 5
+    """Independent samples of each k."""
+
+
+PUBLISHED = {"costs": list(COSTS), "folds": FOLDS, "low_shot_k": list(LOW_SHOT_K), "low_shot_samples": 5}
+
+
+@dataclass(frozen=True)
+class VocDataset(Dataset):
+    """trainval and test, with targets (N, 20), (M, 20) in place of labels."""
+
+    train_targets: np.ndarray
+    val_targets: np.ndarray
+
+    @property
+    def classes(self) -> list[str]:
+        return list(CLASSES)
+
+
+def open_voc(config: SvmConfig) -> VocDataset:
+    """The converted images and their annotations. Raises UserError where a class cannot be validated or judged."""
+    data = (config.data or DATA / "voc07").expanduser()
+    if not (data / "train.beton").is_file():
+        raise UserError(
+            f"no train.beton in {data}; make it with `python pipeline/convert.py --source {config.voc} --out {data}`"
+        )
+    images = open_dataset(data)
+    targets = [voc_targets(config.voc.expanduser(), beton.file_names()) for beton in (images.train, images.val)]
+    for beton, of_split, least, what in (
+        (images.train, targets[0], FOLDS, "3-fold cross-validation"),
+        (images.val, targets[1], 1, "an average precision"),
+    ):
+        counts = (of_split == PRESENT).sum(0)
+        if counts.min() < least:
+            raise UserError(
+                f"{beton.path} has {counts.min()} images with {CLASSES[counts.argmin()]}, {what} needs {least}; "
+                "convert all of VOC2007's images"
+            )
+    return VocDataset(images.name, images.train, images.val, images.val_labels, *targets)
+
+
+def unit_rows(features: np.ndarray) -> np.ndarray:
+    """(N, D) → float64, every row divided by its length (plus 1e-5, as published)."""
+    features = features.astype(np.float64)
+    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-5)
+
+
+def make_svm(cost: float, seed: int) -> LinearSVC:
+    return LinearSVC(
+        C=cost,
+        penalty="l2",
+        loss="squared_hinge",
+        dual=True,
+        tol=1e-4,
+        max_iter=2000,
+        class_weight={PRESENT: 2, -1: 1},
+        random_state=seed,
+    )
+
+
+def svm_labels(targets: np.ndarray) -> np.ndarray:
+    """(N,) targets → 1 and -1: the ignored are negatives in training."""
+    return np.where(targets == PRESENT, 1, -1)
+
+
+def cross_validated(features: np.ndarray, targets: np.ndarray, cost: float, seed: int) -> float:
+    """Mean average precision of three folds, one class."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # 2000 iterations are the protocol's
+        svm = make_svm(cost, seed)
+        return cross_val_score(svm, features, svm_labels(targets), cv=FOLDS, scoring="average_precision").mean()
+
+
+def test_scores(
+    features: np.ndarray, labels: np.ndarray, test: np.ndarray, cost: float, seed: int
+) -> tuple[np.ndarray, bool]:
+    """Decision values (M,) of the test images, of an SVM trained on labels 1 and -1, and whether it converged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        svm = make_svm(cost, seed).fit(features, labels)
+    return svm.decision_function(test), bool(np.max(svm.n_iter_) < svm.max_iter)
+
+
+def judged(scores: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    """11-point and area average precision of one class, without the images whose only such objects are difficult."""
+    kept = targets != IGNORED
+    present = targets[kept] == PRESENT
+    return average_precision_11(scores[kept], present), average_precision_area(scores[kept], present)
+
+
+def low_shot_rows(targets: np.ndarray, k: int, random: np.random.Generator) -> np.ndarray:
+    """k positives and (classes − 1)·k negatives of one class: (N,) targets → rows."""
+    negatives = (len(CLASSES) - 1) * k
+    return np.concatenate(
+        [
+            random.choice(np.flatnonzero(targets == PRESENT), k, replace=False),
+            random.choice(np.flatnonzero(targets == ABSENT), negatives, replace=False),
+        ]
+    )
+
+
+def in_parallel(config: SvmConfig, task, arguments: list[tuple], what: str) -> list:
+    """[task(*argument)] in processes, which share the features' memory; in this one where one worker is asked for."""
+    jobs = config.workers or len(os.sched_getaffinity(0))
+    made = Parallel(jobs, return_as="generator")(delayed(task)(*argument) for argument in arguments)
+    return list(tqdm(made, what, len(arguments), unit="SVM", disable=None))
+
+
+def full_svm(config: SvmConfig, features, targets, test, test_targets) -> tuple[dict, dict]:
+    """Every class at its cross-validated cost: the values, and per class what there is to say."""
+    classes = range(len(CLASSES))
+    grid = [(c, cost) for c in classes for cost in config.costs]
+    found = in_parallel(
+        config, cross_validated, [(features, targets[:, c], cost, config.seed) for c, cost in grid], "3 folds"
+    )
+    validated = np.array(found).reshape(len(CLASSES), len(config.costs))
+    costs = [config.costs[i] for i in validated.argmax(1)]
+    fitted = in_parallel(
+        config,
+        test_scores,
+        [(features, svm_labels(targets[:, c]), test, costs[c], config.seed) for c in classes],
+        "all labels",
+    )
+    precision = 100 * np.array([judged(scores, test_targets[:, c]) for c, (scores, _) in enumerate(fitted)])
+    by_class = [
+        {"class": CLASSES[c], "cost": costs[c], "ap": precision[c, 0], "converged": fitted[c][1]} for c in classes
+    ]
+    return {"map": precision[:, 0].mean(), "map_area": precision[:, 1].mean()}, {"classes": by_class}
+
+
+def low_shot_svm(config: SvmConfig, features, targets, test, test_targets) -> tuple[dict, list[dict]]:
+    """Few labels: the mean over samples of the best cost's mAP for every k, and all of them."""
+    most = min((targets == PRESENT).sum(0).min(), (targets == ABSENT).sum(0).min() // (len(CLASSES) - 1))
+    ks = [k for k in config.low_shot_k if k <= most]
+    cases, arguments = [], []
+    for sample in range(config.samples):
+        for k in ks:
+            random = np.random.default_rng((config.seed, sample, k))
+            rows = [low_shot_rows(targets[:, c], k, random) for c in range(len(CLASSES))]
+            for cost in LOW_SHOT_COSTS:
+                cases += [(sample, k, cost, c) for c in range(len(CLASSES))]
+                arguments += [(features, targets, rows[c], c, test, cost, config.seed) for c in range(len(CLASSES))]
+    found = in_parallel(config, _low_shot_scores, arguments, "few labels")
+    precision: dict[tuple, list] = {}
+    for (sample, k, cost, c), scores in zip(cases, found, strict=True):
+        precision.setdefault((k, cost, sample), []).append(judged(scores, test_targets[:, c])[0])
+    values, details = {}, []
+    for k in ks:
+        means = {
+            cost: [100 * float(np.mean(precision[k, cost, sample])) for sample in range(config.samples)]
+            for cost in LOW_SHOT_COSTS
+        }
+        best = max(means, key=lambda cost: np.mean(means[cost]))
+        values |= {f"map_k{k}": float(np.mean(means[best])), f"map_k{k}_std": float(np.std(means[best]))}
+        details += [{"k": k, "cost": cost, "map_by_sample": found} for cost, found in means.items()]
+    return values, details
+
+
+def _low_shot_scores(features, targets, rows, c, test, cost, seed) -> np.ndarray:
+    return test_scores(features[rows], svm_labels(targets[rows, c]), test, cost, seed)[0]
+
+
+def main(config: SvmConfig) -> dict:
+    if not config.costs or min(config.costs) <= 0 or config.samples < 1:
+        raise UserError(f"--costs {config.costs}, --low-shot-samples {config.samples}: give positive numbers")
+    started = time.monotonic()
+    dataset = open_voc(config)
+    encoder, run = open_encoder_and_run(config)
+    subject = Subject(config, encoder, dataset, Subset(None, "trainval", len(dataset.train)), run, started)
+    features, test = (unit_rows(x.cpu().numpy()) for x in (subject.train_features(), subject.val_features()))
+    split = (features, dataset.train_targets, test, dataset.val_targets)
+    values, details = full_svm(config, *split)
+    settings = {"costs": list(config.costs), "folds": FOLDS}
+    if config.low_shot:
+        few, details["low_shot"] = low_shot_svm(config, *split)
+        values |= few
+        settings |= {"low_shot_k": list(config.low_shot_k), "low_shot_samples": config.samples}
+    published = {key: PUBLISHED[key] for key in settings}
+    return record_result(subject, "svm-voc07", published, settings, "map", values, 1.0, details)
+
+
+if __name__ == "__main__":
+    run_command(SvmConfig, main)

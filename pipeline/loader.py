@@ -13,12 +13,13 @@ from pipeline.spec import Batch, LoaderConfig
 class Loader(Protocol):
     """What every backend offers. The same config gives the same samples and the same draws on each.
 
-    images           samples in use (config.ids, or all of the file)
+    ids  images      the samples in use (config.ids, or all of the file), (images,) int64
     steps_per_epoch  full batches an epoch when shuffled; all batches of one pass otherwise
     classes          class names        labels  (N,) int64 of the whole file
     sizes            heights and widths of the stored images, each (N,) int64, px
     """
 
+    ids: np.ndarray
     images: int
     steps_per_epoch: int
     classes: list[str]

@@ -18,7 +18,7 @@ import ctypes
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise, tee
 from threading import local
@@ -27,12 +27,14 @@ import numpy as np
 import torch
 
 from pipeline.augment_cpu import apply_view, make_scratch, normalization_table
-from pipeline.beton import MODE_JPEG, OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
+from pipeline.bad_images import BadImages
+from pipeline.beton import MODE_JPEG, STATUS_TEXT
 from pipeline.command import UserError
 from pipeline.compiled import jit
 from pipeline.draws import ViewParams, centre_views, draw_views
-from pipeline.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
-from pipeline.shards import Digests, open_stored, stored_jpeg
+from pipeline.order import rank_batch, steps_per_epoch
+from pipeline.plan import Plan, make_plan, samples_in_use
+from pipeline.shards import Digests, decode_status, open_stored, stored_jpeg
 from pipeline.spec import Batch, CentreCrop, LoaderConfig
 
 AHEAD = 2  # finished batches beside the one in use; as many again are in DALI's decoder
@@ -117,12 +119,13 @@ class DaliLoader:
         self.stored = open_stored(config.data)
         if (self.stored.modes != MODE_JPEG).any():
             raise UserError(f"{config.data} holds raw pixels, which need no decoder; choose --loader ffcv")
-        self.ids = np.arange(len(self.stored)) if config.ids is None else np.asarray(config.ids, np.int64)
+        self.ids = samples_in_use(config, self.stored)
         self.images, self.classes, self.labels = len(self.ids), self.stored.classes, self.stored.labels
         self.sizes = (self.stored.heights, self.stored.widths)
         self.steps_per_epoch = steps_per_epoch(self.images, config.global_batch, drop_last=config.shuffle)
         rank_batch(config.global_batch, config.world_size)
         self.workers = config.workers or len(os.sched_getaffinity(0))
+        self._bad = BadImages(config, self.stored, self.ids)
         self._digests, self._checked = Digests(self.stored), np.zeros(len(self.stored), bool)
         self.device = torch.device(config.device)
         rows = (config.views,) if isinstance(config.views, CentreCrop) else config.views
@@ -183,14 +186,16 @@ class DaliLoader:
         """The bytes of some samples, where the file is mapped. Raises UserError, naming the image, for changed ones.
 
         DALI takes a JPEG with broken codes without a word. So bytes are checked when they are first used: 0.1 ms an
-        image, once.
+        image, once. Where stand-ins are wanted, libjpeg has decoded them instead.
         """
         jpegs = [stored_jpeg(self.stored, sample) for sample in ids]
+        if self._bad.substitute:
+            return jpegs
         new = np.flatnonzero(~self._checked[ids])
         found = self._pool.map(lambda b: hashlib.sha256(jpegs[b]).hexdigest(), new)
         for sample, sha256 in zip(ids[new].tolist(), found, strict=True):
             if sha256 != self._digests.sha256(sample):
-                raise UserError(self._named(sample, "its bytes have changed"))
+                self._bad.note(sample, "its bytes have changed")
         self._checked[ids] = True
         return jpegs
 
@@ -199,46 +204,47 @@ class DaliLoader:
         try:
             (images,) = graph.share_outputs()
         except RuntimeError as error:
-            raise UserError(self._damaged(ids, str(error))) from None
+            raise self._error(ids, str(error)) from None
         shapes = np.array(images.shape(), np.int64)
         expected = np.stack([self.sizes[0][ids], self.sizes[1][ids], np.full(len(ids), 3)], 1)
         if not np.array_equal(shapes, expected):
-            raise UserError(self._damaged(ids, "another size"))
+            raise self._error(ids, "another size")
         return images
 
-    def _damaged(self, ids: np.ndarray, dalis_words: str) -> str:
-        """Which image of a batch is bad, in the words of our decoder: DALI's error is about the batch."""
-        handle = make_handle()
-        for sample in ids.tolist():
-            jpeg, height, width = stored_jpeg(self.stored, sample), *(int(size[sample]) for size in self.sizes)
-            out = np.empty(height * width * 3, np.uint8)
-            status = decode_rgb(handle, jpeg, 0, len(jpeg), MODE_JPEG, height, width, out)
-            if status != OK:
-                break
-        free_handle(handle)
-        if status == OK:
-            return f"DALI refuses an image of {self.stored.path} that libjpeg reads ({dalis_words}); try --loader ffcv"
-        return self._named(sample, STATUS_TEXT[status])
-
-    def _named(self, sample: int, problem: str) -> str:
-        name = self.stored.file_names()[sample]
-        return (
-            f"image {sample} of {self.stored.path} ({name}) cannot be decoded: {problem};"
-            " check the file with pipeline/convert.py --verify, or convert again"
+    def _error(self, ids: np.ndarray, dalis_words: str) -> UserError:
+        """Names the bad image of a batch, in the words of our decoder: DALI's error is about the batch."""
+        try:
+            for sample in ids.tolist():
+                if status := decode_status(self.stored, sample):
+                    self._bad.note(sample, STATUS_TEXT[status])
+        except UserError as error:
+            return error
+        return UserError(
+            f"DALI refuses an image of {self.stored.path} that libjpeg reads ({dalis_words}); try --loader ffcv"
         )
 
-    def _made(self, plan: Iterable[tuple[int, int, np.ndarray]]) -> Iterator[Batch]:
+    def _decodable(self, plan: Plan) -> Iterator[tuple[int, int, np.ndarray, int]]:
+        """A plan with stand-ins for bad images, where these are wanted, and how many there are in each batch."""
+
+        def statuses(samples: np.ndarray) -> Iterator[int]:
+            return self._pool.map(lambda sample: decode_status(self.stored, sample), samples)
+
+        for step, epoch, wanted in plan:
+            ids = self._bad.decodable(epoch, wanted, statuses) if self._bad.substitute else wanted
+            yield step, epoch, ids, int((ids != wanted).sum())
+
+    def _made(self, plan: Plan) -> Iterator[Batch]:
         """The batches of a plan; DALI decodes ahead while the views of one are made. Runs in one thread.
 
         DALI knows no empty batch, which a rank's share of the last one may be: those go past it.
         """
-        plan, coming = tee(plan)
-        jpegs = (self._jpegs(ids) for _, _, ids in coming if len(ids))
+        plan, coming = tee(self._decodable(plan))
+        jpegs = (self._jpegs(ids) for _, _, ids, _ in coming if len(ids))
         largest = -(-self.config.global_batch // self.config.world_size)
         graph = make_graph(jpegs, largest, self.workers, self._device_id)
         graph.schedule_run()
         side, count = self.config.resolution_px, len(self._interpolations)
-        for step, epoch, ids in plan:
+        for step, epoch, ids, substituted in plan:
             if len(ids):
                 images = self._decoded(graph, ids)
                 views = self._views(images, ids, epoch)
@@ -248,17 +254,11 @@ class DaliLoader:
             else:
                 views = tuple(torch.empty((0, 3, side, side), device=self.device) for _ in range(count))
             label, sample = torch.from_numpy(self.labels[ids]), torch.from_numpy(ids)
-            yield Batch(views, label.to(self.device), sample.to(self.device), step, epoch)
+            yield Batch(views, label.to(self.device), sample.to(self.device), step, epoch, substituted)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
-        c = self.config
-        if c.shuffle:
-            assert stop_step is not None, "a shuffled stream has no end of its own"
-            plan = shuffled_batches(c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step)
-        else:
-            plan = sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
-        made = self._made(plan)
+        made = self._made(make_plan(self.config, self.stored, self.ids, start_step, stop_step))
         ahead: deque[Future] = deque(self._maker.submit(next, made, None) for _ in range(AHEAD))
         try:
             while (batch := ahead.popleft().result()) is not None:

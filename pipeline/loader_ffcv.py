@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch, normalization_table
+from pipeline.bad_images import BadImages
 from pipeline.beton import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle, open_beton
-from pipeline.command import UserError
 from pipeline.compiled import jit
 from pipeline.draws import ViewParams, centre_views, draw_views
-from pipeline.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
+from pipeline.order import rank_batch, steps_per_epoch
+from pipeline.plan import make_plan, samples_in_use
 from pipeline.spec import Batch, CentreCrop, LoaderConfig
 
 AHEAD = 2  # batches in the making beside the one in use: enough to hide the jitter of decode times
@@ -73,7 +74,8 @@ class _Pending:
 
     step: int
     epoch: int
-    ids: np.ndarray
+    wanted: np.ndarray  # the sample ids of the plan
+    ids: np.ndarray  # and those of the batch, with stand-ins
     memory: torch.Tensor  # views (V, B, H, W, 3), float32 or pinned uint8; or all decoded images, flat pinned uint8
     status: np.ndarray
     jobs: list[Future]
@@ -91,7 +93,7 @@ class FfcvLoader:
     def __init__(self, config: LoaderConfig) -> None:
         self.config = config
         self.beton = open_beton(config.data)
-        self.ids = np.arange(len(self.beton)) if config.ids is None else np.asarray(config.ids, np.int64)
+        self.ids = samples_in_use(config, self.beton)
         self.images, self.classes, self.labels = len(self.ids), self.beton.classes, self.beton.labels
         self.sizes = (self.beton.heights, self.beton.widths)
         self.steps_per_epoch = steps_per_epoch(self.images, config.global_batch, drop_last=config.shuffle)
@@ -105,6 +107,7 @@ class FfcvLoader:
         self._table = UNCHANGED if self._cuda else normalization_table(config.normalization)
         b = self.beton
         self._sources = (b.offsets, b.sizes_bytes, b.modes, b.heights, b.widths)
+        self._bad = BadImages(config, self.beton, self.ids)
         self._image_bytes = int((b.heights * b.widths)[self.ids].max()) * 3
         self._thread = threading.local()
         self._handles: list[int] = []
@@ -150,23 +153,27 @@ class FfcvLoader:
     def _decode_job(self, ids: np.ndarray, starts: np.ndarray, pixels: np.ndarray, status: np.ndarray) -> None:
         _decode_images(self._thread.handle, self.beton.data, ids, self._sources, starts, pixels, status)
 
-    def _begin(self, step: int, epoch: int, ids: np.ndarray) -> _Pending:
-        status = np.zeros(len(ids), np.int64)
-        cuts = pairwise(np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int))
-        if self._gpu_views:
-            pending = self._begin_decoding(step, epoch, ids, status, cuts)
-        else:
-            side = self.config.resolution_px
-            dtype = torch.uint8 if self._cuda else torch.float32
-            views = torch.empty((len(self._bicubic), len(ids), side, side, 3), dtype=dtype, pin_memory=self._cuda)
-            array = views.numpy()
-            jobs = [self._pool.submit(self._job, epoch, ids[a:z], int(a), array, status) for a, z in cuts]
-            pending = _Pending(step, epoch, ids, views, status, jobs)
+    def _begin(self, step: int, epoch: int, wanted: np.ndarray) -> _Pending:
+        pending = self._start(step, epoch, wanted)
         if self._cuda:
             pending.ready = self._finisher.submit(self._finish_on_stream, pending)
         return pending
 
-    def _begin_decoding(self, step: int, epoch: int, ids: np.ndarray, status: np.ndarray, cuts) -> _Pending:
+    def _start(self, step: int, epoch: int, wanted: np.ndarray) -> _Pending:
+        """Gives the workers a batch to make."""
+        ids = self._bad.replaced(epoch, wanted)
+        status = np.zeros(len(ids), np.int64)
+        cuts = pairwise(np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int))
+        if self._gpu_views:
+            return _Pending(step, epoch, wanted, ids, *self._start_decoding(epoch, ids, status, cuts))
+        side = self.config.resolution_px
+        dtype = torch.uint8 if self._cuda else torch.float32
+        views = torch.empty((len(self._bicubic), len(ids), side, side, 3), dtype=dtype, pin_memory=self._cuda)
+        array = views.numpy()
+        jobs = [self._pool.submit(self._job, epoch, ids[a:z], int(a), array, status) for a, z in cuts]
+        return _Pending(step, epoch, wanted, ids, views, status, jobs)
+
+    def _start_decoding(self, epoch: int, ids: np.ndarray, status: np.ndarray, cuts) -> tuple:
         """All images of the batch into one buffer; meanwhile the plan of their views."""
         from pipeline.resample_gpu import plan_views
 
@@ -181,18 +188,22 @@ class FfcvLoader:
                 *(self._params(ids, epoch), starts, heights, widths, self._interpolations, self.config.resolution_px)
             )
         )
-        return _Pending(step, epoch, ids, pixels, status, jobs, plan)
+        return pixels, status, jobs, plan
+
+    def _decoded(self, pending: _Pending) -> _Pending:
+        """The batch when the workers are through with it: made again, with stand-ins, where an image of it is bad."""
+        while True:
+            for job in pending.jobs:
+                job.result()
+            bad = np.flatnonzero(pending.status)
+            if not len(bad):
+                return pending
+            for b in bad:
+                self._bad.note(int(pending.ids[b]), STATUS_TEXT[pending.status[b]])
+            pending = self._start(pending.step, pending.epoch, pending.wanted)
 
     def _finish(self, pending: _Pending) -> Batch:
-        for job in pending.jobs:
-            job.result()
-        if pending.status.any():
-            b = int(np.flatnonzero(pending.status)[0])
-            sample = int(pending.ids[b])
-            raise UserError(
-                f"image {sample} of {self.beton.path} ({self.beton.file_names()[sample]}) cannot be decoded: "
-                f"{STATUS_TEXT[pending.status[b]]}; check the file with pipeline/convert.py --verify, or convert again"
-            )
+        pending = self._decoded(pending)
         device = torch.device(self.config.device)
         memory = pending.memory.to(device, non_blocking=True)
         if pending.plan:
@@ -204,7 +215,8 @@ class FfcvLoader:
             views = self._normalized_on_gpu(memory) if self._cuda else memory
             views = tuple(view.permute(0, 3, 1, 2) for view in views)
         label, sample = torch.from_numpy(self.labels[pending.ids]), torch.from_numpy(pending.ids)
-        return Batch(views, label.to(device), sample.to(device), pending.step, pending.epoch)
+        substituted = int((pending.ids != pending.wanted).sum())
+        return Batch(views, label.to(device), sample.to(device), pending.step, pending.epoch, substituted)
 
     def _finish_on_stream(self, pending: _Pending) -> tuple[Batch, torch.cuda.Event]:
         """The same with its copies and kernels on the loader's stream, and the event after which it is there."""
@@ -233,12 +245,7 @@ class FfcvLoader:
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
-        c = self.config
-        if c.shuffle:
-            assert stop_step is not None, "a shuffled stream has no end of its own"
-            plan = shuffled_batches(c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step)
-        else:
-            plan = sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
+        plan = make_plan(self.config, self.beton, self.ids, start_step, stop_step)
         pending: deque[_Pending] = deque()
         try:
             for step, epoch, ids in plan:

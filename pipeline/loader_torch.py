@@ -16,10 +16,13 @@ import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
 from torchvision.transforms import InterpolationMode
 
+from pipeline.bad_images import BadImages
 from pipeline.beton import MODE_RAW, Beton, jpeg_bytes, open_beton
 from pipeline.command import UserError
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, centre_views, draw_views
-from pipeline.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
+from pipeline.order import rank_batch, steps_per_epoch
+from pipeline.plan import make_plan, samples_in_use
+from pipeline.shards import decode_status
 from pipeline.spec import SOLARIZE_THRESHOLD, Batch, CentreCrop, LoaderConfig
 
 
@@ -85,11 +88,18 @@ class _Steps(torch.utils.data.Dataset):
         self.config = config
         self.beton: Beton | None = None  # opened where it is used: a memory map must not be pickled
 
+    def _open(self) -> None:
+        self.beton = open_beton(self.config.data)
+        self.bad = BadImages(self.config, self.beton, samples_in_use(self.config, self.beton))
+
     def __getitem__(self, plan: tuple[int, int, np.ndarray]) -> tuple | UserError:
         step, epoch, ids = plan
-        self.beton = self.beton or open_beton(self.config.data)
+        if self.beton is None:
+            self._open()
         try:
-            return step, epoch, ids, self._views(epoch, ids)
+            if self.bad.substitute:
+                ids = self.bad.decodable(epoch, ids, lambda new: [decode_status(self.beton, sample) for sample in new])
+            return step, epoch, ids, self._views(epoch, ids), int((ids != plan[2]).sum())
         except UserError as error:
             return error
 
@@ -122,9 +132,9 @@ class TorchLoader:
     """
 
     def __init__(self, config: LoaderConfig) -> None:
-        beton = open_beton(config.data)
+        self.beton = beton = open_beton(config.data)
         self.config = config
-        self.ids = np.arange(len(beton)) if config.ids is None else np.asarray(config.ids, np.int64)
+        self.ids = samples_in_use(config, beton)
         self.images, self.classes, self.labels = len(self.ids), beton.classes, beton.labels
         self.sizes = (beton.heights, beton.widths)
         self.steps_per_epoch = steps_per_epoch(self.images, config.global_batch, drop_last=config.shuffle)
@@ -151,21 +161,18 @@ class TorchLoader:
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
         c = self.config
-        if c.shuffle:
-            assert stop_step is not None, "a shuffled stream has no end of its own"
-            self._plan = shuffled_batches(c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step)
-        else:
-            self._plan = sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
+        self._plan = make_plan(c, self.beton, self.ids, start_step, stop_step)
         for made in self._loader:
             if isinstance(made, UserError):
                 raise made
-            step, epoch, ids, views = made
+            step, epoch, ids, views, substituted = made
             yield Batch(
                 tuple(view.to(c.device) for view in views),
                 torch.from_numpy(self.labels[ids]).to(c.device),
                 torch.from_numpy(ids).to(c.device),
                 step,
                 epoch,
+                substituted,
             )
 
     def close(self) -> None:

@@ -18,6 +18,8 @@ from pipeline.compiled import jit
 DOMAIN_VIEWS = 0  # the random choices of views (draws.py)
 DOMAIN_ORDER = 1  # the order of samples in an epoch (order.py)
 DOMAIN_SPLIT = 2  # class-balanced subsets of a dataset (order.py)
+DOMAIN_BLOCKS = 3  # the order of blocks in an epoch (order.py)
+DOMAIN_STAND_IN = 4  # which sample stands in for one that cannot be decoded (bad_images.py)
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)

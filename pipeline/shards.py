@@ -24,12 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline import beton
-from pipeline.beton import Beton, open_beton
+from pipeline.beton import Beton, decode_rgb, free_handle, make_handle, open_beton
 from pipeline.command import UserError
 
 SUFFIX = ".shards.json"
 FORMAT_VERSION = 1
 BLOCK = tarfile.BLOCKSIZE
+NEAR_BYTES = 256 << 10  # reading what lies between two samples so near costs less than a second read
 
 ROW = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("height", "<u2"), ("width", "<u2"), ("label", "<i8")]
@@ -83,6 +84,30 @@ def stored_jpeg(stored: Beton | Shards, sample: int) -> np.ndarray:
         return beton.jpeg_bytes(stored, sample)
     row = stored.index[sample]
     return stored.maps[row["shard"]][row["offset"] : row["offset"] + row["bytes"]]
+
+
+def stored_ranges(stored: Beton | Shards, ids: np.ndarray) -> list[tuple[Path, int, int]]:
+    """Where some samples, given in file order, lie: (file, start, end), neighbours in one range."""
+    if isinstance(stored, Beton):
+        files, starts, sizes = np.zeros(len(ids), int), stored.offsets[ids], stored.sizes_bytes[ids]
+    else:
+        files, starts, sizes = (stored.index[name][ids].astype(np.int64) for name in ("shard", "offset", "bytes"))
+    ends = starts + sizes
+    apart = (np.diff(files) != 0) | (starts[1:] - ends[:-1] > NEAR_BYTES)
+    first, last = np.flatnonzero(np.r_[True, apart]), np.flatnonzero(np.r_[apart, True])
+    return [
+        (stored.path if isinstance(stored, Beton) else _shard_path(stored.path, files[a]), int(starts[a]), int(ends[z]))
+        for a, z in zip(first, last, strict=True)
+    ]
+
+
+def decode_status(stored: Beton | Shards, sample: int) -> int:
+    """What libjpeg-turbo says of one sample: the status of beton.decode_rgb."""
+    data, height, width = stored_jpeg(stored, sample), int(stored.heights[sample]), int(stored.widths[sample])
+    handle, out = make_handle(), np.empty(height * width * 3, np.uint8)
+    status = decode_rgb(handle, data, 0, len(data), int(stored.modes[sample]), height, width, out)
+    free_handle(handle)
+    return status
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -99,6 +99,7 @@ class Batch(NamedTuple):
     sample  (B,) int64, the position in the dataset file; with (seed, epoch, view) it names the pixels
     step    the global step this batch belongs to
     epoch   the epoch it belongs to
+    substituted   how many of the samples stand in for one that cannot be decoded
     """
 
     views: tuple[torch.Tensor, ...]
@@ -106,11 +107,19 @@ class Batch(NamedTuple):
     sample: torch.Tensor
     step: int
     epoch: int
+    substituted: int = 0
+
+
+class Blocks(NamedTuple):
+    """Block-shuffled order (order.py): blocks of `images` neighbours in the file, `window` of them mixed at a time."""
+
+    images: int
+    window: int
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Everything that decides what a loader yields, and how (the last five) it gets there.
+    """Everything that decides what a loader yields, and how (from `backend` on) it gets there.
 
     data            a .beton file with its manifest beside it; for dali also the shards.json of shards
     views           one ViewSpec a view, or a CentreCrop for evaluation
@@ -118,6 +127,9 @@ class LoaderConfig:
     shuffle         True: shuffled full batches, epoch after epoch (order.shuffled_batches);
                     False: every sample once, in the order given (order.sequential_batches)
     ids             positions of the samples to use; None for all
+    blocks          None: every epoch a full shuffle; else a block-shuffled one, for files larger than the memory
+    on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
+                    another sample stands in for it (bad_images.py), in shuffled streams
     workers         threads (ffcv, dali) or processes (torch) of this rank; 0 for one a core this process may use
     device          where the views end up
     views_on        "cpu" or "gpu": who makes the views (ffcv, dali); "auto" for the device they end up on
@@ -130,6 +142,8 @@ class LoaderConfig:
     seed: int = 0
     shuffle: bool = True
     ids: np.ndarray | None = None
+    blocks: Blocks | None = None
+    on_bad_image: str = "stop"
     normalization: Normalization = field(default_factory=Normalization)
     rank: int = 0
     world_size: int = 1

@@ -75,7 +75,7 @@ class SyntheticLoader:
     def __init__(self, images=32, global_batch=8, rank=0, world_size=1, size_px=16, seed=0, dtype=torch.float32):
         self.images, self.global_batch, self.size_px, self.seed = images, global_batch, size_px, seed
         self.rank, self.world_size, self.dtype = rank, world_size, dtype
-        self.steps_per_epoch = images // global_batch
+        self.steps_per_epoch, self.ids = images // global_batch, np.arange(images)
         self.labels = np.zeros(images, np.int64)
 
     def global_views(self, step: int) -> list[torch.Tensor]:

@@ -59,8 +59,10 @@ def test_an_unnamed_run_is_named_by_its_recipe():
     base = run_folder(PretrainConfig())
     assert base.parent == RUNS and base.name.startswith("imagenet-resnet50-300ep-")
     assert run_folder(PretrainConfig(workers=3, loader="torch", compile=True)) == base
+    assert run_folder(PretrainConfig(on_bad_image="substitute")) == base
     others = [PretrainConfig(seed=1), PretrainConfig(lambd=0.01), PretrainConfig(data=Path("elsewhere"))]
-    assert len({base, *map(run_folder, others)}) == 4
+    others += [PretrainConfig(fraction=0.1), PretrainConfig(order="blocks")]
+    assert len({base, *map(run_folder, others)}) == 6
 
 
 def test_recipe_leaves_out_what_does_not_change_the_weights():

@@ -170,13 +170,13 @@ def test_changed_bytes_are_named(config, tmp_path, change):
 
 def test_what_the_decoder_refuses_is_named(config, monkeypatch):
     """Bytes that were stored broken: the loader is handed half of one image."""
-    from pipeline import loader_dali
+    from pipeline import loader_dali, shards
 
     def half_of_11(stored, sample):
         whole = jpeg_bytes(stored, sample)
         return whole[: len(whole) // 2] if sample == 11 else whole
 
-    monkeypatch.setattr(loader_dali, "stored_jpeg", half_of_11)
+    monkeypatch.setattr(shards, "stored_jpeg", half_of_11)
     monkeypatch.setattr(loader_dali.DaliLoader, "_jpegs", lambda self, ids: [half_of_11(self.stored, i) for i in ids])
     with pytest.raises(UserError, match=f"{open_beton(config.data).file_names()[11]}.*damaged or cut off"):
         _all(config, 0, 3)

@@ -16,36 +16,45 @@ from pipeline.order import (
     sequential_batches,
     shuffled_batches,
     steps_per_epoch,
+    window_count,
+    windows_of_positions,
 )
+from pipeline.spec import Blocks
 
 IDS = np.arange(1000)
+BLOCKS = Blocks(8, 16)
 
 
-def _stream(world_size, start=0, stop=40, seed=3, global_batch=48):
+def _stream(world_size, start=0, stop=40, seed=3, global_batch=48, blocks=None):
     """The global batches, each as the concatenation of what the ranks get."""
-    ranks = [list(shuffled_batches(seed, IDS, global_batch, r, world_size, start, stop)) for r in range(world_size)]
+    ranks = [
+        list(shuffled_batches(seed, IDS, global_batch, r, world_size, start, stop, blocks)) for r in range(world_size)
+    ]
     return [np.concatenate([ids for _, _, ids in parts]) for parts in zip(*ranks, strict=True)]
 
 
-def test_every_epoch_is_a_permutation_of_its_own():
-    orders = [epoch_order(7, epoch, IDS) for epoch in range(3)]
+@pytest.mark.parametrize("blocks", [None, BLOCKS])
+def test_every_epoch_is_a_permutation_of_its_own(blocks):
+    orders = [epoch_order(7, epoch, IDS, blocks) for epoch in range(3)]
     for order in orders:
         assert np.array_equal(np.sort(order), IDS)
     assert not np.array_equal(orders[0], orders[1])
-    assert not np.array_equal(orders[0], epoch_order(8, 0, IDS))
-    assert np.array_equal(orders[1], epoch_order(7, 1, IDS))
+    assert not np.array_equal(orders[0], epoch_order(8, 0, IDS, blocks))
+    assert np.array_equal(orders[1], epoch_order(7, 1, IDS, blocks))
 
 
-def test_positions_are_uniform():
+@pytest.mark.parametrize("blocks", [None, Blocks(5, 2)])
+def test_positions_are_uniform(blocks):
     """Where sample 0 lands over 2,000 epochs, in ten bins: chi-square, 99.99 % level."""
-    positions = [int(np.flatnonzero(epoch_order(1, epoch, IDS[:50]) == 0)[0]) for epoch in range(2000)]
+    positions = [int(np.flatnonzero(epoch_order(1, epoch, IDS[:50], blocks) == 0)[0]) for epoch in range(2000)]
     counts = np.histogram(positions, bins=10, range=(0, 50))[0]
     assert stats.chisquare(counts).pvalue > 1e-4
 
 
+@pytest.mark.parametrize("blocks", [None, BLOCKS])
 @pytest.mark.parametrize("world_size", [2, 3, 4, 16])
-def test_global_batches_do_not_depend_on_the_world_size(world_size):
-    for one, many in zip(_stream(1), _stream(world_size), strict=True):
+def test_global_batches_do_not_depend_on_the_world_size(world_size, blocks):
+    for one, many in zip(_stream(1, blocks=blocks), _stream(world_size, blocks=blocks), strict=True):
         assert np.array_equal(one, many)
 
 
@@ -87,14 +96,69 @@ def test_the_table_of_dropped_images():
         assert images - steps * global_batch == dropped
 
 
-def test_a_start_anywhere_goes_on_with_the_same_stream():
-    whole = list(shuffled_batches(3, IDS, 48, 1, 2, 0, 50))
+@pytest.mark.parametrize("blocks", [None, BLOCKS])
+def test_a_start_anywhere_goes_on_with_the_same_stream(blocks):
+    whole = list(shuffled_batches(3, IDS, 48, 1, 2, 0, 50, blocks))
     for start in (1, 19, 20, 33):
         for (step, epoch, ids), (other_step, other_epoch, other) in zip(
-            whole[start:], shuffled_batches(3, IDS, 48, 1, 2, start, 50), strict=True
+            whole[start:], shuffled_batches(3, IDS, 48, 1, 2, start, 50, blocks), strict=True
         ):
             assert (step, epoch) == (other_step, other_epoch)
             assert np.array_equal(ids, other)
+
+
+@pytest.mark.parametrize(("images", "block", "window"), [(1000, 8, 16), (1003, 8, 5), (17, 64, 2), (9, 1, 4)])
+def test_a_window_holds_whole_blocks(images, block, window):
+    """Around the file, windows change only where blocks do: every `block` positions, but for the last, short one."""
+    blocks, starts = Blocks(block, window), set()
+    for epoch in range(4):
+        windows = windows_of_positions(5, epoch, images, blocks)
+        assert set(windows) == set(range(window_count(images, blocks)))
+        assert np.bincount(windows).max() <= block * window
+        edges = np.flatnonzero(windows != np.roll(windows, 1))
+        assert len({e % block for e in edges}) <= 1 + (images % block > 0)
+        starts |= {e % block for e in edges}
+        order = epoch_order(5, epoch, np.arange(images), blocks)
+        assert (np.diff(windows[order]) >= 0).all()  # one window after the other
+    assert block == 1 or images < 100 or len(starts) > 2  # elsewhere each epoch
+
+
+def _mixing(order: np.ndarray, labels: np.ndarray, global_batch: int) -> tuple[float, float, float]:
+    """Class entropy (bits) and classes of a batch, means over an epoch; correlation of neighbours' file positions."""
+    entropies, counts = [], []
+    for first in range(0, len(order) - global_batch + 1, global_batch):
+        n = np.bincount(labels[order[first : first + global_batch]])
+        share = n[n > 0] / global_batch
+        entropies.append(-(share * np.log2(share)).sum())
+        counts.append(len(share))
+    return float(np.mean(entropies)), float(np.mean(counts)), float(np.corrcoef(order[:-1], order[1:])[0, 1])
+
+
+def test_mixing_of_a_file_sorted_by_class():
+    """100 classes of 200, batches of 128: in file order one class, from windows of 256 blocks nearly a full shuffle's.
+
+    Fewer, larger blocks in a window of the same size mix less.
+    """
+    labels = np.repeat(np.arange(100), 200)
+    ids = np.arange(len(labels))
+    full, windowed, coarse = (
+        _mixing(epoch_order(0, 0, ids, blocks), labels, 128) for blocks in (None, Blocks(8, 256), Blocks(64, 32))
+    )
+    assert _mixing(ids, labels, 128)[0] < 1
+    assert windowed[0] > 0.96 * full[0] and windowed[1] > 0.88 * full[1] and abs(windowed[2]) < 0.03
+    assert coarse[0] < windowed[0] - 0.5
+
+
+@pytest.mark.slow
+def test_the_table_of_mixing():
+    """The rows of the module's docstring: ImageNet's size and classes, sorted by class, batches of 1024."""
+    rows = re.findall(r"^ +(?:(\d+) × (\d+)|full shuffle) .* ([\d.]+) +(\d+) +(-?[\d.]+)$", order_module.__doc__, re.M)
+    assert len(rows) == 6
+    labels = np.repeat(np.arange(1000), 1282)[:1_281_167]
+    for block, window, *told in rows:
+        blocks = Blocks(int(block), int(window)) if block else None
+        entropy, classes, correlation = _mixing(epoch_order(0, 0, np.arange(len(labels)), blocks), labels, 1024)
+        assert f"{entropy:.2f} {classes:.0f} {correlation:.3f}".replace("-0.000", "0.000").split() == told
 
 
 @pytest.mark.parametrize(("images", "global_batch", "world_size"), [(103, 16, 1), (103, 16, 4), (5, 16, 2)])

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.beton import open_beton
 from pipeline.command import UserError
+from pipeline.loader import make_loader
 from tests.oracles_train import SyntheticLoader, reference_run
 from train.cards import resolved
 from train.checkpoint import load_backbone, read_checkpoint
 from train.config import PretrainConfig
 from train.distributed import Ranks
+from train.guard import samples_of_step
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
-from train.pretrain import train
+from train.pretrain import loader_config, train
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 # Steps large enough that the weights move by tens of per cent: a wrong term would show.
@@ -157,6 +160,26 @@ def test_a_loss_that_is_no_number_never_reaches_a_checkpoint(tmp_path):
     saved = read_checkpoint(tmp_path / "r" / "checkpoint.pt")
     assert saved["step"] == 4
     assert all(w.isfinite().all() for w in saved["model"].values())
+
+
+@pytest.mark.parametrize("order", ["shuffled", "blocks"])
+def test_a_fraction_of_the_images_in_either_order(small_beton, order):
+    """The same share of each class, and a lost step's images are those that the loader gave."""
+    flags = {"data": small_beton, "resolution": 32, "global_batch": 4, "order": order, "block_images": 2}
+    config = resolved(replace(TINY, fraction=0.5, window_blocks=3, seed=1, **flags))
+    labels = open_beton(small_beton).labels
+    chosen = loader_config(config, CPU).ids
+    assert np.bincount(labels[chosen]).tolist() == [4] * 6
+    assert not np.array_equal(chosen, loader_config(replace(config, seed=2), CPU).ids)
+    assert loader_config(replace(config, fraction=1.0), CPU).ids is None
+    loader = make_loader(loader_config(config, CPU))
+    assert loader.steps_per_epoch == 6
+    samples = [batch.sample.tolist() for batch in loader.batches(0, 8)]
+    loader.close()
+    assert np.array_equal(np.sort(np.concatenate(samples[:6])), chosen)
+    assert all(samples_of_step(config, chosen, step).tolist() == part for step, part in enumerate(samples))
+    with pytest.raises(UserError, match="--fraction 0"):
+        loader_config(replace(config, fraction=0.0), CPU)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_and_kept(tmp_path):

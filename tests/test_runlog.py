@@ -18,11 +18,12 @@ from train.runlog import RunLog, describe_run, keep_lines_before, open_run_folde
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 IMAGES = 40
+IDS = np.arange(IMAGES)
 
 
 def run_log(folder, ranks=CPU, stop_step=8, **flags) -> RunLog:
     """Of a run of four steps an epoch."""
-    return RunLog(PretrainConfig(run=str(folder), **{"global_batch": 10} | flags), ranks, 0, stop_step, 4, IMAGES)
+    return RunLog(PretrainConfig(run=str(folder), **{"global_batch": 10} | flags), ranks, 0, stop_step, 4, IDS)
 
 
 def metrics(loss: float) -> dict[str, torch.Tensor]:
@@ -125,7 +126,7 @@ def test_a_lost_loss_names_its_step_and_images(tmp_path):
     with pytest.raises(UserError, match=r"the loss became nan in step 3; its 10 images, \d+, .* listed in"):
         log.record(3, metrics(4.0), {}, 0.0)
     log.close()
-    expected = epoch_order(0, 0, np.arange(IMAGES))[20:30]
+    expected = epoch_order(0, 0, IDS)[20:30]
     assert (tmp_path / "lost-step-3.txt").read_text().split() == [str(i) for i in expected]
 
 

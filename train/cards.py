@@ -158,7 +158,7 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     projector_widths(config.projector)
     bounds = {"epochs": 0, "global_batch": 2, "resolution": 1, "warmup_epochs": 0, "paper_world_size": 1, "seed": 0}
     bounds |= {"workers": 0, "log_every": 1, "checkpoint_every_steps": 0, "checkpoint_every_minutes": 0, "keep": 1}
-    bounds |= {"timeout_minutes": 0}
+    bounds |= {"timeout_minutes": 0, "block_images": 1, "window_blocks": 1}
     for name, least in bounds.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small; give at least {least}")

@@ -12,7 +12,7 @@ import tyro
 
 from pipeline.command import DATA, UserError
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
-from pipeline.spec import WITHOUT, Normalization
+from pipeline.spec import WITHOUT, Blocks, Normalization
 
 NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_MEAN, CIFAR10_STD)}
 
@@ -28,7 +28,8 @@ CARDS = tuple(
 # Flags that change where a run lives or how fast it goes, not which weights come out of it.
 NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
 NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "checkpoint_activations")
-NOT_RECIPE += ("on_nan", "timeout_minutes", "wandb")
+# Substitution is among them: up to the first bad image, where a run that stops ends, it changes nothing.
+NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class PretrainConfig:
     """Name of the run, a folder under runs/, or a path. Empty: preset, architecture, epochs and a short hash
     of the recipe, so that the same command finds its own run again and another recipe never meets it.
     (--name is for a torchrun that takes --run for an option of its own; the one in .venv does not.)"""
+    fraction: float = 1.0
+    """Share of the training images, the same of every class; the seed chooses which."""
     epochs: int = 300
     """Passes over the data. 0 writes the untrained network and ends: a control for the evaluations."""
     global_batch: int = 1024
@@ -106,8 +109,19 @@ class PretrainConfig:
     """Threads (ffcv, dali) or processes (torch) of each rank's loader; 0: one a core that this process may use."""
     views_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Who makes the views: the GPU's kernels where there is one, or the CPU's. The pixels are the same."""
+    order: Literal["shuffled", "blocks"] = "shuffled"
+    """shuffled: every epoch a new permutation. blocks: for a file larger than the memory, in long reads; mixes a
+    window of neighbours from all over the file at a time, not all images (pipeline/order.py says how well)."""
+    block_images: int = 16
+    """With --order blocks: neighbours in the file that are read at once."""
+    window_blocks: int = 2048
+    """With --order blocks: blocks that are mixed. Two windows must fit in the memory beside the program: 7 GB here,
+    at ImageNet's 110 kB an image."""
+    on_bad_image: Literal["stop", "substitute"] = "stop"
+    """An image that cannot be decoded ends the run, with its file named; substitute: another one, drawn from the
+    seed, the epoch and the image, stands in for it, and metrics.jsonl counts them."""
     seed: int = 0
-    """Decides the initial weights, the order of images and every view."""
+    """Decides the initial weights, the order of images, every view, and which images --fraction takes."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the run's checkpoint where there is one. never: start over, replacing it."""
     amp: Literal["bf16", "fp16", "off"] = "bf16"
@@ -143,6 +157,11 @@ def projector_widths(projector: str) -> list[int]:
     if min(widths) < 1:
         raise UserError(f"--projector {projector!r} is not a list of widths; write them like 8192-8192-8192")
     return widths
+
+
+def order_blocks(config: PretrainConfig) -> Blocks | None:
+    """What --order means to the order module."""
+    return Blocks(config.block_images, config.window_blocks) if config.order == "blocks" else None
 
 
 def as_plain(config: PretrainConfig) -> dict:

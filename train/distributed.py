@@ -123,6 +123,15 @@ def largest(ranks: Ranks, value: int) -> int:
     return int(message)
 
 
+def total(ranks: Ranks, value: int) -> int:
+    """The sum of the ranks' values, through the control group; waits for every rank."""
+    if ranks.control is None:
+        return value
+    message = torch.tensor([value])
+    dist.all_reduce(message, group=ranks.control)
+    return int(message)
+
+
 class StopRequest:
     """SIGTERM, SIGUSR1 and SIGINT as a wish to stop that all ranks grant at the same step.
 

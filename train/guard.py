@@ -15,21 +15,21 @@ from torch import nn
 
 from pipeline.command import UserError
 from pipeline.order import shuffled_batches
-from train.config import PretrainConfig
+from train.config import PretrainConfig, order_blocks
 from train.distributed import Ranks, say
 
 MOST_IN_A_ROW = 10  # skipped updates after which the weights, not a batch, must be the cause
 
 
-def samples_of_step(config: PretrainConfig, images: int, step: int) -> np.ndarray:
-    """Sample ids (global batch,) of a step counted from 0, those of all ranks."""
-    batches = shuffled_batches(config.seed, np.arange(images), config.global_batch, 0, 1, step, step + 1)
-    return next(batches)[2]
+def samples_of_step(config: PretrainConfig, ids: np.ndarray, step: int) -> np.ndarray:
+    """Sample ids (global batch,) of a step counted from 0, those of all ranks; `ids` are the samples in use."""
+    blocks = order_blocks(config)
+    return next(shuffled_batches(config.seed, ids, config.global_batch, 0, 1, step, step + 1, blocks))[2]
 
 
-def note_lost_step(config: PretrainConfig, images: int, step: int) -> str:
+def note_lost_step(config: PretrainConfig, ids: np.ndarray, step: int) -> str:
     """Writes the sample ids of a step (from 0) into the run's folder, one a line; a phrase that says so."""
-    ids = samples_of_step(config, images, step)
+    ids = samples_of_step(config, ids, step)
     path = Path(config.run) / f"lost-step-{step + 1}.txt"
     try:
         path.write_text("".join(f"{sample}\n" for sample in ids))
@@ -42,9 +42,9 @@ def note_lost_step(config: PretrainConfig, images: int, step: int) -> str:
 class UpdateGuard:
     """Asked once a step on every rank; the answer is the same on all, since loss and gradients are."""
 
-    def __init__(self, method: nn.Module, config: PretrainConfig, ranks: Ranks, images: int):
+    def __init__(self, method: nn.Module, config: PretrainConfig, ranks: Ranks, ids: np.ndarray):
         self.active = config.on_nan == "skip"
-        self.config, self.ranks, self.images = config, ranks, images
+        self.config, self.ranks, self.ids = config, ranks, ids
         self.parameters = [p for p in method.parameters() if p.requires_grad]
         self.buffers = list(method.buffers())
         self.in_a_row = 0
@@ -74,7 +74,7 @@ class UpdateGuard:
         what = f"loss {loss.item():.4g}" if not loss.isfinite() else "a gradient that is no number"
         if self.ranks.rank == 0:
             print(file=sys.stderr)
-            say(self.ranks, f"step {step + 1} left out: {what}; {note_lost_step(self.config, self.images, step)}")
+            say(self.ranks, f"step {step + 1} left out: {what}; {note_lost_step(self.config, self.ids, step)}")
         if self.in_a_row == MOST_IN_A_ROW:
             raise UserError(
                 f"{MOST_IN_A_ROW} steps in a row, up to {step + 1}, had no finite loss and gradient; "

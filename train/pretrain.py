@@ -20,12 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.command import run_command
 from pipeline.loader import make_loader
-from pipeline.order import rank_batch
+from pipeline.order import balanced_subset, rank_batch
+from pipeline.shards import open_stored
 from pipeline.spec import LoaderConfig
 from train.batchnorm import with_global_batch_norm
 from train.cards import chosen_preset, resolved, train_beton
 from train.checkpoint import export_backbone
-from train.config import NORMALIZATIONS, PretrainConfig, as_plain
+from train.config import NORMALIZATIONS, PretrainConfig, as_plain, order_blocks
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
 from train.lars import LARS, gradient_norm
@@ -57,12 +58,18 @@ def main(config: PretrainConfig) -> None:
 
 def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
     rank_batch(config.global_batch, ranks.world_size)
+    data, ids = train_beton(config.data), None
+    if config.fraction != 1:
+        ids = balanced_subset(config.seed, open_stored(data).labels, config.fraction)
     return LoaderConfig(
-        data=train_beton(config.data),
+        data=data,
         views=view_table(config),
         resolution_px=config.resolution,
         global_batch=config.global_batch,
         seed=config.seed,
+        ids=ids,
+        blocks=order_blocks(config),
+        on_bad_image=config.on_bad_image,
         normalization=NORMALIZATIONS[config.views],
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -109,8 +116,8 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
         model.broadcast_buffers = False  # batch norm's are equal on all ranks
 
     warmup_steps = config.warmup_epochs * loader.steps_per_epoch
-    guard = UpdateGuard(method, config, ranks, loader.images)
-    log = RunLog(config, ranks, start_step, stop_step, loader.steps_per_epoch, loader.images)
+    guard = UpdateGuard(method, config, ranks, loader.ids)
+    log = RunLog(config, ranks, start_step, stop_step, loader.steps_per_epoch, loader.ids)
     watchdog = Watchdog(ranks, config.timeout_minutes)
     with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state:
         batches = iter(loader.batches(start_step, stop_step))
@@ -134,7 +141,8 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
                 scaler.update()
                 method.after_step(step, stop_step)
             optimizer.zero_grad(set_to_none=True)
-            log.record(step, metrics, {group["name"]: group["lr"] for group in optimizer.param_groups}, waited_s, kept)
+            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+            log.record(step, metrics, rates, waited_s, kept, batch.substituted)
 
             stopping = stop.agreed(state.failed)  # a signal, or a checkpoint that could not be written
             if stopping or state.due(step + 1):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from pipeline.command import RUNS, UserError
 from train.checkpoint import write_atomically
 from train.config import as_plain
-from train.distributed import Ranks, say
+from train.distributed import Ranks, say, total
 from train.guard import note_lost_step
 
 PICTURED = 8  # images whose views are shown
@@ -74,11 +74,11 @@ def environment(ranks: Ranks, start_step: int) -> dict:
 class RunLog:
     """Metrics, TensorBoard and progress bar of one start of a run; does nothing on ranks other than 0."""
 
-    def __init__(self, config, ranks: Ranks, start_step: int, stop_step: int, steps_per_epoch: int, images: int):
+    def __init__(self, config, ranks: Ranks, start_step: int, stop_step: int, steps_per_epoch: int, ids):
         folder = Path(config.run)
-        self.active = ranks.rank == 0
+        self.active, self.ranks = ranks.rank == 0, ranks
         self.config, self.log_every = config, config.log_every
-        self.steps_per_epoch, self.stop_step, self.images = steps_per_epoch, stop_step, images
+        self.steps_per_epoch, self.stop_step, self.ids = steps_per_epoch, stop_step, ids
         self.device, self.pending, self.said_collapse = ranks.device, None, False
         self._start_interval()
         if not self.active:
@@ -95,13 +95,29 @@ class RunLog:
 
     def _start_interval(self) -> None:
         self.rows, self.steps, self.skipped, self.waited_s, self.since = {}, 0, 0, 0.0, time.perf_counter()
+        self.substituted = 0
 
-    def record(self, step: int, metrics: dict, rates: dict[str, float], waited_s: float, kept: bool = True) -> None:
+    def record(
+        self,
+        step: int,
+        metrics: dict,
+        rates: dict[str, float],
+        waited_s: float,
+        kept: bool = True,
+        substituted: int = 0,
+    ) -> None:
         """Takes in one step: 0-d tensors on the device by name, learning rates by group, seconds of waiting for data.
 
-        `kept` is False for a step without an update: only its number is recorded.
+        `kept` is False for a step without an update: only its number is recorded. `substituted` counts the images of
+        this rank that stand in for others; every rank calls this, and a line has the sum of all.
         """
+        self.substituted += substituted
+        due = (step + 1) % self.log_every == 0 or step + 1 == self.stop_step
+        if due and self.config.on_bad_image == "substitute":
+            self.substituted = total(self.ranks, self.substituted)
         if not self.active:
+            if due:
+                self.substituted = 0
             return
         self.names = list(metrics)
         if kept:
@@ -110,7 +126,7 @@ class RunLog:
         self.skipped += not kept
         self.waited_s += waited_s
         self.bar.update()
-        if (step + 1) % self.log_every == 0 or step + 1 == self.stop_step:
+        if due:
             self.flush()
             self._send(step + 1, rates)
         if self.pending and (self.pending[0] is None or self.pending[0].query()):
@@ -127,6 +143,7 @@ class RunLog:
             "data_wait_share": self.waited_s / seconds,
             **{f"lr_{name}": rate for name, rate in rates.items()},
             **({"skipped_steps": self.skipped} if self.config.on_nan == "skip" else {}),
+            **({"substituted_images": self.substituted} if self.config.on_bad_image == "substitute" else {}),
         }
         cuda = self.device.type == "cuda"
         values = torch.stack(list(self.rows.values()))
@@ -200,7 +217,7 @@ class RunLog:
         for step, loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss):
                 raise UserError(
-                    f"the loss became {loss} in step {step + 1}; {note_lost_step(self.config, self.images, step)}; "
+                    f"the loss became {loss} in step {step + 1}; {note_lost_step(self.config, self.ids, step)}; "
                     "the last checkpoint is from before; lower --lr-weights and --lr-biases, lengthen "
                     "--warmup-epochs, try --amp off, or leave such steps out with --on-nan skip"
                 )

@@ -1,0 +1,198 @@
+"""Images that cannot be decoded: the same stand-ins on every backend and at any world size, and their count."""
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+import torchvision.transforms.functional as F
+from PIL import Image
+
+from pipeline.beton import OK, open_beton
+from pipeline.command import UserError
+from pipeline.convert import ConvertConfig
+from pipeline.convert import main as convert
+from pipeline.draws import draw_views
+from pipeline.loader import make_loader
+from pipeline.loader_torch import apply_view_pil, decode_pil
+from pipeline.order import shuffled_batches
+from pipeline.rng import words_array
+from pipeline.shards import decode_status, pack_shards
+from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
+from train import runlog
+from train.config import PretrainConfig, resolved
+from train.distributed import start_ranks, stop_ranks
+from train.pretrain import loader_config, train
+
+IMAGES, BAD, UNNOTICED = 14, (2, 3, 5, 7, 11), 6
+SIDE = 32
+STEPS = 12  # three epochs of four steps of three
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, imagenet_sample) -> Path:
+    """Small pictures; five are cut off inside the file, one has a changed byte that no decoder looks at."""
+    folder = tmp_path_factory.mktemp("bad_images")
+    for i, path in enumerate(imagenet_sample[:IMAGES]):
+        target = folder / "images" / f"class_{i % 2}" / f"{i:02d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.open(path).convert("RGB")
+        image.resize((40 + 2 * i, 64 - 2 * i), Image.Resampling.BICUBIC).save(target, quality=90)
+    convert(ConvertConfig(folder / "train.beton", folder / "images", workers=1))
+    beton = open_beton(folder / "train.beton")
+    file = np.memmap(beton.path, np.uint8, "r+")
+    for sample in BAD:
+        start, size = int(beton.offsets[sample]), int(beton.sizes_bytes[sample])
+        file[start + size // 2 : start + size] = 0
+    file[beton.offsets[UNNOTICED] + 15] ^= 1  # JFIF's pixel density
+    file.flush()
+    assert [s for s in range(IMAGES) if decode_status(beton, s) != OK] == list(BAD)
+    return beton.path
+
+
+@pytest.fixture(scope="module")
+def config(data) -> LoaderConfig:
+    return LoaderConfig(data, BARLOW_TWINS_VIEWS, SIDE, global_batch=3, seed=4, workers=1, on_bad_image="substitute")
+
+
+def batches(config: LoaderConfig, stop: int = STEPS) -> list:
+    loader = make_loader(config)
+    try:
+        return list(loader.batches(0, stop))
+    finally:
+        loader.close()
+
+
+@pytest.fixture(scope="module")
+def ours(config) -> list:
+    return batches(config)
+
+
+def assert_equal(one, other):
+    assert (one.step, one.epoch, one.substituted) == (other.step, other.epoch, other.substituted)
+    assert torch.equal(one.sample, other.sample) and torch.equal(one.label, other.label)
+    assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+
+
+def expected_stand_in(seed: int, epoch: int, sample: int) -> tuple[int, int]:
+    """Written from the module's docstring: the first draw that can be decoded, and how many draws that took."""
+    for attempt in range(1000):
+        word = int(words_array(seed, 4, epoch, np.array([sample]), 0, attempt)[0, 0])
+        if (chosen := int(word / 2**32 * IMAGES)) not in BAD:
+            return chosen, attempt + 1
+    raise AssertionError
+
+
+def test_each_bad_image_has_its_stand_in(config, ours, data):
+    """Sample, label, count, and the very pixels that the stand-in has with its own draws."""
+    beton, tries = open_beton(data), []
+    for batch, (step, epoch, wanted) in zip(
+        ours, shuffled_batches(config.seed, np.arange(IMAGES), 3, 0, 1, 0, STEPS), strict=True
+    ):
+        assert (batch.step, batch.epoch) == (step, epoch)
+        assert batch.substituted == len(set(wanted) & set(BAD))
+        for b, sample in enumerate(wanted.tolist()):
+            if sample in BAD:
+                sample, count = expected_stand_in(config.seed, epoch, sample)
+                tries.append(count)
+            assert (int(batch.sample[b]), int(batch.label[b])) == (sample, beton.labels[sample])
+            one = np.array([sample])
+            params = draw_views(config.seed, epoch, one, beton.heights[one], beton.widths[one], config.views, SIDE)
+            view = F.to_tensor(apply_view_pil(decode_pil(beton, sample), params, 0, 1, "bicubic", SIDE))
+            view = F.normalize(view, config.normalization.mean, config.normalization.std)
+            assert torch.equal(batch.views[1][b], view)
+    assert len(tries) > 5 and max(tries) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"views_on": "gpu"}, {"backend": "torch"}, {"backend": "dali"}, {"workers": 3}])
+def test_every_backend_has_the_same_batches(config, ours, change):
+    if change.get("backend") == "dali":
+        pytest.importorskip("nvidia.dali")
+    stop = 1 if "views_on" in change else STEPS  # Triton's interpreter is slow
+    assert ours[0].substituted
+    for one, other in zip(batches(replace(config, **change), stop), ours[:stop], strict=True):
+        assert_equal(one, other)
+
+
+def test_shards_have_them_too(config, ours, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    for path in config.data.parent.glob("train.*"):
+        (tmp_path / path.name).symlink_to(path)
+    shards = pack_shards(open_beton(tmp_path / "train.beton"), 5)
+    for one, other in zip(batches(replace(config, data=shards, backend="dali"), 4), ours[:4], strict=True):
+        assert_equal(one, other)
+
+
+def test_ranks_and_a_later_start_change_nothing(config, ours):
+    ranks = [batches(replace(config, rank=r, world_size=3)) for r in range(3)]
+    for whole, parts in zip(ours, zip(*ranks, strict=True), strict=True):
+        assert torch.equal(whole.sample, torch.cat([part.sample for part in parts]))
+        assert torch.equal(whole.views[0], torch.cat([part.views[0] for part in parts]))
+        assert whole.substituted == sum(part.substituted for part in parts)
+    loader = make_loader(config)
+    for one, other in zip(loader.batches(5, STEPS), ours[5:], strict=True):
+        assert_equal(one, other)
+    for one, other in zip(loader.batches(0, STEPS), ours, strict=True):  # now that it knows the bad ones
+        assert_equal(one, other)
+    loader.close()
+
+
+def test_stand_ins_come_from_the_samples_in_use(config):
+    ids = np.array([0, 2, 4, 7, 9, 11])
+    for batch in batches(replace(config, ids=ids)):
+        assert set(batch.sample.tolist()) <= {0, 4, 9}
+
+
+def test_a_file_of_bad_images_ends_the_run(config):
+    with pytest.raises(UserError, match="100 images .* in a row cannot be decoded"):
+        batches(replace(config, ids=np.array(BAD)))
+
+
+def test_each_is_told_once(config, capsys):
+    batches(config)
+    told = capsys.readouterr().err.splitlines()
+    assert sorted(int(line.split()[2]) for line in told) == list(BAD)
+    assert all("class_" in line and "stand in" in line for line in told)
+
+
+def run_rank(rank: int, world_size: int, port: int, folder: Path, data: Path) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    runlog.RUNS = folder
+    ranks = start_ranks()
+    config = PretrainConfig(
+        data=data, run=str(folder / f"w{world_size}"), arch="test_resnet", projector="16-16", resolution=SIDE,
+        global_batch=4, epochs=3, warmup_epochs=0, amp="off", workers=1, log_every=2, on_bad_image="substitute",
+    )  # fmt: skip
+    config = resolved(config)
+    loader = make_loader(loader_config(config, ranks))
+    assert train(config, ranks, loader) == 0
+    loader.close()
+    stop_ranks()
+
+
+@pytest.mark.slow
+def test_the_count_over_ranks_is_in_the_metrics(data, tmp_path, training_forkserver):
+    for world_size in (1, 2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            arguments = (world_size, free.getsockname()[1], tmp_path, data)
+        torch.multiprocessing.start_processes(run_rank, arguments, nprocs=world_size, start_method="forkserver")
+    counts = [0] * 5  # nine steps, a line every two
+    for step, _, wanted in shuffled_batches(0, np.arange(IMAGES), 4, 0, 1, 0, 9):
+        counts[step // 2] += len(set(wanted) & set(BAD))
+    assert min(counts) > 0
+    for name in ("w1", "w2"):
+        lines = [json.loads(text) for text in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["substituted_images"] for line in lines] == counts

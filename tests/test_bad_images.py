@@ -25,8 +25,9 @@ from pipeline.rng import words_array
 from pipeline.shards import decode_status, pack_shards
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 from train import runlog
-from train.config import PretrainConfig, resolved
-from train.distributed import start_ranks, stop_ranks
+from train.cards import resolved
+from train.config import PretrainConfig
+from train.distributed import Ranks, start_ranks, stop_ranks
 from train.pretrain import loader_config, train
 
 IMAGES, BAD, UNNOTICED = 14, (2, 3, 5, 7, 11), 6
@@ -161,6 +162,17 @@ def test_each_is_told_once(config, capsys):
     assert all("class_" in line and "stand in" in line for line in told)
 
 
+def run(folder: Path, data: Path, ranks: Ranks) -> None:
+    config = PretrainConfig(
+        data=data, run=str(folder), arch="test_resnet", projector="16-16", resolution=SIDE, global_batch=4, epochs=3,
+        warmup_epochs=0, amp="off", workers=1, log_every=2, on_bad_image="substitute",
+    )  # fmt: skip
+    config = resolved(config)
+    loader = make_loader(loader_config(config, ranks))
+    assert train(config, ranks, loader) == 0
+    loader.close()
+
+
 def run_rank(rank: int, world_size: int, port: int, folder: Path, data: Path) -> None:
     os.environ |= {
         "RANK": str(rank),
@@ -171,24 +183,18 @@ def run_rank(rank: int, world_size: int, port: int, folder: Path, data: Path) ->
     torch.set_num_threads(1)
     runlog.RUNS = folder
     ranks = start_ranks()
-    config = PretrainConfig(
-        data=data, run=str(folder / f"w{world_size}"), arch="test_resnet", projector="16-16", resolution=SIDE,
-        global_batch=4, epochs=3, warmup_epochs=0, amp="off", workers=1, log_every=2, on_bad_image="substitute",
-    )  # fmt: skip
-    config = resolved(config)
-    loader = make_loader(loader_config(config, ranks))
-    assert train(config, ranks, loader) == 0
-    loader.close()
+    run(folder / "w2", data, ranks)
     stop_ranks()
 
 
 @pytest.mark.slow
-def test_the_count_over_ranks_is_in_the_metrics(data, tmp_path, training_forkserver):
-    for world_size in (1, 2):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            arguments = (world_size, free.getsockname()[1], tmp_path, data)
-        torch.multiprocessing.start_processes(run_rank, arguments, nprocs=world_size, start_method="forkserver")
+def test_the_count_over_ranks_is_in_the_metrics(data, tmp_path, monkeypatch, training_forkserver):
+    monkeypatch.setattr(runlog, "RUNS", tmp_path)
+    run(tmp_path / "w1", data, Ranks(0, 1, torch.device("cpu"), None))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        arguments = (2, free.getsockname()[1], tmp_path, data)
+    torch.multiprocessing.start_processes(run_rank, arguments, nprocs=2, start_method="forkserver")
     counts = [0] * 5  # nine steps, a line every two
     for step, _, wanted in shuffled_batches(0, np.arange(IMAGES), 4, 0, 1, 0, 9):
         counts[step // 2] += len(set(wanted) & set(BAD))

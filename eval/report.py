@@ -1,94 +1,271 @@
-"""The results of some runs as one Markdown table: printed, and written as report.md to the last of them.
+"""What some runs measured and learnt, beside the published numbers: a table, and one HTML page with pictures.
 
-    python eval/report.py runs/demo-untrained runs/demo
+    python eval/report.py                                  the newest run
+    python eval/report.py runs/demo-untrained runs/demo    several; the page shows the last one's curves and pictures
 
-A row is what was measured (raw pixels, an untrained encoder, a run's encoder), a column a kind of evaluation; a cell
-is the newest result of that kind. Every protocol that a column's numbers come from is named below the table, and in
-the cell itself where one column holds several.
+Prints the table of results and writes report.md and report.html to the last run. Both hold every published table
+with ours beside it; the page also has training curves, views, the correlation matrix, a map of the features, nearest
+neighbours and the accuracy of each class. A part whose data are missing is left out with a sentence that says why.
+The page is one file that needs no network.
 """
 
+import html
+import json
+import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
+from eval.charts import bars, line_chart, scatter
+from eval.correlation import SHOWN_VIEWS, Correlation, config_from, correlate
+from eval.neighbours import (
+    SHOWN,
+    VOTERS,
+    KeptFeatures,
+    Vote,
+    class_accuracy,
+    embedding_map,
+    kept_features,
+    shown_queries,
+    vote,
+)
+from eval.page import matrix_picture, page, paragraph, picture, section, table
+from eval.published import comparison_markdown, comparisons, duration, method_title, published_text
 from eval.subject import read_results
+from eval.summary import (
+    EXPLANATION,
+    Rows,
+    newest_cells,
+    newest_of_encoder,
+    protocol_notes,
+    summary_markdown,
+    table_cells,
+)
 from pipeline.command import RUNS, UserError, run_command
+from pipeline.loader_torch import decode_pil
+from train.methods.barlow_ablations import is_ablated
 
-# Column title → (beginning of the protocol's name, fraction of the labels).
-COLUMNS = {
-    "kNN top-1": ("knn", 1.0),
-    "linear top-1": ("linear", 1.0),
-    "1 % semi-supervised top-1": ("semisup", 0.01),
-    "10 % semi-supervised top-1": ("semisup", 0.1),
+SHOWN_DIMENSIONS = 256  # of the correlation matrix
+MOST_CLASSES = 40  # that are listed one by one; of more, the best and the worst
+CURVES = {
+    "on_diagonal": "Σ (C_ii − 1)²",
+    "off_diagonal": "Σ C_ij², i ≠ j",
+    "diagonal_mean": "mean of C's diagonal",
+    "off_diagonal_rms": "RMS of C off the diagonal",
+    "embedding_spread": "spread of embeddings",
+    "effective_dimensions": "effective dimensions",
+    "lr_weights": "learning rate, weights",
+    "lr_biases": "learning rate, biases",
+    "images_per_s": "images/s",
+    "data_wait_share": "share of time waiting for data",
 }
-KINDS = ("raw pixels", "untrained", "trained")  # the order of rows
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """A table of the results of some runs."""
+    """A table and a page about some runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (RUNS / "latest",)
     """Run folders, each with a results.jsonl; the report is written to the last."""
+    data: Path | None = None
+    """The dataset whose kept features are shown. None: the data the encoder was trained on."""
+    method: str = ""
+    """Which method made the encoder of a folder without config.json, such as barlow_twins or supervised; without it,
+    such results stand beside no method's published numbers."""
 
 
-def row_title(result: dict, run: Path) -> str:
-    """What a result belongs to, for a person."""
-    if result["encoder"] == "raw pixels":
-        return f"raw pixels ({result['dataset']})"
-    what = "untrained encoder" if result["encoder"] == "untrained" else f"encoder of {run.name}"
-    return f"{what} ({result['arch']}, {result['dataset']})"
+def method_of(run: Path, otherwise: str) -> str:
+    """The pretraining method that a run folder tells; an ablation of one is another method."""
+    try:
+        config = config_from(json.loads((run / "config.json").read_text()))
+    except (OSError, ValueError, KeyError):
+        return otherwise
+    changed = (config.method == "barlow_twins" and is_ablated(config)) or config.without
+    return config.method + (", ablated" if changed else "")
 
 
-def newest_cells(runs: list[Path]) -> dict[str, dict[str, dict]]:
-    """{row title: {column title: newest result}}, raw pixels first, then untrained, then trained encoders."""
-    found = []
-    for run in runs:
-        for result in read_results(run):
-            for column, (protocol, fraction) in COLUMNS.items():
-                if result["protocol"].startswith(protocol) and result["fraction"] == fraction:
-                    found.append((KINDS.index(result["encoder"]), row_title(result, run), column, result))
-    rows: dict[str, dict[str, dict]] = {}
-    for _, row, column, result in sorted(found, key=lambda item: item[0]):  # stable: later lines replace earlier
-        rows.setdefault(row, {})[column] = result
-    return rows
+def or_sentence(title: str, make: Callable[[], str]) -> str:
+    """A section, or why it is not there."""
+    try:
+        return section(title, make())
+    except UserError as error:
+        return section(title, paragraph(f"Left out: {error}.", "absent"))
 
 
-def protocol_notes(results: list[dict]) -> list[str]:
-    """One line a protocol: its name, headline metric, seeds, number of images and what was changed."""
-    notes = {}
-    for r in results:
-        changed = "".join(f", {key} {value}" for key, value in r["changed"].items())
-        where = f"{r['split']}: {r['train_images']} training and {r['val_images']} validation images of {r['dataset']}"
-        notes[f"- `{r['protocol']}` {r['metric']}, seed {r['seed']}{changed}; {where}"] = None
-    return list(notes)
+def with_code(text: str) -> str:
+    """Text as HTML, `marked` parts as code."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
-def markdown_table(rows: dict[str, dict[str, dict]]) -> str:
-    """The table and the notes below it. Columns without any result are left out."""
-    columns = [column for column in COLUMNS if any(column in cells for cells in rows.values())]
-    protocols = {c: {cells[c]["protocol"] for cells in rows.values() if c in cells} for c in columns}
-    lines = [f"| | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
-    for row, cells in rows.items():
-        texts = []
-        for column in columns:
-            name = f" `{cells[column]['protocol']}`" if column in cells and len(protocols[column]) > 1 else ""
-            texts.append(f"{cells[column]['value']:.2f}{name}" if column in cells else "–")
-        lines.append(f"| {row} | {' | '.join(texts)} |")
-    notes = protocol_notes([cells[column] for column in columns for cells in rows.values() if column in cells])
-    return "\n".join([*lines, "", "Percent of the validation images; the last epoch's, not the best.", "", *notes])
+def heading(run: Path, results: list[dict], method: str) -> str:
+    """The run's name and what it is."""
+    r = newest_of_encoder(results) or results[-1]
+    facts = [method.replace("_", " "), r["arch"], f"{r['epochs']} epochs, step {r['step']}" if r["epochs"] else ""]
+    facts += [f"{r['resolution_px']} px", f"checkpoint {r['checkpoint_sha256'][:12]}", f"measured {r['time'][:10]}"]
+    return f"<h1>{html.escape(run.resolve().name)}</h1>" + paragraph(" · ".join(filter(None, facts)), "soft")
+
+
+def measured(rows: Rows) -> str:
+    """The table of results as HTML."""
+    if not rows:
+        raise UserError("no kNN, linear or semi-supervised result; `python eval/knn.py` measures the first")
+    head, body = table_cells(rows)
+    cells = [[html.escape(row[0]), *map(with_code, row[1:])] for row in body]
+    notes = "".join(f"<li>{with_code(note)}</li>" for note in protocol_notes(rows))
+    drawn = table(head, cells, range(1, len(head)), [len(body) - 1])
+    return drawn + paragraph(EXPLANATION, "soft") + f'<ul class="soft">{notes}</ul>'
+
+
+def coloured(difference: str) -> str:
+    """A difference as HTML: green where all its parts are upwards, red where all are downwards."""
+    signs = {part.strip()[:1] for part in difference.split("/")}
+    kind = {"+": "plus", "-": "minus"}.get("".join(signs), "")
+    return f'<span class="{kind}">{difference.replace("-", "−")}</span>' if difference else "–"
+
+
+def beside_published(results: list[dict]) -> str:
+    """Every published table, ours beside it; the difference and how ours came about only where there is one of ours."""
+    parts = [paragraph("A difference is given only where the protocol is exactly the published one.", "soft")]
+    for name, compared in comparisons(results).items():
+        marked = [i for i, c in enumerate(compared) if c.ours]
+        head = ("", "ours", "published", "difference", "how ours was measured")[: 5 if marked else 3]
+        rows = []
+        for c in compared:
+            what = f"{html.escape(c.published.what)}<small>{html.escape(method_title(c.published))}</small>"
+            ours = c.ours or '<span class="none">not measured</span>'
+            how = " · ".join(filter(None, (c.seeds and f"seed {c.seeds}", duration(c.seconds), c.remark)))
+            how = f"<code>{c.protocol}</code><small>{html.escape(how)}</small>" if c.ours else ""
+            rows.append([what, ours, published_text(c.published), coloured(c.difference), how][: len(head)])
+        sources = "; ".join(dict.fromkeys(c.published.source for c in compared))
+        parts += [f"<h3>{html.escape(name)}</h3>", table(head, rows, (1, 2, 3), marked)]
+        parts.append(paragraph(f"Published: {sources}.", "soft"))
+    return "".join(parts)
+
+
+def curves(run: Path) -> str:
+    """Every number of metrics.jsonl over the epochs."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    if not lines:
+        raise UserError(f"{path} has no line: this run was not trained here, or for no step")
+    names = [name for name in lines[0] if name not in ("step", "epoch")]
+    epochs = [line["epoch"] for line in lines]
+    drawn = [
+        line_chart(CURVES.get(n, n), "epoch", epochs, [line.get(n, float("nan")) for line in lines]) for n in names
+    ]
+    return f'<div class="grid">{"".join(f"<div class=card>{chart}</div>" for chart in drawn)}</div>'
+
+
+def views(c: Correlation) -> str:
+    pairs = "".join(
+        f'<div class="pair">{picture(one, f"image {i}, view 1")}{picture(two, f"image {i}, view 2")}</div>'
+        for i, (one, two) in enumerate(c.pairs, 1)
+    )
+    said = f"{SHOWN_VIEWS} images of the run's first batch, view 1 beside view 2, as the network saw them."
+    return f'<div class="pictures">{pairs}</div>' + paragraph(said, "soft")
+
+
+def matrix(c: Correlation) -> str:
+    d = min(SHOWN_DIMENSIONS, len(c.matrix))
+    said = (
+        f"Cross-correlation of the two views' embeddings over {c.images} training images: mean of the diagonal "
+        f"{c.diagonal_mean:.3f}, RMS off it {c.off_diagonal_rms:.4f} (independent numbers would give "
+        f"{c.images**-0.5:.4f}). Shown: the first {d} of {len(c.matrix)} dimensions, blue above 0, orange below."
+    )
+    drawn = matrix_picture(c.matrix[:d, :d], "cross-correlation matrix")
+    return f'<figure class="matrix">{drawn}<figcaption>{html.escape(said)}</figcaption></figure>'
+
+
+def feature_map(kept: KeptFeatures) -> str:
+    places, labels, names = embedding_map(kept)
+    of = len(kept.dataset.train.classes)
+    said = f"t-SNE of the features of {len(places)} validation images" + (
+        f" of {len(names)} of the {of} classes." if of > len(names) else "."
+    )
+    drawn = scatter(places.tolist(), labels.tolist(), names)
+    return f'<figure class="map card">{drawn}<figcaption>{said}</figcaption></figure>'
+
+
+def neighbours(kept: KeptFeatures, found: Vote) -> str:
+    """Rows of pictures: a validation image, then its nearest training images."""
+    train, val, classes = kept.dataset.train, kept.dataset.val, kept.dataset.train.classes
+
+    def shown(beton, sample: int, caption: str, kind: str) -> str:
+        drawn = picture(decode_pil(beton, sample), caption, 160)
+        return f'<figure class="{kind}">{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>'
+
+    rows = []
+    for query in shown_queries(kept, found):
+        sample = int(found.queries[query])
+        label = kept.dataset.val_labels[sample]
+        figures = [shown(val, sample, classes[label], "query")]
+        for row, similarity in zip(found.rows[query, :SHOWN], found.similarity[query, :SHOWN], strict=True):
+            kind = "hit" if train.labels[row] == label else "miss"
+            figures.append(shown(train, int(row), f"{classes[train.labels[row]]} {similarity:.2f}", kind))
+        rows.append(f'<div class="row">{"".join(figures)}</div>')
+    said = f"A validation image, then the {SHOWN} training images with the most similar features, and their cosine."
+    return "".join(rows) + paragraph(said, "soft")
+
+
+def classes_accuracy(kept: KeptFeatures, found: Vote) -> str:
+    accuracy = list(class_accuracy(kept, found).items())
+    said = (
+        f"Top-1 of the {VOTERS} nearest neighbours' vote over {len(found.queries)} of {len(kept.val)} images, percent"
+    )
+    if len(accuracy) > MOST_CLASSES:
+        half = MOST_CLASSES // 2
+        said += f"; the {half} best and the {half} worst of {len(accuracy)} classes"
+        accuracy = accuracy[:half] + accuracy[-half:]
+    return bars(*zip(*accuracy, strict=True)) + paragraph(f"{said}.", "soft")
+
+
+def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows) -> str:
+    """The whole page about the last run."""
+    run = config.runs[-1]
+    plain, own = [r for _, r in results], [r for where, r in results if where == run]
+    parts = [heading(run, own or plain, method_of(run, config.method))]
+    parts.append(or_sentence("Results", lambda: measured(rows)))
+    parts.append(section("Beside the published numbers", beside_published(plain)))
+    parts.append(or_sentence("Training", lambda: curves(run)))
+    try:
+        c = correlate(run)
+        parts += [section("Both views", views(c)), section("Correlation matrix", matrix(c))]
+    except UserError as error:
+        parts.append(section("Views and correlation matrix", paragraph(f"Left out: {error}.", "absent")))
+    try:
+        kept = kept_features(run, own, config.data)
+    except UserError as error:
+        parts.append(section("Features", paragraph(f"Left out: {error}.", "absent")))
+        return page(f"{run.resolve().name}: report", parts)
+    parts.append(or_sentence("Map of the features", lambda: feature_map(kept)))
+    try:
+        found = vote(kept)
+        parts.append(section("Nearest neighbours", neighbours(kept, found)))
+        parts.append(or_sentence("Accuracy of each class", lambda: classes_accuracy(kept, found)))
+    except UserError as error:
+        parts.append(section("Nearest neighbours", paragraph(f"Left out: {error}.", "absent")))
+    return page(f"{run.resolve().name}: report", parts)
 
 
 def main(config: ReportConfig) -> None:
-    rows = newest_cells(list(config.runs))
-    if not rows:
+    results = [
+        (run, result | {"method": method_of(run, config.method)}) for run in config.runs for result in read_results(run)
+    ]
+    if not results:
         raise UserError(
-            f"no kNN, linear or semi-supervised result in {config.runs[-1]}; run `python eval/knn.py` first"
+            f"no result in {config.runs[-1]}; measure this run first, for example with `python eval/knn.py`"
         )
-    text = markdown_table(rows)
-    print(text)
-    (config.runs[-1] / "report.md").write_text(text + "\n")
+    rows = newest_cells(results)
+    summary = summary_markdown(rows) if rows else "No kNN, linear or semi-supervised result yet."
+    print(summary)
+    beside = comparison_markdown([result for _, result in results])
+    (config.runs[-1] / "report.md").write_text(f"{summary}\n\n## Beside the published numbers\n\n{beside}\n")
+    (config.runs[-1] / "report.html").write_text(make_page(config, results, rows))
+    print(f"{config.runs[-1] / 'report.html'} and report.md hold the rest", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ train.methods.contract train.methods.barlow_twins train.methods.barlow_ablations
 train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicreg train.methods.choose train.lars
 train.schedule train.checkpoint train.runstate train.recompute train.guard train.watchdog train.runlog train.pretrain
 eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
-eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer eval.report
+eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer
+eval.published eval.summary eval.charts eval.page eval.correlation eval.neighbours eval.report
 """.split()
 ENTRIES = {"pipeline.convert", "pipeline.preview", "train.pretrain"} | {
     f"eval.{name}" for name in ("extract", "knn", "linear", "heads", "semisup", "svm", "transfer", "report")
@@ -64,7 +65,7 @@ def test_imports_flow_one_way():
 
 def test_no_file_shadows_a_module():
     dependencies = {"torch", "torchvision", "timm", "numba", "numpy", "ffcv", "nvidia", "triton", "PIL", "tyro", "tqdm"}
-    dependencies |= {"safetensors", "tensorboard", "sklearn", "matplotlib", "scipy", "pytest"}
+    dependencies |= {"safetensors", "tensorboard", "sklearn", "matplotlib", "scipy", "pytest", "pycocotools"}
     taken = set(sys.stdlib_module_names) | dependencies | set(PACKAGES)
     files = [p for folder in (*PACKAGES, "scripts") for p in (REPO / folder).glob("*.py")]
     assert [str(p) for p in files if p.stem in taken] == []

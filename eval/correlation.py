@@ -1,0 +1,106 @@
+"""What the loss saw: both views of some training images, and the cross-correlation matrix of their embeddings.
+
+The views are those of the run's own first batches. The network is the checkpoint's, with its projector, in
+evaluation mode; every embedding dimension is then normalized over all the images taken, as the loss does.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.beton import open_beton
+from pipeline.command import UserError
+from pipeline.loader import make_loader
+from pipeline.spec import LoaderConfig, Normalization
+from train.cards import train_beton
+from train.checkpoint import CHECKPOINT, read_checkpoint
+from train.config import NORMALIZATIONS, PretrainConfig
+from train.methods.barlow_twins import cross_correlation
+from train.methods.choose import make_method, view_table
+from train.model import make_backbone
+
+IMAGES, IMAGES_LARGE_ON_CPU = 1024, 128  # a ResNet-50 at 224 px takes a second for ten images on two cores
+LARGE_PX = 96
+BATCH = 128
+SHOWN_VIEWS = 8
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """pairs: [(view 1, view 2)] as (H, W, 3) uint8; matrix (D, D) float32; images: how many it is made of."""
+
+    method: str
+    pairs: list[tuple[np.ndarray, np.ndarray]]
+    matrix: np.ndarray
+    images: int
+
+    @property
+    def diagonal_mean(self) -> float:
+        return float(self.matrix.diagonal().mean())
+
+    @property
+    def off_diagonal_rms(self) -> float:
+        d = len(self.matrix)
+        squares = np.square(self.matrix, dtype=np.float64).sum() - np.square(self.matrix.diagonal(), dtype=float).sum()
+        return float(np.sqrt(squares / max(1, d * (d - 1))))
+
+
+def config_from(plain: dict) -> PretrainConfig:
+    """The configuration that checkpoints and config.json hold; values that this program does not know are dropped."""
+    known = {field.name for field in fields(PretrainConfig)}
+    plain = {name: value for name, value in plain.items() if name in known}
+    return PretrainConfig(**plain | {"data": Path(plain["data"]), "without": tuple(plain.get("without", ()))})
+
+
+def load_method(run: Path) -> tuple[torch.nn.Module, PretrainConfig]:
+    """The whole pretrained network of a run folder, in evaluation mode on the CPU. Raises UserError."""
+    state = read_checkpoint(run / CHECKPOINT)
+    if not state["config"]:
+        raise UserError(f"{run / CHECKPOINT} does not tell how it was trained, so its projector cannot be rebuilt")
+    config = config_from(state["config"])
+    method = make_method(*make_backbone(config.arch, config.stem), config)
+    method.load_state_dict(state["model"])
+    return method.eval(), config
+
+
+def shown_pixels(view: torch.Tensor, normalization: Normalization) -> np.ndarray:
+    """Normalized views (B, 3, H, W) → (B, H, W, 3) uint8."""
+    std, mean = (torch.tensor(v)[:, None, None] for v in (normalization.std, normalization.mean))
+    pixels = (view.float().cpu() * std + mean) * 255
+    return pixels.round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def correlate(run: Path) -> Correlation:
+    """Embeds the views of at most IMAGES images of the run's first batches. Raises UserError where that cannot be."""
+    method, config = load_method(run)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    method = method.to(device, memory_format=torch.channels_last)
+    data = train_beton(config.data)
+    images = len(open_beton(data))
+    loading = LoaderConfig(
+        data=data,
+        views=view_table(config),
+        resolution_px=config.resolution,
+        global_batch=min(BATCH, images),
+        seed=config.seed,
+        normalization=NORMALIZATIONS[config.views],
+        device=device,
+    )
+    most = IMAGES_LARGE_ON_CPU if device == "cpu" and config.resolution >= LARGE_PX else IMAGES
+    loader, embeddings, pairs = make_loader(loading), ([], []), []
+    try:
+        for batch in loader.batches(0, max(1, min(most, images) // BATCH)):
+            for kept, view in zip(embeddings, batch.views, strict=True):
+                kept.append(method.projector(method.backbone(view)).float())
+            if not pairs:
+                shown = (shown_pixels(view[:SHOWN_VIEWS], loading.normalization) for view in batch.views)
+                pairs = list(zip(*shown, strict=True))
+    finally:
+        loader.close()
+    z1, z2 = (torch.cat(parts) for parts in embeddings)
+    # A dimension that never varies has no correlation: it stays 0 instead of becoming no number.
+    z1, z2 = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-6) for z in (z1, z2))
+    return Correlation(config.method, pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))

@@ -1,0 +1,141 @@
+"""What kept features show: a map of them, the nearest training images of some others, the accuracy of each class.
+
+Nothing is extracted here: the features are those that eval/knn.py or eval/linear.py kept in the run folder.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from eval.features import Encoder, cache_entry, centre_loader_config, open_encoder, read_features
+from eval.metrics import inverse_lengths, knn_votes, label_ranks, nearest
+from eval.splits import Dataset, open_dataset
+from eval.summary import newest_of_encoder
+from pipeline.beton import Beton
+from pipeline.command import DATA, UserError
+from train.checkpoint import CHECKPOINT
+
+MAP_IMAGES, MAP_CLASSES = 600, 10
+QUERIES, SHOWN = 6, 8  # images whose neighbours are shown, and how many of them
+VOTERS = 20  # the k of the headline nearest-neighbour accuracy
+MULTIPLICATIONS = {"cpu": 6e10, "cuda": 5e13}  # a few seconds' worth of similarities
+CHUNK = 256
+FEWEST_A_CLASS = 5
+
+
+@dataclass(frozen=True)
+class KeptFeatures:
+    """A run's encoder, the dataset, and features of its splits, (N, D) and (M, D) of the type they were kept in."""
+
+    encoder: Encoder
+    dataset: Dataset
+    val: torch.Tensor
+    train: torch.Tensor | None
+
+
+def kept_features(run: Path, results: list[dict], data: Path | None = None) -> KeptFeatures:
+    """What the run's evaluations kept, of the encoder of its newest result. `data` None: what it was trained on.
+
+    Raises UserError where there is no checkpoint, no dataset or no features of its val part.
+    """
+    newest = newest_of_encoder(results)
+    checkpoint = run if newest is None or (run / CHECKPOINT).exists() else Path(newest["checkpoint"])
+    encoder = open_encoder(checkpoint)
+    if newest:
+        encoder = replace(encoder, info=replace(encoder.info, resolution_px=newest["resolution_px"]))
+    dataset = open_dataset(data or Path(encoder.info.data or DATA / "imagenet"))
+    val = _kept(encoder, dataset.val, run)
+    if val is None:
+        raise UserError(
+            f"no features of {dataset.val.path} are kept in {run}; `python eval/knn.py --checkpoint {checkpoint}` "
+            "keeps them"
+        )
+    return KeptFeatures(encoder, dataset, val, _kept(encoder, dataset.train, run))
+
+
+def _kept(encoder: Encoder, beton: Beton, run: Path) -> torch.Tensor | None:
+    """Features of a whole split, of whatever type and loader."""
+    for dtype in (torch.float32, torch.float16):
+        for backend in ("ffcv", "torch", "dali"):
+            config = centre_loader_config(encoder, beton.path, None, backend, 0)
+            kept = read_features(*cache_entry(encoder, beton, run / "features", config, dtype))
+            if kept is not None:
+                return kept
+    return None
+
+
+def embedding_map(kept: KeptFeatures) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """t-SNE of val features: (n, 2), labels (n,) into the names returned. At most MAP_CLASSES classes, spread evenly.
+
+    scikit-learn's, of the unit-length features' 50 principal components, perplexity 30, a fixed seed.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    labels = kept.dataset.val_labels
+    present = np.unique(labels)
+    classes = present[np.unique(np.linspace(0, len(present) - 1, MAP_CLASSES).round().astype(int))]
+    each = MAP_IMAGES // len(classes)
+    ids = np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])
+    if len(ids) < 10:
+        raise UserError(f"{len(ids)} validation images are too few for a map of their features")
+    rows = normalize(kept.val[torch.from_numpy(ids)].float(), dim=1).numpy()
+    rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
+    places = TSNE(perplexity=min(30, len(ids) / 4), init="pca", max_iter=500, random_state=0).fit_transform(rows)
+    return places, np.searchsorted(classes, labels[ids]), [kept.dataset.train.classes[c] for c in classes]
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Of each query, a val image: its nearest training images and whether their vote hits. Rows (n, VOTERS), sorted."""
+
+    queries: np.ndarray
+    rows: np.ndarray
+    similarity: np.ndarray
+    hits: np.ndarray
+
+
+@torch.no_grad()
+def vote(kept: KeptFeatures) -> Vote:
+    """The nearest-neighbour vote of as many val images, evenly spread, as a few seconds allow."""
+    train, val = kept.train, kept.val
+    if train is None:
+        raise UserError("features of the training images are not kept; `python eval/knn.py` without --fraction does so")
+    device = kept.encoder.device
+    most = max(QUERIES, int(MULTIPLICATIONS[device.split(":")[0]] / train.numel()))
+    queries = np.unique(np.linspace(0, len(val) - 1, min(most, len(val))).round().astype(np.int64))
+    train, scale = train.to(device), inverse_lengths(train).to(device)
+    labels = torch.from_numpy(kept.dataset.train.labels).to(device)
+    own = torch.from_numpy(kept.dataset.val_labels[queries]).to(device)
+    parts = []
+    for start in range(0, len(queries), CHUNK):
+        chunk = val[torch.from_numpy(queries[start : start + CHUNK])].to(device).float()
+        similarity, rows = nearest(train, scale, normalize(chunk, dim=1), VOTERS)
+        votes = knn_votes(similarity, labels[rows], len(kept.dataset.train.classes))
+        hits = label_ranks(votes, own[start : start + CHUNK]) == 0
+        parts.append([part.cpu().numpy() for part in (rows, similarity, hits)])
+    rows, similarity, hits = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return Vote(queries, rows, similarity, hits)
+
+
+def class_accuracy(kept: KeptFeatures, found: Vote) -> dict[str, float]:
+    """Percent of each class's queries that the vote hits, best first; classes without val images are left out."""
+    labels = kept.dataset.val_labels[found.queries]
+    if len(labels) < FEWEST_A_CLASS * len(np.unique(labels)):
+        raise UserError(
+            f"nearest neighbours of {len(labels)} validation images were affordable here, too few for "
+            f"{len(np.unique(labels))} classes; a GPU would do"
+        )
+    accuracy = {kept.dataset.train.classes[c]: 100 * found.hits[labels == c].mean() for c in np.unique(labels)}
+    return dict(sorted(accuracy.items(), key=lambda item: -item[1]))
+
+
+def shown_queries(kept: KeptFeatures, found: Vote) -> list[int]:
+    """Positions among the queries of QUERIES images, each of another class where there are as many, spread evenly."""
+    labels = kept.dataset.val_labels[found.queries]
+    firsts = np.sort(np.unique(labels, return_index=True)[1])
+    firsts = firsts[np.argsort(labels[firsts])]
+    return [int(firsts[i]) for i in np.unique(np.linspace(0, len(firsts) - 1, QUERIES).round().astype(int))]

@@ -1,0 +1,112 @@
+"""The published numbers and what may stand beside them."""
+
+import pytest
+
+from eval.published import PUBLISHED, comparison_markdown, comparisons, duration, published_text
+
+# Copied by hand from the papers' and model cards' tables.
+NUMBERS = """
+73.2 91.0 71.4 90.2 76.5 60.6 63.6 69.3 71.1 71.3 71.8 75.3 74.3
+55.0 79.2 69.7 89.3 25.4 48.3 53.2 53.9 56.4 65.6 68.8 70.2
+15.51 33.98 45.96 61.90 71.01 71.66 63.6 63.8 62.7 61.9
+86.2 54.1 46.5 56.8 82.6 63.4 39.2 59.0 42.5 34.3 56.0 36.5 92.10 84.2
+"""
+
+
+def result(protocol, values, **more):
+    imagenet = {"dataset": "imagenet", "classes": 1000, "val_images": 50_000, "arch": "resnet50", "fraction": 1.0}
+    run = {"encoder": "trained", "method": "barlow_twins", "epochs": 300, "checkpoint_sha256": "a", "seed": 0}
+    rest = {"changed": {}, "dataset_sha256": {}, "seconds": 90.0, "protocol": protocol, "values": values}
+    return imagenet | run | rest | more
+
+
+def rows(results):
+    """{(table, method, what, epochs): Comparison}"""
+    return {
+        (t, c.published.method, c.published.what, c.published.epochs): c
+        for t, compared in comparisons(results).items()
+        for c in compared
+    }
+
+
+LINEAR = ("Linear, ImageNet", "barlow_twins", "linear top-1/top-5", 1000)
+ONE_PERCENT = ("Semi-supervised, ImageNet", "barlow_twins", "1 % labels, top-1/top-5", 1000)
+
+
+def test_every_published_number_is_there():
+    assert sorted(v for p in PUBLISHED for v in p.values.values()) == sorted(map(float, NUMBERS.split()))
+    text = comparison_markdown([])
+    assert text.count("not measured") == len(PUBLISHED) and text.count("###") == 6
+    assert published_text(PUBLISHED[0]) == "73.2 / 91.0"
+
+
+def test_difference_of_the_same_protocol():
+    c = rows([result("linear-bt", {"top1": 72.0, "top5": 91.5})])[LINEAR]
+    assert (c.ours, c.difference, c.protocol) == ("72.00 / 91.50", "-1.20 / +0.50", "linear-bt")
+    assert (c.seeds, c.seconds, c.remark) == ("0", 90.0, "pretrained for 300 epochs")
+
+
+@pytest.mark.parametrize(
+    "protocol, more, remark",
+    [
+        ("linear-bt-modified", {"changed": {"epochs": 10}}, "modified: epochs 10"),
+        ("linear-bt", {"arch": "resnet18"}, "resnet18"),
+    ],
+)
+def test_no_difference_where_anything_differs(protocol, more, remark):
+    c = rows([result(protocol, {"top1": 72.0, "top5": 91.5}, **more)])[LINEAR]
+    assert c.ours == "72.00 / 91.50" and c.difference == "" and remark in c.remark
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"method": "simclr"},
+        {"method": ""},
+        {"encoder": "untrained"},
+        {"val_images": 500, "classes": 10},
+        {"fraction": 0.1},
+        {"protocol": "linear-cached"},
+    ],
+)
+def test_what_does_not_belong_there(more):
+    assert rows([result("linear-bt", {"top1": 72.0, "top5": 91.5}) | more])[LINEAR].ours == ""
+
+
+def test_another_methods_run_stands_in_its_own_row():
+    found = rows([result("linear-bt", {"top1": 69.0, "top5": 89.0}, method="simclr")])
+    assert [key[1] for key, c in found.items() if c.ours] == ["simclr"]
+    assert found["Linear, ImageNet", "simclr", "linear top-1", None].difference == "-0.30"
+
+
+def test_seeds_are_averaged_of_one_checkpoint_and_setting():
+    lines = [result("semisup-bt", {"top1": 90.0, "top5": 99.0}, fraction=0.01, checkpoint_sha256="old", seed=7)]
+    lines += [result("semisup-bt", {"top1": t, "top5": 80.0}, fraction=0.01, seed=s) for s, t in ((0, 1.0), (0, 54.0))]
+    lines += [result("semisup-bt", {"top1": 56.0, "top5": 80.0}, fraction=0.01, seed=1)]
+    lines += [result("semisup-bt-modified", {"top1": 99.0, "top5": 99.0}, fraction=0.01, changed={"epochs": 9})]
+    c = rows(lines)[ONE_PERCENT]
+    assert c.ours == "55.00 ± 1.41 / 80.00 ± 0.00" and c.seeds == "0, 1" and c.seconds == 180.0
+    assert c.difference == "+0.00 / +0.80"
+
+
+def test_seeds_of_one_line():
+    seeds = [{"seed": s, "split": "all", "top1": t, "top5": 80.0} for s, t in enumerate((54.0, 56.0, 58.0))]
+    line = result("semisup-bt", {"top1": 56.0, "top5": 80.0}, fraction=0.01, details={"seeds": seeds})
+    c = rows([line])[ONE_PERCENT]
+    assert (c.ours, c.seeds, c.seconds) == ("56.00 ± 2.00 / 80.00 ± 0.00", "0, 1, 2", 90.0)
+
+
+def test_cifar_and_detection_give_no_difference():
+    cifar = {"classes": 10, "val_images": 10_000, "arch": "resnet18", "dataset": "anything"}
+    voc = {"AP": 50.0, "AP50": 80.0, "AP75": 55.0}
+    found = rows(
+        [result("linear-cached", {"top1": 91.0}, **cifar), result("detection-voc0712", voc, classes=20, fraction=None)]
+    )
+    c = found["CIFAR-10, ResNet-18", "barlow_twins", "linear top-1", 1000]
+    assert c.ours == "91.00" and c.difference == "" and "another protocol" in c.remark
+    c = found["Detection and segmentation, R50-C4", "barlow_twins", "VOC07+12, AP/AP50/AP75", 1000]
+    assert c.ours == "50.00 / 80.00 / 55.00" and c.difference == "" and "Detectron2" in c.remark
+
+
+def test_duration():
+    assert [duration(s) for s in (None, 5.4, 90, 7200)] == ["", "5 s", "1.5 min", "2.0 h"]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from pipeline.beton import Beton
 from pipeline.command import UserError
 from pipeline.loader import make_loader
-from pipeline.spec import CentreCrop, LoaderConfig
+from pipeline.spec import LoaderConfig, centre_view
 from train.checkpoint import BackboneInfo, load_backbone
 from train.model import make_backbone
 
@@ -87,11 +87,6 @@ def random_encoder(info: BackboneInfo, seed: int) -> tuple[nn.Module, BackboneIn
         module, _ = make_backbone(info.arch, info.stem)
     named = f"random weights of {info.arch}, {info.stem} stem, seed {seed}"
     return module, replace(info, step=0, epochs=0, seed=seed, sha256=hashlib.sha256(named.encode()).hexdigest())
-
-
-def centre_view(resolution_px: int) -> CentreCrop:
-    """The evaluation view: 256 → 224 px and the like; images of less than 64 px keep every pixel."""
-    return CentreCrop(resize_px=round(resolution_px * 256 / 224) if resolution_px >= 64 else resolution_px)
 
 
 def extract_batch(resolution_px: int) -> int:

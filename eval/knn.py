@@ -10,11 +10,10 @@ exp(similarity / 0.07), k = 10, 20, 100, 200. The headline is k = 20, fixed befo
 
 from dataclasses import dataclass
 
-from eval.metrics import KNN_NEIGHBOURS, KNN_TEMPERATURE, knn_accuracy
+from eval.metrics import knn_accuracy
 from eval.subject import SubjectConfig, open_subject, record_result
 from pipeline.command import UserError, run_command
-
-HEADLINE = 20
+from train.knn_vote import KNN_HEADLINE, KNN_NEIGHBOURS, KNN_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,10 @@ class KnnConfig(SubjectConfig):
 
 def main(config: KnnConfig) -> dict:
     subject = open_subject(config, config.fraction)
-    if subject.subset.images < HEADLINE:
+    if subject.subset.images < KNN_HEADLINE:
         raise UserError(
             f"{subject.dataset.train.path} offers {subject.subset.images} training images at --fraction "
-            f"{config.fraction:g}, at least {HEADLINE} are needed to vote; use a larger fraction or dataset"
+            f"{config.fraction:g}, at least {KNN_HEADLINE} are needed to vote; use a larger fraction or dataset"
         )
     by_k = knn_accuracy(
         subject.train_features(),
@@ -41,7 +40,7 @@ def main(config: KnnConfig) -> dict:
     )
     values = {f"{name}_k{k}": value for k, accuracy in by_k.items() for name, value in accuracy._asdict().items()}
     settings = {"neighbours": list(KNN_NEIGHBOURS), "temperature": KNN_TEMPERATURE}
-    metric = f"top1_k{HEADLINE}"
+    metric = f"top1_k{KNN_HEADLINE}"
     return record_result(subject, "knn-mmselfsup", settings, settings, metric, values, config.fraction)
 
 

@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import normalize
 
 from eval.features import Encoder, cache_entry, centre_loader_config, open_encoder, read_features
-from eval.metrics import inverse_lengths, knn_votes, label_ranks, nearest
 from eval.splits import Dataset, open_dataset
 from eval.summary import newest_of_encoder
 from pipeline.beton import Beton
 from pipeline.command import DATA, UserError
 from train.checkpoint import CHECKPOINT
+from train.knn_vote import inverse_lengths, knn_votes, label_ranks, nearest
 
 MAP_IMAGES, MAP_CLASSES = 600, 10
 QUERIES, SHOWN = 6, 8  # images whose neighbours are shown, and how many of them

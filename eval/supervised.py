@@ -23,9 +23,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from eval.metrics import Accuracy, label_ranks, rank_accuracy
+from eval.metrics import Accuracy, rank_accuracy
 from pipeline.command import UserError
 from pipeline.order import shuffled_batches
+from train.knn_vote import label_ranks
 
 MOMENTUM = 0.9  # every published protocol here trains with this
 LINE_HEADS = 6  # named in an epoch's line

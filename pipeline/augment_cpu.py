@@ -96,3 +96,17 @@ def apply_view(image, params, b, v, bicubic, table, scratch, out):
     if p.solarize[b, v]:
         apply_solarize(planes)
     write_view(planes, table, out)
+
+
+@jit
+def views_of_images(pixels, starts, heights, widths, params, bicubic, scratch, table, first, views):
+    """The V views of decoded images, image b (h, w, 3) from byte starts[b] of `pixels` on → views (V, B, H, W, 3).
+
+    They are number first, first + 1, … of the batch, whose whole array `views` is: one layout, so that one compiled
+    version serves every number of images.
+    """
+    for b in range(len(starts)):
+        height, width = heights[b], widths[b]
+        image = pixels[starts[b] : starts[b] + height * width * 3].reshape(height, width, 3)
+        for v in range(len(bicubic)):
+            apply_view(image, params, b, v, bicubic[v], table, scratch, views[v, first + b])

@@ -47,4 +47,8 @@ def make_loader(config: LoaderConfig) -> Loader:
         from pipeline.loader_dali import DaliLoader
 
         return DaliLoader(config)
-    raise UserError(f"--loader {config.backend} is unknown; choose ffcv, torch or dali")
+    if config.backend == "resident":
+        from pipeline.loader_resident import ResidentLoader
+
+        return ResidentLoader(config)
+    raise UserError(f"--loader {config.backend} is unknown; choose ffcv, resident, torch or dali")

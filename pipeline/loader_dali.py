@@ -26,11 +26,10 @@ from threading import local
 import numpy as np
 import torch
 
-from pipeline.augment_cpu import apply_view, make_scratch, normalization_table
+from pipeline.augment_cpu import Scratch, make_scratch, normalization_table, views_of_images
 from pipeline.bad_images import BadImages
 from pipeline.beton import MODE_JPEG, STATUS_TEXT
 from pipeline.command import UserError
-from pipeline.compiled import jit
 from pipeline.draws import ViewParams, centre_views, draw_views
 from pipeline.order import rank_batch, steps_per_epoch
 from pipeline.plan import Plan, make_plan, samples_in_use
@@ -96,16 +95,6 @@ def spanned(addresses: np.ndarray, sizes_bytes: np.ndarray, device: torch.device
     return pixels, addresses - first
 
 
-@jit
-def views_of_images(pixels, starts, heights, widths, params, bicubic, scratch, table, first, end, views):
-    """The V views of images first … end - 1 of the batch, which lie in `pixels`, → views (V, B, H, W, 3)."""
-    for b in range(first, end):
-        height, width = heights[b], widths[b]
-        image = pixels[starts[b] : starts[b] + height * width * 3].reshape(height, width, 3)
-        for v in range(len(bicubic)):
-            apply_view(image, params, b, v, bicubic[v], table, scratch, views[v, b])
-
-
 class DaliLoader:
     """Batches from a .beton file or shards; see LoaderConfig and Batch for what is in them.
 
@@ -136,19 +125,21 @@ class DaliLoader:
         self._device_id = self._stream.device_index if on_gpu else None
         self._table = normalization_table(config.normalization)
         self._thread = local()
-        self._pool = ThreadPoolExecutor(self.workers, "views", initializer=self._start_thread)
+        self._pool = ThreadPoolExecutor(self.workers, "views")
         self._maker = ThreadPoolExecutor(1, "maker")  # the one thread that talks to DALI
 
-    def _start_thread(self) -> None:
-        if not self._gpu_views:
-            heights, widths = self.sizes
-            self._thread.scratch = make_scratch(int(heights.max()), int(widths.max()), self.config.resolution_px)
+    def _scratch(self, side_px: int) -> Scratch:
+        """The calling thread's memory for views of this side."""
+        if getattr(self._thread, "side_px", 0) != side_px:
+            largest = (int(size.max()) for size in self.sizes)
+            self._thread.scratch, self._thread.side_px = make_scratch(*largest, side_px), side_px
+        return self._thread.scratch
 
     def _params(self, ids: np.ndarray, epoch: int) -> ViewParams:
         c, heights, widths = self.config, self.sizes[0][ids], self.sizes[1][ids]
         if isinstance(c.views, CentreCrop):
             return centre_views(heights, widths, c.views, c.resolution_px)
-        return draw_views(c.seed, epoch, ids, heights, widths, c.views, c.resolution_px)
+        return draw_views(c.seed, epoch, ids, heights, widths, c.views, c.resolution_at(epoch))
 
     def _views(self, images, ids: np.ndarray, epoch: int) -> tuple[torch.Tensor, ...]:
         """The views of a decoded batch, finished: the decoded pixels may go when this returns."""
@@ -156,7 +147,7 @@ class DaliLoader:
         addresses = np.array([images[b].data_ptr() for b in range(len(ids))], np.int64)
         device = self.device if self._stream else torch.device("cpu")
         pixels, starts = spanned(addresses, heights * widths * 3, device)
-        params, side = self._params(ids, epoch), self.config.resolution_px
+        params, side = self._params(ids, epoch), self.config.resolution_at(epoch)
         if self._gpu_views:
             from pipeline.augment_gpu import make_views
             from pipeline.resample_gpu import plan_views
@@ -173,10 +164,9 @@ class DaliLoader:
         cuts = pairwise(np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int))
 
         def job(first: int, end: int) -> None:
-            scratch = self._thread.scratch
-            views_of_images(
-                *(source, starts, heights, widths, params, bicubic, scratch, self._table, first, end), target
-            )
+            own = ViewParams(*(array[first:end] for array in params))
+            images = source, starts[first:end], heights[first:end], widths[first:end]
+            views_of_images(*images, own, bicubic, self._scratch(side), self._table, first, target)
 
         for done in [self._pool.submit(job, int(a), int(z)) for a, z in cuts]:
             done.result()
@@ -243,7 +233,7 @@ class DaliLoader:
         largest = -(-self.config.global_batch // self.config.world_size)
         graph = make_graph(jpegs, largest, self.workers, self._device_id)
         graph.schedule_run()
-        side, count = self.config.resolution_px, len(self._interpolations)
+        count = len(self._interpolations)
         for step, epoch, ids, substituted in plan:
             if len(ids):
                 images = self._decoded(graph, ids)
@@ -252,6 +242,7 @@ class DaliLoader:
                 graph.release_outputs()
                 graph.schedule_run()
             else:
+                side = self.config.resolution_at(epoch)
                 views = tuple(torch.empty((0, 3, side, side), device=self.device) for _ in range(count))
             label, sample = torch.from_numpy(self.labels[ids]), torch.from_numpy(ids)
             yield Batch(views, label.to(self.device), sample.to(self.device), step, epoch, substituted)

@@ -21,11 +21,12 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch, normalization_table
+from pipeline.augment_cpu import UNCHANGED, Scratch, apply_view, make_scratch, normalization_table
 from pipeline.bad_images import BadImages
 from pipeline.beton import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle, open_beton
 from pipeline.compiled import jit
@@ -33,6 +34,9 @@ from pipeline.draws import ViewParams, centre_views, draw_views
 from pipeline.order import rank_batch, steps_per_epoch
 from pipeline.plan import make_plan, samples_in_use
 from pipeline.spec import Batch, CentreCrop, LoaderConfig
+
+if TYPE_CHECKING:
+    from pipeline.resample_gpu import ViewPlan
 
 AHEAD = 2  # batches in the making beside the one in use: enough to hide the jitter of decode times
 JOBS_PER_WORKER = 4  # a batch is split finer than the workers, so that none waits long for the slowest
@@ -120,17 +124,22 @@ class FfcvLoader:
         handle = make_handle()
         self._handles.append(handle)
         self._thread.handle = handle
-        if self._gpu_views:
-            return
-        self._thread.pixels = np.empty(self._image_bytes, np.uint8)
-        heights, widths = self.sizes
-        self._thread.scratch = make_scratch(int(heights.max()), int(widths.max()), self.config.resolution_px)
+        if not self._gpu_views:
+            self._thread.pixels = np.empty(self._image_bytes, np.uint8)
+        self._thread.side_px = 0
+
+    def _scratch(self, side_px: int) -> Scratch:
+        """The calling thread's memory for views of this side."""
+        if self._thread.side_px != side_px:
+            largest = (int(size.max()) for size in self.sizes)
+            self._thread.scratch, self._thread.side_px = make_scratch(*largest, side_px), side_px
+        return self._thread.scratch
 
     def _params(self, ids: np.ndarray, epoch: int) -> ViewParams:
         c, heights, widths = self.config, self.sizes[0][ids], self.sizes[1][ids]
         if isinstance(c.views, CentreCrop):
             return centre_views(heights, widths, c.views, c.resolution_px)
-        return draw_views(c.seed, epoch, ids, heights, widths, c.views, c.resolution_px)
+        return draw_views(c.seed, epoch, ids, heights, widths, c.views, c.resolution_at(epoch))
 
     def _job(self, epoch: int, ids: np.ndarray, first: int, views: np.ndarray, status: np.ndarray) -> None:
         """One worker's share of a batch: images number first, first + 1, … into views (V, B, H, W, 3), status (B,)."""
@@ -143,7 +152,7 @@ class FfcvLoader:
             self._params(ids, epoch),
             self._bicubic,
             own.pixels,
-            own.scratch,
+            self._scratch(views.shape[2]),
             self._table,
             first,
             views,
@@ -152,6 +161,10 @@ class FfcvLoader:
 
     def _decode_job(self, ids: np.ndarray, starts: np.ndarray, pixels: np.ndarray, status: np.ndarray) -> None:
         _decode_images(self._thread.handle, self.beton.data, ids, self._sources, starts, pixels, status)
+
+    def _cuts(self, images: int) -> list[tuple[int, int]]:
+        """First and end of each job's share."""
+        return list(pairwise(np.linspace(0, images, min(images, self.workers * JOBS_PER_WORKER) + 1).astype(int)))
 
     def _begin(self, step: int, epoch: int, wanted: np.ndarray) -> _Pending:
         pending = self._start(step, epoch, wanted)
@@ -162,44 +175,50 @@ class FfcvLoader:
     def _start(self, step: int, epoch: int, wanted: np.ndarray) -> _Pending:
         """Gives the workers a batch to make."""
         ids = self._bad.replaced(epoch, wanted)
-        status = np.zeros(len(ids), np.int64)
-        cuts = pairwise(np.linspace(0, len(ids), min(len(ids), self.workers * JOBS_PER_WORKER) + 1).astype(int))
+        status, cuts = np.zeros(len(ids), np.int64), self._cuts(len(ids))
         if self._gpu_views:
-            return _Pending(step, epoch, wanted, ids, *self._start_decoding(epoch, ids, status, cuts))
-        side = self.config.resolution_px
+            return _Pending(step, epoch, wanted, ids, *self._start_for_gpu(epoch, ids, status, cuts))
+        side = self.config.resolution_at(epoch)
         dtype = torch.uint8 if self._cuda else torch.float32
         views = torch.empty((len(self._bicubic), len(ids), side, side, 3), dtype=dtype, pin_memory=self._cuda)
         array = views.numpy()
         jobs = [self._pool.submit(self._job, epoch, ids[a:z], int(a), array, status) for a, z in cuts]
         return _Pending(step, epoch, wanted, ids, views, status, jobs)
 
-    def _start_decoding(self, epoch: int, ids: np.ndarray, status: np.ndarray, cuts) -> tuple:
+    def _start_for_gpu(self, epoch: int, ids: np.ndarray, status: np.ndarray, cuts) -> tuple:
         """All images of the batch into one buffer; meanwhile the plan of their views."""
-        from pipeline.resample_gpu import plan_views
-
-        heights, widths = self.sizes[0][ids], self.sizes[1][ids]
-        ends = np.cumsum(heights * widths * 3)
-        starts = ends - heights * widths * 3
-        pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self._cuda)
+        starts, size_bytes = self._side_by_side(ids)
+        pixels = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self._cuda)
         array = pixels.numpy()
         jobs = [self._pool.submit(self._decode_job, ids[a:z], starts[a:z], array, status[a:z]) for a, z in cuts]
-        plan = self._pool.submit(
-            lambda: plan_views(
-                *(self._params(ids, epoch), starts, heights, widths, self._interpolations, self.config.resolution_px)
-            )
-        )
+        plan = self._pool.submit(self._plan, epoch, ids, starts)
         return pixels, status, jobs, plan
+
+    def _side_by_side(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """Where each of these images starts in one buffer of all of them, (B,); the buffer's bytes."""
+        size_bytes = self.sizes[0][ids] * self.sizes[1][ids] * 3
+        ends = np.cumsum(size_bytes)
+        return ends - size_bytes, int(ends[-1:].sum())
+
+    def _plan(self, epoch: int, ids: np.ndarray, starts: np.ndarray) -> "ViewPlan":
+        from pipeline.resample_gpu import plan_views
+
+        images = self._params(ids, epoch), starts, self.sizes[0][ids], self.sizes[1][ids]
+        return plan_views(*images, self._interpolations, self.config.resolution_at(epoch))
+
+    def _note_bad(self, ids: np.ndarray, status: np.ndarray) -> bool:
+        """Whether some of these images could not be decoded. Raises UserError where nothing is to stand in for them."""
+        for b in np.flatnonzero(status):
+            self._bad.note(int(ids[b]), STATUS_TEXT[status[b]])
+        return bool(status.any())
 
     def _decoded(self, pending: _Pending) -> _Pending:
         """The batch when the workers are through with it: made again, with stand-ins, where an image of it is bad."""
         while True:
             for job in pending.jobs:
                 job.result()
-            bad = np.flatnonzero(pending.status)
-            if not len(bad):
+            if not self._note_bad(pending.ids, pending.status):
                 return pending
-            for b in bad:
-                self._bad.note(int(pending.ids[b]), STATUS_TEXT[pending.status[b]])
             pending = self._start(pending.step, pending.epoch, pending.wanted)
 
     def _finish(self, pending: _Pending) -> Batch:

@@ -105,17 +105,17 @@ class _Steps(torch.utils.data.Dataset):
 
     def _views(self, epoch: int, ids: np.ndarray) -> tuple[torch.Tensor, ...]:
         c, beton = self.config, self.beton
+        side, heights, widths = c.resolution_at(epoch), beton.heights[ids], beton.widths[ids]
         if isinstance(c.views, CentreCrop):
-            rows, params = (c.views,), centre_views(beton.heights[ids], beton.widths[ids], c.views, c.resolution_px)
+            rows, params = (c.views,), centre_views(heights, widths, c.views, side)
         else:
-            rows = c.views
-            params = draw_views(c.seed, epoch, ids, beton.heights[ids], beton.widths[ids], rows, c.resolution_px)
-        shape = (len(ids), 3, c.resolution_px, c.resolution_px)
+            rows, params = c.views, draw_views(c.seed, epoch, ids, heights, widths, c.views, side)
+        shape = (len(ids), 3, side, side)
         views = tuple(torch.empty(shape, memory_format=torch.channels_last) for _ in rows)
         for b, sample in enumerate(ids):
             image = decode_pil(beton, int(sample))
             for v, row in enumerate(rows):
-                view = apply_view_pil(image, params, b, v, row.interpolation, c.resolution_px)
+                view = apply_view_pil(image, params, b, v, row.interpolation, side)
                 views[v][b] = F.normalize(F.to_tensor(view), c.normalization.mean, c.normalization.std)
         return views
 

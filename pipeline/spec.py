@@ -54,6 +54,11 @@ class CentreCrop:
     interpolation: str = "bilinear"
 
 
+def centre_view(resolution_px: int) -> CentreCrop:
+    """The evaluation view of a side: 256 → 224 px and the like; images of less than 64 px keep every pixel."""
+    return CentreCrop(resize_px=round(resolution_px * 256 / 224) if resolution_px >= 64 else resolution_px)
+
+
 # Zbontar 2021, section 2.2 and appendix A: the two views differ in blur and solarize only.
 BARLOW_TWINS_VIEWS = (
     ViewSpec(p_blur=1.0, p_solarize=0.0),
@@ -130,9 +135,10 @@ class LoaderConfig:
     blocks          None: every epoch a full shuffle; else a block-shuffled one, for files larger than the memory
     on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
                     another sample stands in for it (bad_images.py), in shuffled streams
-    workers         threads (ffcv, dali) or processes (torch) of this rank; 0 for one a core this process may use
+    resolutions     (first epoch, px), ascending: sides of the views that change with the epoch; () for resolution_px
+    workers         threads (ffcv, resident, dali) or processes (torch) of this rank; 0 for one a core it may use
     device          where the views end up
-    views_on        "cpu" or "gpu": who makes the views (ffcv, dali); "auto" for the device they end up on
+    views_on        "cpu" or "gpu": who makes the views (not torch); "auto" for the device they end up on
     """
 
     data: Path
@@ -144,6 +150,7 @@ class LoaderConfig:
     ids: np.ndarray | None = None
     blocks: Blocks | None = None
     on_bad_image: str = "stop"
+    resolutions: tuple[tuple[int, int], ...] = ()
     normalization: Normalization = field(default_factory=Normalization)
     rank: int = 0
     world_size: int = 1
@@ -151,3 +158,7 @@ class LoaderConfig:
     workers: int = 0
     device: str = "cpu"
     views_on: str = "auto"
+
+    def resolution_at(self, epoch: int) -> int:
+        """Side of an epoch's views, px."""
+        return next((px for first, px in reversed(self.resolutions) if epoch >= first), self.resolution_px)

@@ -23,11 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.augment_cpu import make_scratch, normalization_table
+from pipeline.augment_cpu import make_scratch, normalization_table, views_of_images
 from pipeline.beton import OK, Beton, decode_rgb, make_handle, open_beton
 from pipeline.command import UserError, run_command
 from pipeline.draws import draw_views
-from pipeline.loader_dali import views_of_images
 from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization, ViewSpec
 from train.cards import train_beton
 from train.config import PretrainConfig
@@ -151,8 +150,7 @@ class Stages:
         params, heights, widths = self.params(views)
         bicubic = np.ones(len(views), bool)
         views_of_images(
-            *(self.pixels, self.starts, heights, widths, params, bicubic, self.scratch, self.table, 0, len(ids)),
-            self.views,
+            *(self.pixels, self.starts, heights, widths, params, bicubic, self.scratch, self.table, 0), self.views
         )
 
     def to_device(self, ids: np.ndarray) -> None:

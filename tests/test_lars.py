@@ -89,3 +89,29 @@ def test_state_survives_a_round_trip():
     other.load_state_dict(optimizer.state_dict())
     momentum = next(iter(other.state.values()))["momentum"]
     assert torch.equal(momentum, optimizer.state[p]["momentum"])
+
+
+def test_rates_in_tensors_make_the_same_steps():
+    """The form that a recorded step repeats: p − lr · m with lr read from memory, rounded once more."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(7, 5), (3, 3), (5,)]
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    optimizers = []
+    for _ in range(2):
+        p = [torch.nn.Parameter(w.clone()) for w in start]
+        groups = [{"params": p[:2], "weight_decay": 1e-2}, {"params": p[2:], "adapt": False}]
+        optimizers.append((p, LARS(groups, eta=0.02, clip=True)))
+    for lr in (0.0, 0.3, 0.7):
+        gradients = [torch.randn(shape, generator=generator) for shape in shapes]
+        for i, (parameters, optimizer) in enumerate(optimizers):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * (1 if group["adapt"] else 0.5)
+            for p, g in zip(parameters, gradients, strict=True):
+                p.grad = g.clone()
+            if i == 1:
+                optimizer.send_rates()
+            optimizer.step()
+    for ours, plain, first in zip(optimizers[1][0], optimizers[0][0], start, strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-6, atol=1e-7)
+        assert (ours - first).abs().max() > 1e-3
+    assert optimizers[1][1].state_dict()["param_groups"] == optimizers[0][1].state_dict()["param_groups"]

@@ -16,11 +16,13 @@ pipeline.sources pipeline.voc pipeline.jpeg pipeline.beton pipeline.shards pipel
 pipeline.shrink pipeline.store pipeline.beton_writer pipeline.convert
 pipeline.vector_cpu pipeline.resample_cpu pipeline.colour_cpu pipeline.blur_cpu pipeline.augment_cpu
 pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
-pipeline.loader_torch pipeline.loader_ffcv pipeline.loader_dali pipeline.loader pipeline.preview
+pipeline.loader_torch pipeline.loader_ffcv pipeline.loader_resident pipeline.loader_dali pipeline.loader
+pipeline.preview
 train.config train.cards train.distributed train.batchnorm train.model
 train.methods.contract train.methods.barlow_twins train.methods.barlow_ablations
 train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicreg train.methods.choose train.lars
-train.schedule train.checkpoint train.runstate train.recompute train.guard train.watchdog train.runlog train.pretrain
+train.schedule train.knn_vote train.checkpoint train.runstate train.recompute train.guard train.watchdog train.runlog
+train.online_knn train.recorded train.pretrain
 eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
 eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer
 eval.published eval.summary eval.charts eval.page eval.correlation eval.neighbours eval.report

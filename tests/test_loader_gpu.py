@@ -1,4 +1,4 @@
-"""The fast loader where the GPU makes the views: the batches of the CPU, and nothing lost when something fails.
+"""The fast and the resident loader where the GPU makes the views: the batches of the CPU, nothing lost in a failure.
 
 Without a CUDA device the kernels run in Triton's interpreter, on small pictures.
 """
@@ -46,11 +46,15 @@ def batches(config: LoaderConfig, stop: int | None = 3) -> list:
         loader.close()
 
 
-@pytest.mark.parametrize("views", [BARLOW_TWINS_VIEWS, CentreCrop(36)], ids=["two", "centre"])
-def test_the_batches_of_the_cpu(config, views):
+@pytest.mark.parametrize(
+    ("views", "backend"),
+    [(BARLOW_TWINS_VIEWS, "ffcv"), (CentreCrop(36), "ffcv"), (BARLOW_TWINS_VIEWS, "resident")],
+    ids=["two", "centre", "resident"],
+)
+def test_the_batches_of_the_cpu(config, views, backend):
     config = replace(config, views=views, shuffle=not isinstance(views, CentreCrop))
     stop = 3 if config.shuffle else None
-    ours = batches(replace(config, device=DEVICE, views_on="gpu"), stop)
+    ours = batches(replace(config, device=DEVICE, views_on="gpu", backend=backend), stop)
     theirs = batches(replace(config, views_on="cpu"), stop)
     assert len(ours) == len(theirs) == 3
     for one, other in zip(ours, theirs, strict=True):
@@ -62,18 +66,19 @@ def test_the_batches_of_the_cpu(config, views):
 
 
 @pytest.mark.gpu
-def test_who_makes_the_views_does_not_show(config):
+@pytest.mark.parametrize("backend", ["ffcv", "resident"])
+def test_who_makes_the_views_does_not_show(config, backend):
     """Views from the CPU, normalized on the GPU, are those of its own kernels."""
-    for one, other in zip(
-        *(batches(replace(config, device="cuda", views_on=on)) for on in ("cpu", "gpu")), strict=True
-    ):
+    config = replace(config, device="cuda", backend=backend)
+    for one, other in zip(*(batches(replace(config, views_on=on)) for on in ("cpu", "gpu")), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
 
 
 @pytest.mark.gpu
-def test_batches_keep_their_values_while_others_are_made(config):
+@pytest.mark.parametrize("backend", ["ffcv", "resident"])
+def test_batches_keep_their_values_while_others_are_made(config, backend):
     """A batch in use is not overwritten by the next ones, which another stream makes."""
-    loader = make_loader(replace(config, device="cuda"))
+    loader = make_loader(replace(config, device="cuda", backend=backend))
     kept = [(batch, [view.clone() for view in batch.views]) for batch in loader.batches(0, 20)]
     torch.cuda.synchronize()
     for batch, copies in kept:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from eval import metrics
-from eval.metrics import Accuracy, knn_accuracy, knn_ranks, label_ranks, rank_accuracy
+from eval.metrics import Accuracy, knn_accuracy, rank_accuracy
+from train import knn_vote
+from train.knn_vote import knn_ranks, label_ranks
 
 
 def oracle_ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -66,8 +67,8 @@ def test_accuracy_in_percent():
 @pytest.mark.parametrize("chunks", [(256, 131_072), (7, 64), (150, 599)])
 def test_knn_agrees_with_brute_force(features, chunks, monkeypatch):
     """Every rank of every query at every k, whatever pieces the work is cut into."""
-    monkeypatch.setattr(metrics, "QUERY_CHUNK", chunks[0])
-    monkeypatch.setattr(metrics, "BANK_CHUNK", chunks[1])
+    monkeypatch.setattr(knn_vote, "QUERY_CHUNK", chunks[0])
+    monkeypatch.setattr(knn_vote, "BANK_CHUNK", chunks[1])
     bank, bank_labels, queries, query_labels = features
     found = knn_ranks(*as_tensors(features), 7)
     assert list(found) == [10, 20, 100, 200]
@@ -80,10 +81,10 @@ def test_knn_agrees_with_brute_force(features, chunks, monkeypatch):
 
 
 def test_nearest_is_exact_and_sorted(monkeypatch):
-    monkeypatch.setattr(metrics, "BANK_CHUNK", 50)
+    monkeypatch.setattr(knn_vote, "BANK_CHUNK", 50)
     bank, queries = torch.randn(333, 8, dtype=torch.float64), torch.randn(9, 8, dtype=torch.float64)
     bank[5] = 0
-    values, rows = metrics.nearest(bank.float(), metrics.inverse_lengths(bank), queries.float(), 60)
+    values, rows = knn_vote.nearest(bank.float(), knn_vote.inverse_lengths(bank), queries.float(), 60)
     lengths = np.linalg.norm(bank, axis=1)
     lengths[5] = 1
     expected = np.sort((queries @ bank.T).numpy() / lengths, axis=1)[:, ::-1][:, :60]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import DATA, RUNS, UserError
-from train.config import PretrainConfig, as_plain, projector_widths, recipe
+from train.config import PretrainConfig, as_plain, projector_widths, recipe, resolution_rows
 
 # Global batch → learning rate of the weights, 300 epochs of ResNet-50. Source: Barlow Twins, issue 7
 # (linear top-1 in this order: 69.7, 70.7, 71.4, 71.7, 71.4, 70.7).
@@ -158,7 +158,7 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     projector_widths(config.projector)
     bounds = {"epochs": 0, "global_batch": 2, "resolution": 1, "warmup_epochs": 0, "paper_world_size": 1, "seed": 0}
     bounds |= {"workers": 0, "log_every": 1, "checkpoint_every_steps": 0, "checkpoint_every_minutes": 0, "keep": 1}
-    bounds |= {"timeout_minutes": 0, "block_images": 1, "window_blocks": 1}
+    bounds |= {"timeout_minutes": 0, "block_images": 1, "window_blocks": 1, "knn_every": 0, "knn_images": 100}
     for name, least in bounds.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small; give at least {least}")
@@ -186,6 +186,14 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
         )
     if config.wandb and not find_spec("wandb"):
         raise UserError(f"--wandb {config.wandb}: the package is not installed; pip install wandb, or leave it out")
+    rows = resolution_rows(config.resolution_schedule)
+    if rows and rows[-1][1] != config.resolution:
+        raise UserError(
+            f"--resolution-schedule {config.resolution_schedule} ends at {rows[-1][1]} px, --resolution says"
+            f" {config.resolution}, which the evaluations use; make them equal"
+        )
+    if config.cuda_graph and (config.amp == "fp16" or config.on_nan == "skip"):
+        raise UserError("--cuda-graph cannot look at numbers within a step, as --amp fp16 and --on-nan skip do")
     if config.checkpoint_activations and config.compile:
         raise UserError("--checkpoint-activations and --compile do not go together; leave one of them out")
     if config.lr_weights is None:

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from pipeline.command import DATA, UserError
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
 from pipeline.spec import WITHOUT, Blocks, Normalization
 
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}  # the type that --amp computes in
 NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_MEAN, CIFAR10_STD)}
 
 LOSSES = ("barlow-twins", "invariance", "redundancy", "cross-entropy")
@@ -29,7 +31,8 @@ CARDS = tuple(
 NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
 NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "checkpoint_activations")
 # Substitution is among them: up to the first bad image, where a run that stops ends, it changes nothing.
-NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb")
+NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb", "cuda_graph", "deterministic")
+NOT_RECIPE += ("knn_every", "knn_images")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,9 @@ class PretrainConfig:
     ablation (table 6): on the first view's side."""
     resolution: int = 224
     """Side of the square views, px."""
+    resolution_schedule: str = ""
+    """Smaller views first, as px@epoch: 128@0,160@100,224@200 is 128 px from the first epoch on, 160 px after 100, and
+    224 px, which --resolution must say too, after 200. Empty: --resolution throughout."""
     views: Literal["imagenet", "cifar10"] = "imagenet"
     """The method's view table and the normalization: as published, or for CIFAR-10 (no blur)."""
     lambd: float = 0.0051
@@ -103,10 +109,11 @@ class PretrainConfig:
     """Caps LARS's adapted learning rate at the learning rate itself (as LARC does)."""
     warmup_epochs: int = 10
     """Linear warm-up from 0; then a cosine to a thousandth."""
-    loader: Literal["ffcv", "torch", "dali"] = "ffcv"
-    """Which data path: the fast one, the PIL/torchvision reference, or DALI as decoder. Same views, same order."""
+    loader: Literal["ffcv", "resident", "torch", "dali"] = "ffcv"
+    """Which data path: the fast one, that with every image decoded once and kept in GPU memory (RAM without a GPU), the
+    PIL/torchvision reference, or DALI as decoder. Same views, same order."""
     workers: int = 0
-    """Threads (ffcv, dali) or processes (torch) of each rank's loader; 0: one a core that this process may use."""
+    """Threads (ffcv, resident, dali) or processes (torch) of each rank's loader; 0: one a core it may use."""
     views_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Who makes the views: the GPU's kernels where there is one, or the CPU's. The pixels are the same."""
     order: Literal["shuffled", "blocks"] = "shuffled"
@@ -131,6 +138,19 @@ class PretrainConfig:
     about a third more work. (There is no gradient accumulation: with batch norm it is another method.)"""
     compile: bool = False
     """torch.compile backbone and projector: minutes at the start, faster steps on a GPU."""
+    cuda_graph: bool = False
+    """Record a whole step once and replay it: for steps so small that starting their kernels takes longer than running
+    them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding."""
+    knn_every: int = 0
+    """Epochs between two nearest-neighbour accuracies of the network in training (metrics.jsonl, TensorBoard, bar); 0:
+    none. Rank 0 computes them from a copy of the backbone beside the steps; the weights do not change by it."""
+    knn_images: int = 5000
+    """Images that vote, and at most as many that are asked: of val.beton beside the training file where there is one,
+    else training images that do not vote. Each time 2 × so many centre views are decoded and go through the backbone
+    once: half a minute of one core for 224 px."""
+    deterministic: bool = False
+    """On a GPU, only kernels that give the same bits every time, which are slower: a resumed run then ends with the
+    weights of one that never stopped, bit for bit, as it does on a CPU."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
     wandb: str = ""
@@ -146,6 +166,21 @@ class PretrainConfig:
     does one with such a gradient, at one host sync a step. Ten in a row end the run all the same."""
     timeout_minutes: float = 15.0
     """A rank that waits so long within a step ends the run and names the rank it waited for; 0: it waits on."""
+
+
+def resolution_rows(schedule: str) -> tuple[tuple[int, int], ...]:
+    """ "128@0,224@200" → ((0, 128), (200, 224)): from which epoch on the views have which side, px."""
+    try:
+        rows = tuple((int(epoch), int(px)) for px, epoch in (row.split("@") for row in schedule.split(",") if row))
+    except ValueError:
+        rows = ((-1, 0),)
+    epochs = [epoch for epoch, _ in rows]
+    if rows and (epochs[0] != 0 or epochs != sorted(set(epochs)) or min(px for _, px in rows) < 1):
+        raise UserError(
+            f"--resolution-schedule {schedule!r} is no list of px@epoch, the first at epoch 0 and the others later and"
+            " later; write it like 128@0,160@100,224@200"
+        )
+    return rows
 
 
 def projector_widths(projector: str) -> list[int]:

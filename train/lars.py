@@ -29,16 +29,28 @@ class LARS(torch.optim.Optimizer):
     def __init__(self, groups, momentum: float = 0.9, eta: float = 0.001, clip: bool = False):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "adapt": True})
         self.momentum, self.eta, self.clip = momentum, eta, clip
+        self.rates: list[torch.Tensor] | None = None
+
+    def send_rates(self) -> None:
+        """From here on steps take the learning rates from tensors, which this sets to the groups' `lr`.
+
+        For a recorded step (recorded.py): its kernels would repeat a number, but read a tensor anew each time.
+        """
+        if self.rates is None:
+            self.rates = [group["params"][0].new_zeros(()) for group in self.param_groups]
+        for rate, group in zip(self.rates, self.param_groups, strict=True):
+            rate.fill_(group["lr"])
 
     @torch.no_grad()
     def step(self, closure=None):
         assert closure is None, "the gradients are there already"
-        for group in self.param_groups:
+        rates = self.rates or [group["lr"] for group in self.param_groups]
+        for group, lr in zip(self.param_groups, rates, strict=True):
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
-                self._update_(parameters, group)
+                self._update_(parameters, group, lr)
 
-    def _update_(self, parameters: list[torch.Tensor], group: dict) -> None:
+    def _update_(self, parameters: list[torch.Tensor], group: dict, lr: float | torch.Tensor) -> None:
         for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
@@ -47,12 +59,17 @@ class LARS(torch.optim.Optimizer):
         if group["weight_decay"]:
             torch._foreach_add_(update, parameters, alpha=group["weight_decay"])
         if group["adapt"]:
-            torch._foreach_mul_(update, self._trust(parameters, update, group["lr"]))
+            torch._foreach_mul_(update, self._trust(parameters, update, lr))
         torch._foreach_mul_(momentum, self.momentum)
         torch._foreach_add_(momentum, update)
-        torch._foreach_add_(parameters, momentum, alpha=-group["lr"])
+        if isinstance(lr, torch.Tensor):
+            torch._foreach_copy_(update, momentum)  # the gradients are used up: a place for lr · m
+            torch._foreach_mul_(update, lr)
+            torch._foreach_sub_(parameters, update)
+        else:
+            torch._foreach_add_(parameters, momentum, alpha=-lr)
 
-    def _trust(self, parameters, update, lr: float) -> list[torch.Tensor]:
+    def _trust(self, parameters, update, lr: float | torch.Tensor) -> list[torch.Tensor]:
         """q of every parameter, 0-d tensors on the parameters' device: nothing is read back to decide anything."""
         norm = torch.stack(torch._foreach_norm(parameters))
         update_norm = torch.stack(torch._foreach_norm(update))

@@ -10,6 +10,7 @@ at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 
 """
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -26,24 +27,29 @@ from pipeline.spec import LoaderConfig
 from train.batchnorm import with_global_batch_norm
 from train.cards import chosen_preset, resolved, train_beton
 from train.checkpoint import export_backbone
-from train.config import NORMALIZATIONS, PretrainConfig, as_plain, order_blocks
+from train.config import AMP, NORMALIZATIONS, PretrainConfig, as_plain, order_blocks, resolution_rows
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
 from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method, view_table
 from train.model import make_backbone
+from train.online_knn import OnlineKnn
 from train.recompute import recompute_blocks
+from train.recorded import RecordedStep, require_one_gpu
 from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
 from train.runstate import RunState, backbone_info
 from train.schedule import lr_share
 from train.watchdog import Watchdog
 
 EXIT_FINISHED, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 75, 130  # 75 is sysexits' EX_TEMPFAIL: worth another try
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
 def main(config: PretrainConfig) -> None:
     config = resolved(config)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     ranks = start_ranks(2 * config.timeout_minutes)  # the watchdog speaks first
     try:
         loader = make_loader(loader_config(config, ranks))
@@ -65,6 +71,7 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
         data=data,
         views=view_table(config),
         resolution_px=config.resolution,
+        resolutions=resolution_rows(config.resolution_schedule),
         global_batch=config.global_batch,
         seed=config.seed,
         ids=ids,
@@ -83,6 +90,8 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
 def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     """Trains from wherever the run stands to its end, or to a signal; returns the exit code."""
     folder = Path(config.run)
+    if config.cuda_graph:
+        require_one_gpu(ranks)
     torch.manual_seed(config.seed)
     backbone, features = make_backbone(config.arch, config.stem)
     method = make_method(backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
@@ -105,21 +114,30 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     where = f"{ranks.world_size} × {ranks.device.type}"
     say(ranks, f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images on {where}")
 
-    if config.compile:  # in place, so that parameter names stay
+    if config.compile:  # in place, so that parameter names stay; anew for each size of views
         for part in method.children():
-            part.compile()
-    torch.backends.cudnn.benchmark = True
+            part.compile(dynamic=False)
+    torch.backends.cudnn.benchmark = not config.deterministic
     model = method
     if ranks.world_size > 1:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
         model = DistributedDataParallel(method, device_ids=devices, gradient_as_bucket_view=True)
         model.broadcast_buffers = False  # batch norm's are equal on all ranks
 
+    def gradients(views: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        with torch.autocast(ranks.device.type, AMP[config.amp], enabled=config.amp != "off"):
+            loss, metrics = model(views)
+        scaler.scale(loss).backward()
+        metrics["gradient_norm"] = gradient_norm(optimizer) / scaler.scale(torch.ones_like(metrics["loss"]))
+        return metrics
+
+    recorded = RecordedStep(gradients, optimizer) if config.cuda_graph else None
     warmup_steps = config.warmup_epochs * loader.steps_per_epoch
     guard = UpdateGuard(method, config, ranks, loader.ids)
+    knn = OnlineKnn(config, ranks, method.backbone, loader.steps_per_epoch)
     log = RunLog(config, ranks, start_step, stop_step, loader.steps_per_epoch, loader.ids)
     watchdog = Watchdog(ranks, config.timeout_minutes)
-    with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state:
+    with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state, knn:
         batches = iter(loader.batches(start_step, stop_step))
         for step in range(start_step, stop_step):
             asked = time.perf_counter()
@@ -132,18 +150,22 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * (1.0 if group.get("constant_lr") else share)
             torch.manual_seed(hash((config.seed, step, ranks.rank)))  # for networks with dropout: resumed, the same
-            with torch.autocast(ranks.device.type, AMP[config.amp], enabled=config.amp != "off"):
-                loss, metrics = model(batch.views)
-            scaler.scale(loss).backward()
-            metrics["gradient_norm"] = gradient_norm(optimizer) / scaler.scale(torch.ones_like(metrics["loss"]))
-            if kept := guard.keeps(metrics["loss"], step):
-                scaler.step(optimizer)  # with fp16 the one host sync of a step: were the gradients finite?
-                scaler.update()
+            if recorded:
+                metrics, kept = recorded(batch.views), True
+            else:
+                metrics = gradients(batch.views)
+                if kept := guard.keeps(metrics["loss"], step):
+                    scaler.step(optimizer)  # with fp16 the one host sync of a step: were the gradients finite?
+                    scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+            if kept:
                 method.after_step(step, stop_step)
-            optimizer.zero_grad(set_to_none=True)
             rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             log.record(step, metrics, rates, waited_s, kept, batch.substituted)
 
+            knn.report(log)
+            if knn.due(step + 1, stop_step):
+                knn.begin(step + 1, log)
             stopping = stop.agreed(state.failed)  # a signal, or a checkpoint that could not be written
             if stopping or state.due(step + 1):
                 log.before_checkpoint()  # a loss that is no number ends the run, its checkpoint stays good
@@ -154,6 +176,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
             if stopping and step + 1 < stop_step:
                 say(ranks, f"stopped after step {step + 1}; the same command goes on from there")
                 return EXIT_INTERRUPTED if stopping == signal.SIGINT else EXIT_REQUEUE
+        knn.report(log, wait=True)
 
     if ranks.rank == 0:
         export_backbone(folder, method.backbone, backbone_info(config, features, stop_step))

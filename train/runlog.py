@@ -1,7 +1,7 @@
 """The record of a run, written on rank 0: what ran, where, how it went.
 
     config.json     the whole configuration         env.json      versions and devices of the last start
-    metrics.jsonl   one line every --log-every steps, means over those steps
+    metrics.jsonl   one line every --log-every steps, means over those steps; one with each nearest-neighbour accuracy
     tensorboard/    the same numbers and pictures   loss.png      loss and what shows a collapse; at the end
 
 Reading a number from a GPU waits for it. So the metrics stay on the device, are copied out without waiting when a
@@ -203,6 +203,14 @@ class RunLog:
         for name, matrix in getattr(method, "pictures", dict)().items():
             self.board.add_image(name, red_and_blue(matrix.float().cpu()), step)
 
+    def note_accuracy(self, step: int, values: dict[str, float]) -> None:
+        """Writes a line of its own for what was measured of the weights after `step` updates."""
+        line = {"step": step, "epoch": step / self.steps_per_epoch} | values
+        self.file.write(json.dumps(line) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+        self.bar.set_description_str(f"kNN {values['knn_top1']:.1f} %")
+
     def before_checkpoint(self) -> None:
         """Writes what is under way. Raises UserError where a checkpoint of now would hold lost weights."""
         if not self.active:
@@ -272,10 +280,11 @@ def plot_loss(folder: Path) -> None:
 
     titles = {"loss": "loss", "diagonal_mean": "mean of C's diagonal", "off_diagonal_rms": "RMS of C off the diagonal"}
     titles |= {"embedding_spread": "spread of embeddings", "effective_dimensions": "effective dimensions"}
-    titles = {name: title for name, title in titles.items() if name in lines[0]}
+    titles |= {"knn_top1": "kNN top-1, %"}
+    titles = {name: title for name, title in titles.items() if any(name in line for line in lines)}
     figure, axes = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.5), layout="constrained")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        axis.plot([line["epoch"] for line in lines], [line[name] for line in lines], linewidth=1.2)
+        axis.plot(*zip(*((line["epoch"], line[name]) for line in lines if name in line), strict=True), linewidth=1.2)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=110)

@@ -1,0 +1,67 @@
+"""--cuda-graph: the steps of a run without it, and where it is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pipeline.command import UserError
+from tests.oracles_train import SyntheticLoader
+from train.cards import resolved
+from train.checkpoint import read_checkpoint
+from train.config import PretrainConfig
+from train.distributed import Ranks
+from train.pretrain import EXIT_FINISHED, train
+from train.recorded import require_one_gpu
+
+TINY = PretrainConfig(
+    arch="resnet18", stem="small", projector="64-64", resolution=16, global_batch=16, epochs=5, warmup_epochs=1,
+    lr_weights=1.0, lr_biases=0.05, lars_eta=0.02, paper_world_size=1, log_every=1, deterministic=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "ranks", [Ranks(0, 1, torch.device("cpu"), None), Ranks(0, 2, torch.device("cuda", 0), None)], ids=["cpu", "two"]
+)
+def test_only_one_gpu_records(ranks):
+    with pytest.raises(UserError, match="records the step of one GPU"):
+        require_one_gpu(ranks)
+
+
+@pytest.mark.parametrize("flags", [{"amp": "fp16"}, {"on_nan": "skip"}])
+def test_what_looks_at_numbers_within_a_step_is_refused(flags):
+    with pytest.raises(UserError, match="cannot look at numbers within a step"):
+        resolved(replace(TINY, cuda_graph=True, **flags))
+
+
+class GpuLoader(SyntheticLoader):
+    """The batches in GPU memory, the second half of the run larger, as with a --resolution-schedule."""
+
+    def batches(self, start_step=0, stop_step=None):
+        for step in range(start_step, stop_step):
+            self.size_px = 16 if step < stop_step // 2 else 24
+            for batch in super().batches(step, step + 1):
+                views = (view.cuda().contiguous(memory_format=torch.channels_last) for view in batch.views)
+                yield batch._replace(views=tuple(views))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["barlow_twins", "byol"])
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_the_steps_of_a_run_without_it(tmp_path, monkeypatch, amp, method):
+    """20 steps, two sizes of views: the losses, and the weights beside the way they have gone."""
+    monkeypatch.setattr("train.runlog.RUNS", tmp_path)
+    predictor = {"predictor": "64-64", "preset": "imagenet-byol"} if method == "byol" else {}
+    ends = {}
+    for graph in (False, True):
+        config = replace(TINY, amp=amp, method=method, cuda_graph=graph, run=str(tmp_path / str(graph)), **predictor)
+        ranks = Ranks(0, 1, torch.device("cuda", 0), None)
+        assert train(resolved(config), ranks, GpuLoader(64, 16)) == EXIT_FINISHED
+        ends[graph] = read_checkpoint(tmp_path / str(graph) / "checkpoint.pt")["model"]
+    tolerance = 1e-3 if amp == "off" else 5e-2
+    for name, weight in ends[False].items():
+        if weight.is_floating_point():
+            distance = (ends[True][name] - weight).norm() / weight.norm().clamp(min=1)
+            assert distance < tolerance, name
+        else:
+            assert torch.equal(ends[True][name], weight), name

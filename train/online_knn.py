@@ -1,0 +1,163 @@
+"""The nearest-neighbour accuracy of the network in training, every --knn-every epochs, beside the steps.
+
+    training     ── step ── copy of the weights ── step ── step ── step ── step ── step ──
+    a thread                         └─ features of those that vote ─ of those asked ─ vote ─┘ a line in metrics.jsonl
+
+Rank 0 does it, with a copy of the backbone in evaluation mode: weights, batch norm's statistics and random numbers of
+the training are not touched, and no other rank takes part. On a GPU it runs on a stream of its own. A step waits for it
+only when the next one is due before this one is done, and so does the end of the run; a run that is stopped does not.
+
+    cost     2 × --knn-images centre views, decoded by one thread, through the backbone without gradients: 10,000 images
+             of CIFAR-10 are a fifth of an epoch's images, without views and backward pass. The steps that run meanwhile
+             are slower by as much work as that. Memory: the backbone once more, and 128 images without gradients.
+
+Protocol of eval/knn.py (centre views, cosine, weighted votes of the 20 nearest), but with fewer images and in the
+training's autocast: a curve to look at, no result.
+"""
+
+import copy
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.beton import require_same_classes
+from pipeline.command import UserError
+from pipeline.loader import Loader, make_loader
+from pipeline.order import balanced_subset
+from pipeline.shards import SUFFIX as SHARDS
+from pipeline.shards import open_stored
+from pipeline.spec import LoaderConfig, centre_view
+from train.cards import train_beton
+from train.config import AMP, NORMALIZATIONS, PretrainConfig
+from train.distributed import Ranks, say
+from train.knn_vote import KNN_HEADLINE, knn_ranks
+from train.runlog import RunLog
+
+BATCH = 128
+MOST_THAT_VOTE = 0.8  # of the training images, where the others are to be asked
+
+
+def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
+    """Which images vote and which are asked, each as (file, sample ids): class-balanced, the same at every start.
+
+    Asked are images of val.beton beside the training file, which the training never sees; where there is none, training
+    images that do not vote. Raises UserError for files that do not belong together.
+    """
+    path = train_beton(config.data)
+    held_out = path.with_name("val" + (SHARDS if path.name.endswith(SHARDS) else ".beton"))
+    train = open_stored(path)
+    share = config.knn_images / len(train)
+    if held_out.is_file() and held_out != path:
+        val = open_stored(held_out)
+        require_same_classes(str(path), train.classes, str(held_out), val.classes)
+        votes = balanced_subset(config.seed, train.labels, min(1.0, share))
+        asked = balanced_subset(config.seed, val.labels, min(1.0, config.knn_images / len(val)))
+        return [(path, votes), (held_out, asked)]
+    votes = balanced_subset(config.seed, train.labels, min(MOST_THAT_VOTE, share))
+    rest = np.setdiff1d(np.arange(len(train)), votes)
+    if not len(rest):
+        raise UserError(f"--knn-every: {path} has {len(train)} images, too few to vote and to be asked; leave it out")
+    asked = rest[balanced_subset(config.seed, train.labels[rest], min(1.0, config.knn_images / len(rest)))]
+    return [(path, votes), (path, asked)]
+
+
+class OnlineKnn:
+    """As a context; `begin` after an update, `report` once a step. Does nothing without --knn-every or off rank 0."""
+
+    def __init__(self, config: PretrainConfig, ranks: Ranks, backbone: nn.Module, steps_per_epoch: int):
+        self.config, self.ranks = config, ranks
+        self.every_steps = config.knn_every * steps_per_epoch
+        self.active = config.knn_every > 0 and ranks.rank == 0
+        if not self.active:
+            return
+        self.chosen = choose_images(config)
+        self.source, self.backbone = backbone, copy.deepcopy(backbone).eval().requires_grad_(False)
+        self.stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        self.stopped, self.loaders = threading.Event(), []
+        self.pool = ThreadPoolExecutor(1, "knn")
+        self.running: tuple[int, Future] | None = None
+
+    def due(self, step: int, stop_step: int) -> bool:
+        """Whether it is to be measured after `step` updates."""
+        return self.active and (step % self.every_steps == 0 or step == stop_step)
+
+    @torch.no_grad()
+    def begin(self, step: int, log: RunLog) -> None:
+        """Copies the weights as they are after `step` updates, and starts to measure them."""
+        self.report(log, wait=True)
+        if not self.active:
+            return
+        for copied, own in zip(self._tensors(self.backbone), self._tensors(self.source), strict=True):
+            copied.copy_(own)
+        event = torch.cuda.current_stream().record_event() if self.stream else None
+        self.running = step, self.pool.submit(self._measure, event)
+
+    @staticmethod
+    def _tensors(module: nn.Module) -> list[torch.Tensor]:
+        return [*module.parameters(), *module.buffers()]
+
+    def report(self, log: RunLog, wait: bool = False) -> None:
+        """Writes the accuracy that is under way, if it is there. What stops it ends no training: it is told, once."""
+        if not self.active or self.running is None or not (wait or self.running[1].done()):
+            return
+        (step, future), self.running = self.running, None
+        try:
+            log.note_accuracy(step, future.result())
+        except (UserError, torch.OutOfMemoryError) as error:
+            self.active = False
+            say(self.ranks, f"note: no more nearest-neighbour accuracies in this run: {error}")
+
+    def _measure(self, weights_are_there: torch.cuda.Event | None) -> dict[str, float]:
+        """Runs in the thread. Grad mode, autocast and stream are each thread's own."""
+        with torch.cuda.stream(self.stream), torch.no_grad():
+            if self.stream:
+                self.stream.wait_event(weights_are_there)
+            self.loaders = self.loaders or [self._loader(*chosen) for chosen in self.chosen]
+            (bank, bank_labels), (queries, labels) = (self._features(loader) for loader in self.loaders)
+            neighbours = min(KNN_HEADLINE, len(bank))
+            classes = len(self.loaders[0].classes)
+            ranks = knn_ranks(bank, bank_labels, queries, labels, classes, (neighbours,))[neighbours]
+            return {"knn_top1": 100 * (ranks == 0).double().mean().item(), "knn_images": len(bank) + len(queries)}
+
+    def _loader(self, path: Path, ids: np.ndarray) -> Loader:
+        c = self.config
+        return make_loader(
+            LoaderConfig(
+                data=path,
+                views=centre_view(c.resolution),
+                resolution_px=c.resolution,
+                global_batch=BATCH,
+                shuffle=False,
+                ids=ids,
+                normalization=NORMALIZATIONS[c.views],
+                backend="dali" if path.name.endswith(SHARDS) else "ffcv",
+                workers=1,
+                device=str(self.ranks.device),
+                views_on=c.views_on,
+            )
+        )
+
+    def _features(self, loader: Loader) -> tuple[torch.Tensor, torch.Tensor]:
+        """(N, D) float32 and labels (N,) of one pass."""
+        device, amp, rows, labels = self.ranks.device.type, self.config.amp, [], []
+        for batch in loader.batches():
+            if self.stopped.is_set():
+                raise UserError("the run was stopped")
+            with torch.autocast(device, AMP[amp], enabled=amp != "off"):
+                rows.append(self.backbone(batch.views[0]).float())
+            labels.append(batch.label)
+        return torch.cat(rows), torch.cat(labels)
+
+    def __enter__(self) -> "OnlineKnn":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.config.knn_every > 0 and self.ranks.rank == 0:
+            self.stopped.set()
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            for loader in self.loaders:
+                loader.close()

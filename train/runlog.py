@@ -209,6 +209,8 @@ class RunLog:
         self.file.write(json.dumps(line) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
+        if self.wandb:  # which takes no step that lies behind
+            self.wandb.log(values | {"knn_step": step})
         self.bar.set_description_str(f"kNN {values['knn_top1']:.1f} %")
 
     def before_checkpoint(self) -> None:

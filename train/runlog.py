@@ -283,10 +283,13 @@ def plot_loss(folder: Path) -> None:
     titles = {"loss": "loss", "diagonal_mean": "mean of C's diagonal", "off_diagonal_rms": "RMS of C off the diagonal"}
     titles |= {"embedding_spread": "spread of embeddings", "effective_dimensions": "effective dimensions"}
     titles |= {"knn_top1": "kNN top-1, %"}
-    titles = {name: title for name, title in titles.items() if any(name in line for line in lines)}
+    titles = {name: title for name, title in titles.items() if any(line.get(name) is not None for line in lines)}
     figure, axes = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.5), layout="constrained")
     for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        axis.plot(*zip(*((line["epoch"], line[name]) for line in lines if name in line), strict=True), linewidth=1.2)
+        axis.plot(
+            *zip(*((line["epoch"], line[name]) for line in lines if line.get(name) is not None), strict=True),
+            linewidth=1.2,
+        )
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=110)

@@ -1,13 +1,16 @@
-"""torchrun, with two things mended; scripts/setup.sh puts it into .venv/bin under that name.
+"""torchrun, with three things mended; scripts/setup.sh puts it into .venv/bin under that name.
 
 Before Python 3.12 torchrun reads a script's flags as abbreviations of its own, and --run is an ambiguous one. And
 whatever its processes end with, torchrun ends with 1, after a page of text: here the exit codes that mean something
-stay (2: a mistake to mend, 75: stopped by a signal, run me again, 130: Ctrl-C).
+stay (2: a mistake to mend, 75: stopped by a signal, run me again, 130: Ctrl-C). And where a machine of several is
+lost and comes back, torchrun's shared store never tells it where the others are (seen with torch 2.15: rank 0 keeps
+the address of the first round to itself), so between machines the ranks make a store of their own each time.
 """
 
 import argparse
 import functools
 import logging
+import os
 import signal
 import sys
 
@@ -18,6 +21,8 @@ from torch.distributed.run import main
 MEANINGFUL = (2, 75, 130)
 
 if __name__ == "__main__":
+    if any(argument.startswith("--nnodes") for argument in sys.argv):
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     argparse.ArgumentParser.__init__ = functools.partialmethod(argparse.ArgumentParser.__init__, allow_abbrev=False)
     try:
         main()

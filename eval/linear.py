@@ -23,6 +23,7 @@ train on the others, and the headline is the validation accuracy of the head tha
 (of equals the lower rate, then the lower decay). Validation images choose nothing. `details` has every head.
 """
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 
 from eval.frozen import frozen_stream
+from eval.metrics import Accuracy
 from eval.splits import Subset
 from eval.subject import Subject, SubjectConfig, images_per_step, open_subject, record_result
 from eval.supervised import (
@@ -136,6 +138,38 @@ def standardize_(train: torch.Tensor, *others: torch.Tensor) -> None:
         features.sub_(mean).mul_(scale)
 
 
+Judged = dict[str, tuple[torch.Tensor, torch.Tensor]]  # beginning of a score's name → features, labels
+
+
+def labelled_features(subject: Subject, other: Subset | None) -> torch.Tensor:
+    """Features of the subject's images; with the `other` part of the same images, rows of what is kept of both."""
+    if other is None:
+        return subject.train_features()
+    own = subject.subset.ids
+    both = np.sort(np.concatenate([own, other.ids]))
+    ids = None if len(both) == len(subject.dataset.train) else both
+    whole = subject.with_subset(Subset(ids, "", len(both))).train_features()
+    return whole[torch.from_numpy(np.searchsorted(both, own)).to(whole.device)]
+
+
+def judged_features(config: LinearConfig, subject: Subject, choosing: Subset | None) -> Judged:
+    """What heads are judged on: the validation images and, as "held out …", the training images that choose."""
+    judged = {"": (subject.val_features(), subject.val_labels())}
+    if choosing:
+        held = subject.with_subset(choosing)
+        features = labelled_features(held, subject.subset) if config.cached else held.train_features()
+        judged["held out "] = (features, held.train_labels())
+    return judged
+
+
+def scores_of(model: Heads, judged: Judged) -> dict[str, Accuracy]:
+    scores = {}
+    for prefix, (features, labels) in judged.items():
+        chunks = zip(features.split(VALIDATION_CHUNK), labels.split(VALIDATION_CHUNK), strict=True)
+        scores |= {prefix + name: accuracy for name, accuracy in validate(model, chunks).items()}
+    return scores
+
+
 def train_heads(
     config: LinearConfig,
     subject: Subject,
@@ -144,43 +178,29 @@ def train_heads(
     points: dict[str, tuple[float, float]],
     choosing: Subset | None = None,
 ) -> list[Epoch]:
-    """Trains a head for each named (learning rate, weight decay) on one stream of features.
-
-    Validates on the validation images and, with `choosing`, on those training images too, as "held out <name>".
-    """
+    """Trains a head for each named (learning rate, weight decay) on one stream of features."""
     epochs, batch = settings["epochs"], images_per_step(subject, settings)
     steps, dimensions = subject.subset.images // batch, subject.encoder.info.features
-    judges = {"": (subject.val_features(), subject.val_labels())}
-    if choosing:
-        held = subject.with_subset(choosing)
-        judges["held out "] = (held.train_features(), held.train_labels())
-    heads = {name: make_head(dimensions, subject.classes, config.seed) for name in points}
-    model = Heads(heads).to(subject.encoder.device)
+    judged = judged_features(config, subject, choosing)
+    heads = Heads({name: make_head(dimensions, subject.classes, config.seed) for name in points})
+    heads = heads.to(subject.encoder.device)
     milestones = None
     if protocol in MILESTONES:
         milestones = milestones_for(MILESTONES[protocol], PROTOCOLS[protocol]["epochs"], epochs)
-    groups = [Group(list(heads[name].parameters()), *point, milestones) for name, point in points.items()]
-    loader = None
+    groups = [Group(list(heads.heads[name].parameters()), *point, milestones) for name, point in points.items()]
+    loader, multiplications = None, sys.maxsize  # a frozen encoder needs every core
     if config.cached:
-        features = subject.train_features()
-        standardize_(features, *(judged for judged, _ in judges.values()))
+        features = labelled_features(subject, choosing)
+        standardize_(features, *(others for others, _ in judged.values()))
         stream = feature_stream(features, subject.train_labels(), config.seed, batch, epochs)
+        multiplications = batch * subject.classes * dimensions * len(points)  # small heads alone are fastest on one
     else:
         loader = subject.augmented_loader(batch)
         stream = frozen_stream(subject.encoder.module, loader, epochs * steps)
-
-    def validation():
-        scores = {}
-        for prefix, (features, labels) in judges.items():
-            chunks = zip(features.split(VALIDATION_CHUNK), labels.split(VALIDATION_CHUNK), strict=True)
-            scores |= {prefix + name: accuracy for name, accuracy in validate(model, chunks).items()}
-        return scores
-
-    # A frozen encoder needs every core; small classifiers alone are fastest on one.
-    multiplications = batch * subject.classes * dimensions * len(points) if config.cached else sys.maxsize
     try:
         with threads_for(multiplications):
-            return fit(model, groups, stream, validation, epochs, steps, may_diverge=choosing is not None)
+            validation = functools.partial(scores_of, heads, judged)
+            return fit(heads, groups, stream, validation, epochs, steps, may_diverge=choosing is not None)
     finally:
         if loader:
             loader.close()

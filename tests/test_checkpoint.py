@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 import torchvision
 
@@ -25,6 +26,8 @@ from train.checkpoint import (
     write_atomically,
 )
 from train.config import NORMALIZATIONS, as_plain
+from train.initial import initial_backbone, start_heads_
+from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
 
 INFO = BackboneInfo("resnet18", "small", 512, 32, NORMALIZATIONS["cifar10"], "/somewhere/cifar10", 3, 40, 5)
@@ -81,6 +84,49 @@ def test_export_loads_here_and_in_torchvision(tmp_path, picture):
     theirs = torchvision.models.resnet18()
     result = theirs.load_state_dict(safetensors.torch.load_file(tmp_path / BACKBONE), strict=False)
     assert result.missing_keys == ["fc.weight", "fc.bias"] and not result.unexpected_keys
+    timms = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(tmp_path / BACKBONE)).eval()
+    assert torch.allclose(timms(picture), backbone(picture), atol=1e-6)
+
+
+# ---- beginning with somebody else's weights ----
+
+NARROW = replace(PRESETS["cifar10"], arch="resnet18", stem="imagenet", projector="16-16")
+
+
+def published_checkpoint(path: Path) -> BarlowTwins:
+    """A file laid out as Barlow Twins' full checkpoint.pth, and the network that is in it."""
+    torch.manual_seed(7)
+    theirs = BarlowTwins(*make_backbone("resnet18"), NARROW)
+    model = {f"module.{name}": weight for name, weight in theirs.state_dict().items()}
+    model |= {"module.bn.running_mean": torch.zeros(16), "module.bn.running_var": torch.ones(16)}
+    torch.save({"epoch": 1000, "model": model, "optimizer": {"state": {}, "param_groups": []}}, path)
+    return theirs
+
+
+def test_a_run_begins_with_a_published_checkpoint(tmp_path):
+    theirs = published_checkpoint(tmp_path / "checkpoint.pth")
+    config = replace(NARROW, init_from=tmp_path / "checkpoint.pth")
+    ours = BarlowTwins(*initial_backbone(config), config)
+    assert start_heads_(ours, config.init_from)
+    assert all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in ours.state_dict().items())
+
+    wider = replace(config, projector="24-24")
+    ours = BarlowTwins(*initial_backbone(wider), wider)
+    before = ours.projector[0].weight.clone()
+    assert not start_heads_(ours, config.init_from), "another width: the backbone alone"
+    assert torch.equal(ours.projector[0].weight, before)
+    assert torch.equal(ours.backbone.layer4[1].conv2.weight, theirs.backbone.layer4[1].conv2.weight)
+
+    export_backbone(tmp_path, theirs.backbone, replace(INFO, stem="imagenet"))
+    alone = replace(config, init_from=tmp_path / BACKBONE)
+    assert torch.equal(initial_backbone(alone)[0].conv1.weight, theirs.backbone.conv1.weight)
+    assert not start_heads_(ours, alone.init_from)
+
+
+def test_a_run_does_not_begin_with_another_architecture(tmp_path):
+    published_checkpoint(tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="is resnet18 with the imagenet stem, this run is resnet18 with the small stem"):
+        initial_backbone(replace(NARROW, stem="small", init_from=tmp_path / "checkpoint.pth"))
 
 
 @pytest.mark.parametrize("layout", ["resnet50.pth", "full checkpoint", "other prefix", "without counters"])

@@ -203,3 +203,13 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_before_its_first_step(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "r").iterdir())
     assert not (tmp_path / "latest").exists()
+
+
+def test_a_new_run_begins_where_another_ended(tmp_path, capsys):
+    """--init-from: the untrained network of the new run is the trained one of the old, its step 0."""
+    assert run(replace(TINY, epochs=1), tmp_path / "first") == 0
+    assert run(replace(TINY, epochs=0, seed=5, init_from=tmp_path / "first"), tmp_path / "second") == 0
+    first, second = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("first", "second"))
+    assert first["step"] == 4 and second["step"] == 0
+    assert all(torch.equal(first["model"][name], weight) for name, weight in second["model"].items())
+    assert "a new run begins with backbone and heads of" in capsys.readouterr().err

@@ -171,7 +171,8 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
 def export_backbone(folder: Path, backbone: nn.Module, info: BackboneInfo) -> None:
     """Writes `backbone.safetensors`: torchvision's and timm's own names, the info as metadata.
 
-    Loads there with `model.load_state_dict(safetensors.torch.load_file(path), strict=False)`.
+    One line each: `torchvision.models.resnet50().load_state_dict(safetensors.torch.load_file(path), strict=False)`,
+    `timm.create_model("resnet50", num_classes=0, checkpoint_path=path)`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
     write_atomically(folder / BACKBONE, safetensors.torch.save(tensors, {"backbone": json.dumps(asdict(info))}))

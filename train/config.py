@@ -129,6 +129,10 @@ class PretrainConfig:
     seed, the epoch and the image, stands in for it, and metrics.jsonl counts them."""
     seed: int = 0
     """Decides the initial weights, the order of images, every view, and which images --fraction takes."""
+    init_from: Path | None = None
+    """Begin with the weights of a checkpoint instead of random ones: a run folder or file of ours, a published Barlow
+    Twins resnet50.pth or checkpoint.pth (the projector too, where it has the same widths). Schedule and momentum
+    begin anew."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the run's checkpoint where there is one. never: start over, replacing it."""
     amp: Literal["bf16", "fp16", "off"] = "bf16"

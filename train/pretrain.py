@@ -30,9 +30,9 @@ from train.checkpoint import export_backbone
 from train.config import AMP, NORMALIZATIONS, PretrainConfig, as_plain, order_blocks, resolution_rows
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
+from train.initial import initial_backbone, start_heads_
 from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method, view_table
-from train.model import make_backbone
 from train.online_knn import OnlineKnn
 from train.recompute import recompute_blocks
 from train.recorded import RecordedStep, require_one_gpu
@@ -93,8 +93,12 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     if config.cuda_graph:
         require_one_gpu(ranks)
     torch.manual_seed(config.seed)
-    backbone, features = make_backbone(config.arch, config.stem)
-    method = make_method(backbone, features, config).to(ranks.device, memory_format=torch.channels_last)
+    backbone, features = initial_backbone(config)
+    method = make_method(backbone, features, config)
+    if config.init_from:
+        heads = "backbone and heads" if start_heads_(method, config.init_from) else "the backbone alone"
+        say(ranks, f"{folder}: a new run begins with {heads} of {config.init_from}")
+    method = method.to(ranks.device, memory_format=torch.channels_last)
     method = with_global_batch_norm(method, ranks.device)
     if config.checkpoint_activations:
         recompute_blocks(method.backbone)

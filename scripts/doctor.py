@@ -209,12 +209,14 @@ def measure(stages: Stages, seconds: float) -> dict[str, float]:
 
 
 ADVICE = {
-    "read": "put the file on a faster disk or give the machine more memory; convert with a smaller --max-side",
+    "read": "read in long blocks, --order blocks; or store smaller images: convert with --max-side 400; or put the file"
+    " on a faster disk, or give the machine more memory",
     "decode": "give the loader more cores (--workers), or store smaller images: convert with --max-side 400",
     "decode_gpu": "decode on the GPU: --loader dali; or store smaller images: convert with --max-side 400",
     "crop": "give the loader more cores (--workers), or store smaller images: convert with --max-side 400",
     "colour and blur": "give the loader more cores (--workers)",
     "to_device": "ship JPEGs instead of pixels: --loader dali",
+    "views_gpu": "give the loader more cores and let them make the views: --views-on cpu",
     "train": "the data path is fast enough; only the network can be made faster: --compile, a GPU, more GPUs",
 }
 
@@ -229,20 +231,23 @@ def answer(times: dict[str, float], machine: Machine) -> Answer:
     if not machine.gpu:
         cpu_parts |= {"crop": times["crop"], "colour and blur": max(times["views"] - times["crop"], 0.0)}
     cpu_s = sum(cpu_parts.values())
-    rates = {"cpu": machine.cores / cpu_s, "train": 1 / (times["train"] + times.get("views_gpu", 0.0))}
+    step_parts = {name: times[name] for name in ("train", "views_gpu") if name in times}
+    rates = {"cpu": machine.cores / cpu_s, "train": 1 / sum(step_parts.values())}
     if machine.gpu:
         rates["to_device"] = 1 / times["to_device"]
     if not machine.fits:
         rates["read"] = 1 / times["read"]
     slowest = min(rates, key=rates.get)
-    bound = max(cpu_parts, key=cpu_parts.get) if slowest == "cpu" else slowest
+    parts = {"cpu": cpu_parts, "train": step_parts}.get(slowest, {slowest: 0})
+    bound = max(parts, key=parts.get)
     needed = math.ceil(rates["train"] * cpu_s)
     return Answer(bound, rates, needed, _words(bound, rates, needed, times, machine))
 
 
 def _words(bound: str, rates: dict[str, float], needed: int, times: dict[str, float], machine: Machine) -> list[str]:
-    what = {"read": "the disk", "to_device": "the copy to the GPU", "train": "forward and backward"}.get(bound, bound)
-    rate = rates.get(bound, rates["cpu"])
+    named = {"read": "the disk", "to_device": "the copy to the GPU", "train": "forward and backward"}
+    named["views_gpu"] = "making the views on the GPU"
+    what, rate = named.get(bound, bound), min(rates.values())
     if machine.gpu:
         together = f"{needed} CPU cores keep this GPU busy; there are {machine.cores}"
         limit = min(rates.values())

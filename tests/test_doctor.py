@@ -43,7 +43,7 @@ SLOW_S = 0.05  # an image: more than any stage takes on these small pictures
         ("views", "colour and blur"),
         ("train", "train"),
         pytest.param("to_device", "to_device", marks=pytest.mark.gpu),
-        pytest.param("views_gpu", "train", marks=pytest.mark.gpu),
+        pytest.param("views_gpu", "views_gpu", marks=pytest.mark.gpu),
     ],
 )
 def test_the_stage_that_is_slowed_is_named(doctor, stages, monkeypatch, name, bound):
@@ -80,6 +80,23 @@ def test_cores_a_gpu_needs(doctor):
     assert any("--compile" in line for line in many.words)
 
 
+@pytest.mark.parametrize(
+    ("stage", "bound", "flag"),
+    [
+        ("to_device", "to_device", "--loader dali"),
+        ("views_gpu", "views_gpu", "--views-on cpu"),
+        ("decode", "decode", "dali"),
+    ],
+)
+def test_a_slow_stage_of_a_gpu_machine_is_named(doctor, stage, bound, flag):
+    """What the throttled stages above show, on the times of a made-up GPU: a stage of 50 ms an image bounds it."""
+    machine = doctor.Machine(64, True, 10**9, 10**10)
+    assert doctor.answer(GPU_TIMES, machine).bound == "train"
+    slowed = doctor.answer(GPU_TIMES | {stage: 0.05 * (64 if stage == "decode" else 1)}, machine)
+    assert slowed.bound == bound and min(slowed.images_per_s.values()) == pytest.approx(20, rel=0.01)
+    assert flag in slowed.words[-1]
+
+
 def test_a_file_larger_than_the_memory_means_the_disk(doctor):
     times = GPU_TIMES | {"read": 1e-3}
     fits = doctor.answer(times, doctor.Machine(8, True, 10**9, 10**10))
@@ -87,7 +104,7 @@ def test_a_file_larger_than_the_memory_means_the_disk(doctor):
     assert any("first epoch only" in line for line in fits.words)
     large = doctor.answer(times, doctor.Machine(8, True, 10**11, 10**10))
     assert large.bound == "read"
-    assert any("--max-side" in line for line in large.words)
+    assert any("--order blocks" in line for line in large.words)
 
 
 def test_without_a_gpu_the_larger_share_of_the_cores_is_named(doctor):

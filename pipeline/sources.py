@@ -4,6 +4,7 @@
     imagenet tar   root/ILSVRC2012_img_{train,val}.tar, read in place                 the ids of the unpacked folder
     cifar-10       root/cifar-10-batches-py/ (pickles) or root/data_batch_*.png …     ids in file order
     voc 2007       root[/VOCdevkit]/VOC2007; train is trainval, val is test           ids in list order, one class
+    places205, inat18       as downloaded, with their lists (pipeline/lists.py)       ids in list order
 
 `open_source` lists one split and reads no image of the first two; CIFAR-10 it reads whole, since only the
 published pixels and labels are accepted, whatever way they came.
@@ -23,6 +24,7 @@ from PIL import Image
 
 from pipeline import constants
 from pipeline.command import UserError
+from pipeline.lists import list_path, read_list
 
 Place = tuple[str, int, int]  # of an image: file, offset, size in bytes or -1 for all of the file
 
@@ -83,6 +85,8 @@ def split_names(root: Path) -> list[str]:
         return list(SPLITS)
     if voc := voc_root(root):
         return [s for s in SPLITS if (voc / "ImageSets" / "Main" / f"{_VOC_LISTS[s]}.txt").is_file()]
+    if listed := [s for s in SPLITS if list_path(root, s)]:
+        return listed
     return [s for s in SPLITS if (root / s).is_dir() or (root / f"ILSVRC2012_img_{s}.tar").is_file()]
 
 
@@ -103,6 +107,9 @@ def open_source(root: str | Path, split: str = "") -> Source:
         return _cifar10(root, split)
     if voc := voc_root(root):
         return _voc2007(voc, split)
+    if list_path(root, split):
+        kind, classes, names, labels, folder = read_list(root, split)
+        return Source(kind, split, classes, names, np.array(labels, np.int64), folder)
     if (root / split).is_dir():
         return _image_folder(root / split, split)
     return _imagenet_tar(root / f"ILSVRC2012_img_{split}.tar", split)

@@ -20,10 +20,10 @@ from scipy import stats
 
 from eval.features import centre_loader_config, extract_features
 from eval.linear import standardize_
-from eval.metrics import knn_ranks
 from eval.subject import SubjectConfig, open_subject
 from eval.supervised import Group, Heads, feature_stream, make_head, make_optimizer, threads_for, train_epoch
 from pipeline.command import UserError, run_command
+from train.knn_vote import knn_ranks
 
 CHECKED_QUERIES = 200
 

@@ -26,11 +26,11 @@ from pipeline.sources import voc_root
 WANTED = {
     "imagenet": "ImageNet-1k (ILSVRC 2012; image-net.org, after registration) as train/ and val/ in $IMAGENET, then "
     "`bash scripts/convert_imagenet.sh`",
-    "voc": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar (the PASCAL VOC 2007 site), unpacked into {path}",
-    "places205": "Places205 (places.csail.mit.edu, after registration), one folder a class in train/ and val/, then "
-    "`python pipeline/convert.py --source FOLDER --out {path}`",
-    "inat18": "iNaturalist 2018 (visipedia's inat_comp on GitHub lists the archives), one folder a class in train/ and "
-    "val/, then `python pipeline/convert.py --source FOLDER --out {path}`",
+    "voc": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar (the PASCAL VOC 2007 site), unpacked into {root}",
+    "places205": "imagesPlaces205_resize.tar.gz and trainvalsplit_places205.tar.gz (places.csail.mit.edu, after "
+    "registration), unpacked into one FOLDER, then `python pipeline/convert.py --source FOLDER --out {root}/places205`",
+    "inat18": "train_val2018.tar.gz, train2018.json and val2018.json (visipedia's inat_comp on GitHub has the links), "
+    "unpacked into one FOLDER, then `python pipeline/convert.py --source FOLDER --out {root}/inat18`",
 }
 
 
@@ -43,7 +43,7 @@ class EvalAllConfig:
     data: Path | None = None
     """For the ImageNet protocols. None: the data the encoder was trained on, else imagenet under --data-root."""
     data_root: Path = DATA
-    """Where the datasets lie: imagenet, voc, places205, inat18."""
+    """Where the datasets lie: imagenet, VOCdevkit, places205, inat18."""
     only: tuple[str, ...] = ()
     """Names of evaluations, as --plan prints them; none given: all."""
     seeds: int = 1
@@ -85,7 +85,7 @@ def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
         settings = transfer.TransferConfig(**shared | {"data": root / dataset}, **short, dataset=dataset)
         return Job(dataset, transfer.main, settings, f"transfer-{dataset}", dataset)
 
-    voc = svm.SvmConfig(**shared | {"data": root / "voc07"}, voc=root / "voc", **fewer)
+    voc = svm.SvmConfig(**shared | {"data": root / "voc07"}, voc=root / "VOCdevkit", **fewer)
     return [
         Job("knn", knn.main, knn.KnnConfig(**shared), "knn-mmselfsup"),
         Job("knn-random", knn.main, knn.KnnConfig(**shared, features="random"), "knn-mmselfsup"),
@@ -124,10 +124,10 @@ def folder_of(data: Path) -> Path:
 def missing_data(job: Job, root: Path) -> str:
     """What to fetch for a job, "" where its dataset is here. VOC is converted on the way, where it is unpacked."""
     if job.needs == "voc":
-        found = voc_root(root / "voc") is not None
+        found = voc_root(root / "VOCdevkit") is not None
     else:
         found = all((folder_of(job.config.data) / f"{split}.beton").is_file() for split in ("train", "val"))
-    return "" if found else WANTED[job.needs].format(path=root / job.needs)
+    return "" if found else WANTED[job.needs].format(root=root)
 
 
 def convert_voc(job: Job) -> None:

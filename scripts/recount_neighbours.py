@@ -1,0 +1,99 @@
+"""Counts a run's nearest-neighbour results again, by brute force in float64, from the features it kept.
+
+    python eval/knn.py --checkpoint model.pth --data DIR --out RUN
+    python eval/knn.py --checkpoint model.pth --data DIR --out RUN --features random
+    python scripts/recount_neighbours.py RUN --data DIR --json checks.json
+
+Nothing of the evaluation's own counting is used. Exit code 1 where a number differs.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from safetensors import safe_open
+
+from eval.features import dataset_sha256
+from eval.splits import Dataset, open_dataset
+from eval.subject import read_results
+from pipeline.command import UserError, run_command
+
+TEMPERATURE = 0.07
+
+
+@dataclass(frozen=True)
+class RecountConfig:
+    """What to count again."""
+
+    run: tyro.conf.Positional[Path]
+    """The folder with results.jsonl and features/."""
+    data: Path
+    """The dataset that they are of."""
+    json: Path | None = None
+    """Where to write what was found."""
+
+
+def kept_features(run: Path, checkpoint_sha256: str, dataset_sha256: str) -> np.ndarray | None:
+    """The features of a whole split, float64, found by the description in the file."""
+    for path in sorted((run / "features").glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            about = json.loads(file.metadata()["description"])
+            found = (about["checkpoint_sha256"], about["dataset_sha256"], about["ids_sha256"])
+            if found == (checkpoint_sha256, dataset_sha256, "all"):
+                return file.get_tensor("features").astype(np.float64)
+    return None
+
+
+def recount(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray, k: int) -> float:
+    """Percent of queries whose class wins the vote of the k nearest: one query at a time, all similarities sorted."""
+    bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    hits = 0
+    for query, label in zip(queries, truth, strict=True):
+        similarity = bank @ (query / np.linalg.norm(query))
+        nearest = np.argsort(-similarity)[:k]
+        hits += np.bincount(labels[nearest], np.exp(similarity[nearest] / TEMPERATURE)).argmax() == label
+    return 100 * hits / len(truth)
+
+
+def recount_result(result: dict, dataset: Dataset, run: Path) -> dict | None:
+    """The recorded and the recounted top-1 of every k; None where the features were not kept."""
+    digests = (dataset_sha256(dataset.train), dataset_sha256(dataset.val))
+    if result["dataset_sha256"] != dict(zip(("train", "val"), digests, strict=True)):
+        return None
+    bank, queries = (kept_features(run, result["checkpoint_sha256"], digest) for digest in digests)
+    if bank is None or queries is None:
+        return None
+    recorded = {int(key[len("top1_k") :]): value for key, value in result["values"].items() if key.startswith("top1_k")}
+    truth = dataset.val_labels
+    return {
+        "encoder": result["encoder"],
+        "arch": result["arch"],
+        "checkpoint_sha256": result["checkpoint_sha256"],
+        "images": [len(bank), len(queries)],
+        "recorded": recorded,
+        "recounted": {k: recount(bank, dataset.train.labels, queries, truth, k) for k in recorded},
+    }
+
+
+def main(config: RecountConfig) -> None:
+    dataset = open_dataset(config.data)
+    results = [r for r in read_results(config.run) if r["protocol"] == "knn-mmselfsup" and r["split"] == "all"]
+    found = [one for one in (recount_result(r, dataset, config.run) for r in results) if one]
+    if not found:
+        raise UserError(
+            f"no nearest-neighbour result with kept features of {config.data} in {config.run}; run eval/knn.py"
+        )
+    for one in found:
+        pairs = ", ".join(f"k = {k}: {v:.2f} and {one['recounted'][k]:.2f}" for k, v in one["recorded"].items())
+        print(f"{one['encoder']} {one['arch']}, top-1 recorded and recounted: {pairs}")
+    if config.json:
+        config.json.write_text(json.dumps(found, indent=1) + "\n")
+    if any(abs(v - one["recounted"][k]) > 1e-6 for one in found for k, v in one["recorded"].items()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_command(RecountConfig, main)

@@ -138,7 +138,10 @@ def open_encoder_and_run(config: SubjectConfig) -> tuple[Encoder, Path]:
     encoder = open_encoder(checkpoint, config.features == "pixels", random_seed, config.resolution)
     checkpoint = checkpoint.resolve()
     run = config.out.expanduser() if config.out else checkpoint if checkpoint.is_dir() else checkpoint.parent
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {run} cannot be made ({error.strerror}); name a folder that can be written") from None
     return encoder, run
 
 

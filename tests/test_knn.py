@@ -84,6 +84,18 @@ def test_lines_add_up_and_file_or_folder_name_the_same_run(run):
     assert [r["fraction"] for r in results] == [1.0, 1.0, 0.5, None]
 
 
+def test_another_place_and_resolution(run, tmp_path):
+    """A file that somebody else wrote keeps its folder as it was."""
+    result = main(KnnConfig(checkpoint=run / "checkpoint.pt", out=tmp_path / "new" / "place", resolution=16))
+    assert result["resolution_px"] == 16 and read_results(tmp_path / "new" / "place") == [result]
+    assert [path.name for path in run.iterdir()] == ["checkpoint.pt"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out .* cannot be made"):
+        main(KnnConfig(checkpoint=run, out=tmp_path / "file" / "in"))
+    with pytest.raises(UserError, match="--resolution 0 was given, at least 1"):
+        main(KnnConfig(checkpoint=run, resolution=0))
+
+
 def test_without_flags_the_newest_run_and_its_data(run, tmp_path, monkeypatch):
     assert KnnConfig().checkpoint == REPO / "runs" / "latest"
     (tmp_path / "latest").symlink_to(run, target_is_directory=True)

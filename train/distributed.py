@@ -40,12 +40,21 @@ def start_ranks(timeout_minutes: float = 0) -> Ranks:
         torch.cuda.set_device(device)
     if world_size == 1:
         return Ranks(0, 1, device, None)
-    # torchrun's store outlives a restart; under a prefix of its own a new start does not meet the last one's addresses.
     store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store = dist.PrefixStore(f"start {start_number()}", store)
     backend, on = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=on)
     return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def start_number() -> str:
+    """Tells apart the starts that share one store: torchrun's own outlives a restart, with the last one's addresses.
+
+    Where rank 0 makes the store (SLURM, several machines) it is a new one each time; and there a machine that came
+    back counts its starts from 0 again.
+    """
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
 
 
 def stop_ranks() -> None:

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from train.distributed import Ranks
+from train.distributed import Ranks, start_number
 
 BEAT_S = 5.0
 EXIT_STUCK = 1
@@ -60,7 +60,7 @@ class Watchdog:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             # A connection of its own: the process group's is busy for as long as that one waits.
             store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=max(1, 2 * self.beat_s)))
-            self.store = dist.PrefixStore(f"watchdog {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            self.store = dist.PrefixStore(f"watchdog {start_number()}", store)
             self._beat()
             self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self.thread.start()

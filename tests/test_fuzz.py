@@ -5,6 +5,7 @@ writes beside its buffer, and a loader ends with the image's name or yields whol
 import io
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -126,7 +127,10 @@ def test_a_bomb_of_scans_is_refused_quickly(handle):
 
 @pytest.mark.slow
 def test_a_loader_names_the_image_or_yields_whole_batches(tmp_path):
-    """150 files, one image of each damaged in place: no crash, no hang, no batch of another size."""
+    """150 files, one image of each damaged in place: no crash, no hang, no batch of another size.
+
+    With stand-ins there are whole batches always, and one stand-in where the other policy stops.
+    """
     for seed in range(8):
         path = tmp_path / "images" / f"class_{seed % 2}" / f"{seed}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -144,14 +148,18 @@ def test_a_loader_names_the_image_or_yields_whole_batches(tmp_path):
         sound = file[place].tobytes()
         mutated = (flip_bits, zero_some, other_size)[number % 3](sound, rng)
         file[place] = np.frombuffer(mutated, np.uint8)
-        loader = make_loader(config)
-        try:
-            batches = list(loader.batches(0, 2))
-            assert [view.shape for batch in batches for view in batch.views] == [(4, 3, 32, 32)] * 4
-        except UserError as error:
-            named += 1
-            assert beton.file_names()[sample] in str(error)
-        finally:
-            loader.close()
+        stopped = False
+        for policy in ("stop", "substitute"):
+            loader = make_loader(replace(config, on_bad_image=policy))
+            try:
+                batches = list(loader.batches(0, 2))
+                assert [view.shape for batch in batches for view in batch.views] == [(4, 3, 32, 32)] * 4
+                assert sum(batch.substituted for batch in batches) == stopped
+            except UserError as error:
+                assert policy == "stop" and beton.file_names()[sample] in str(error)
+                stopped = True
+            finally:
+                loader.close()
+        named += stopped
         file[place] = np.frombuffer(sound, np.uint8)
     assert 30 < named < 150

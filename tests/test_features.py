@@ -1,6 +1,7 @@
 """Features of a frozen encoder: equal to plain torch on the pixels, and to themselves when read back."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -239,6 +240,18 @@ def test_features_that_are_not_finite_are_refused(data, val, tmp_path):
     next(encoder.module.parameters()).data.fill_(torch.nan)
     with pytest.raises(UserError, match="not all finite numbers"):
         features_of(encoder, val, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_corrupt_image_is_named(encoder, small_beton, tmp_path):
+    for path in small_beton.parent.glob("train.*"):
+        shutil.copy(path, tmp_path / path.name)
+    sound = open_beton(tmp_path / "train.beton")
+    with open(tmp_path / "train.beton", "r+b") as file:
+        file.seek(int(sound.offsets[5] + sound.sizes_bytes[5] // 2))
+        file.write(bytes(2000))
+    with pytest.raises(UserError, match=f"image 5 of .*{sound.file_names()[5]}"):
+        features_of(encoder, sound, tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 

@@ -83,6 +83,7 @@ def test_batch_norm_without_weights_then_a_linear_classifier():
     assert 0.005 < head.weight.std() < 0.015
 
 
+@pytest.mark.slow
 def test_the_encoder_stays_bit_for_bit_while_every_stage_learns(run, monkeypatch):
     subjects = []
     monkeypatch.setattr(heads, "open_subject", lambda *a: subjects.append(open_subject(*a)) or subjects[-1])

@@ -182,7 +182,7 @@ def test_a_sweep_reports_every_head_and_the_held_out_tenth_chooses(run):
     assert result["train_images"] == 180 and result["split"] == "all without 20 held out"
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("cached", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_head_that_diverges_leaves_the_others_alone(run, cached, opened):
     """The head of learning rate 0.3 is bit for bit the one that trains alone, beside one that is lost."""
     decay = {"sweep_weight_decay": (1e-4,)}  # × 1e30 it overflows in the second step

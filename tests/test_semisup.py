@@ -114,6 +114,7 @@ def test_same_command_same_number(run):
     assert main(config)["values"] == main(config)["values"]
 
 
+@pytest.mark.slow
 def test_seeds_are_trainings_of_their_own(run):
     """Mean and sample standard deviation of what each seed gives by itself."""
     flags = {"checkpoint": run, "fraction": 0.2, "epochs": 1, "batch": 20, "lr_backbone": 0.02}

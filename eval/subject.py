@@ -179,21 +179,14 @@ def record_result(
     say, such as every point of a sweep. Raises UserError where the folder cannot be written.
     """
     protocol, changed = protocol_name(protocol, published, settings)
-    info, dataset = subject.encoder.info, subject.dataset
+    dataset = subject.dataset
     result = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "protocol": protocol,
         "metric": metric,
         "value": values[metric],
         "values": values,
         "details": details or {},
-        "encoder": subject.encoder.kind,
-        "arch": info.arch,
-        "step": info.step,
-        "epochs": info.epochs,
-        "resolution_px": info.resolution_px,
-        "checkpoint": str(subject.config.checkpoint),
-        "checkpoint_sha256": info.sha256,
+        **encoder_facts(subject.encoder, subject.config.checkpoint),
         "dataset": dataset.name,
         "dataset_sha256": {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)},
         "fraction": None if subject.config.shots else fraction,
@@ -206,12 +199,32 @@ def record_result(
         "changed": changed,
         "loader": subject.config.loader,
         "feature_type": subject.config.feature_type,
-        "device": torch.cuda.get_device_name() if subject.encoder.device != "cpu" else "cpu",
         "seconds": round(time.monotonic() - subject.started, 2),
     }
+    return write_result(subject.run, result)
+
+
+def encoder_facts(encoder: Encoder, checkpoint: Path) -> dict:
+    """What a result's line says of the encoder, and of where it ran."""
+    info = encoder.info
+    return {
+        "encoder": encoder.kind,
+        "arch": info.arch,
+        "step": info.step,
+        "epochs": info.epochs,
+        "resolution_px": info.resolution_px,
+        "checkpoint": str(checkpoint),
+        "checkpoint_sha256": info.sha256,
+        "device": torch.cuda.get_device_name() if encoder.device != "cpu" else "cpu",
+    }
+
+
+def write_result(run: Path, result: dict) -> dict:
+    """Prints a result, with the time before it, and appends it to the run folder's results.jsonl; returns it."""
+    result = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **result}
     line = json.dumps(result, allow_nan=False)
     print(line, flush=True)
-    append_line(subject.run / RESULTS, line)
+    append_line(run / RESULTS, line)
     return result
 
 

@@ -25,10 +25,12 @@ train.schedule train.knn_vote train.checkpoint train.initial train.runstate trai
 train.runlog train.online_knn train.recorded train.pretrain
 eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
 eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer
+eval.detection_data eval.detection_model eval.detection_scores eval.detection_train eval.detection
 eval.published eval.summary eval.charts eval.page eval.correlation eval.neighbours eval.report
 """.split()
 ENTRIES = {"pipeline.convert", "pipeline.preview", "train.pretrain"} | {
-    f"eval.{name}" for name in ("extract", "knn", "linear", "heads", "semisup", "svm", "transfer", "report")
+    f"eval.{name}"
+    for name in ("extract", "knn", "linear", "heads", "semisup", "svm", "transfer", "detection", "report")
 }
 PACKAGES = ("pipeline", "train", "eval")
 

@@ -1,0 +1,223 @@
+"""Detection: the encoder as the body of Faster R-CNN on PASCAL VOC, or of Mask R-CNN on COCO, fine-tuned whole.
+
+    python eval/detection.py --data VOCdevkit                                     the newest run, on VOC07+12
+    torchrun --nproc-per-node=8 eval/detection.py --task coco --data DIR          COCO, boxes and masks
+    python eval/detection.py --checkpoint resnet50.pth --export-detectron2 resnet50.pkl
+
+Protocol detection-voc0712: R50-C4, trained on VOC2007 and VOC2012 trainval for 24,000 iterations of 16 images, learning
+rate 0.1 with 1000 iterations of warm-up, a tenth of it after 18,000 and 22,000; judged on VOC2007 test by AP, AP50 and
+AP75 as Detectron2 measures VOC (11-point averages; `coco_AP` … are pycocotools' of the same detections).
+Protocol detection-coco: the 1× schedule, 90,000 iterations with steps after 60,000 and 80,000, learning rate 0.03;
+pycocotools' AP of boxes and masks on val2017. The schedules are Zbontar 2021's, the rest is MoCo's: see
+eval/detection_model.py, also for what differs from Detectron2.
+
+Started again, the same command goes on from its last checkpoint, <run>/detection-<task>/checkpoint.pt; SIGTERM and
+Ctrl-C write one first. The detections stay beside it, in COCO's results form.
+"""
+
+import json
+import pickle
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from eval.detection_data import DetectionImages, Split, open_coco, open_voc
+from eval.detection_model import detectron2_weights, make_detector
+from eval.detection_scores import coco_scores, voc_scores
+from eval.detection_train import Schedule, Training, detect, take_precise_statistics, train
+from eval.features import Encoder, open_encoder
+from eval.subject import encoder_facts, protocol_name, require_positive, write_result
+from eval.supervised import milestones_for
+from pipeline.command import DATA, RUNS, UserError, run_command
+from train.batchnorm import with_global_batch_norm
+from train.checkpoint import write_atomically
+from train.distributed import Ranks, say, start_ranks, stop_ranks
+
+EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
+PROTOCOLS = {
+    "voc": {
+        "train": "VOC2007 trainval+VOC2012 trainval",
+        "iterations": 24_000,
+        "batch": 16,
+        "lr": 0.1,
+        "warmup": 1000,
+        "sizes_px": list(range(480, 801, 32)),
+        "rois": 512,
+        "precise_bn": 200,
+    },
+    "coco": {
+        "train": "COCO train2017",
+        "iterations": 90_000,
+        "batch": 16,
+        "lr": 0.03,
+        "warmup": 1000,
+        "sizes_px": list(range(640, 801, 32)),
+        "rois": 512,
+        "precise_bn": 200,
+    },
+}
+NAMES = {"voc": "detection-voc0712", "coco": "detection-coco"}
+STEPS = {"voc": (18_000, 22_000), "coco": (60_000, 80_000)}
+
+
+@dataclass(frozen=True)
+class DetectionConfig:
+    """Detection, with instance segmentation on COCO."""
+
+    task: Literal["voc", "coco"] = "voc"
+    """Which dataset and protocol."""
+    checkpoint: Path = RUNS / "latest"
+    """A run folder, or a checkpoint file: ours, or a torchvision ResNet's state dict."""
+    data: Path | None = None
+    """VOCdevkit with VOC2007 (and VOC2012), or COCO's folder. None: data/VOCdevkit or data/coco."""
+    features: Literal["encoder", "random"] = "encoder"
+    """The encoder, or, as a control, its architecture with random weights (of --seed)."""
+    iterations: int | None = None
+    """None: the protocol's, 24,000 or 90,000; the rate's steps keep their places in them."""
+    batch: int | None = None
+    """Images of one iteration over all ranks. None: 16."""
+    lr: float | None = None
+    """Learning rate, not scaled by the batch. None: 0.1 for VOC, 0.03 for COCO."""
+    warmup: int | None = None
+    """Iterations of linear warm-up. None: 1000."""
+    sizes: tuple[int, ...] | None = None
+    """Lengths of an image's shorter side in training, px; the last is the test's. None: 480 … 800, COCO 640 … 800."""
+    rois: int | None = None
+    """Regions of an image that train the heads. None: 512."""
+    precise_bn: int | None = None
+    """Batches over which batch norm's statistics are taken anew before the test. None: 200."""
+    checkpoint_every: int = 1000
+    """Iterations between two checkpoints."""
+    workers: int = 4
+    """Processes that decode images, of each rank; 0: none but the trainer's own."""
+    seed: int = 0
+    """Decides the heads' initial weights, the order of images, flips, sizes and sampled regions."""
+    export_detectron2: Path | None = None
+    """Write the backbone to this .pkl file in Detectron2's layout, and do nothing else."""
+
+
+def chosen_settings(config: DetectionConfig, train: Split) -> dict:
+    """The protocol's settings with the flags laid over them. Raises UserError."""
+    flags = {name: getattr(config, name) for name in ("iterations", "batch", "lr", "warmup", "rois", "precise_bn")}
+    flags["sizes_px"] = None if config.sizes is None else list(config.sizes)
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = PROTOCOLS[config.task] | {"train": train.name} | given
+    for name, least in {"iterations": 1, "batch": 1, "warmup": 0, "rois": 1, "precise_bn": 0}.items():
+        if settings[name] < least:
+            raise UserError(f"--{name.replace('_', '-')} {settings[name]} was given, at least {least} is expected")
+    require_positive("sizes", min(settings["sizes_px"], default=0))
+    if settings["batch"] > len(train):
+        raise UserError(f"--batch {settings['batch']} is more than the {len(train)} images of {train.name}")
+    return settings
+
+
+def open_splits(config: DetectionConfig) -> tuple[Split, Split]:
+    """Training and test images. Raises UserError."""
+    if config.task == "coco":
+        root = config.data or DATA / "coco"
+        train = open_coco(root, "train2017")
+        usable = [r for r in train.records if (~r.ignored).any()]
+        return Split(train.name, train.classes, usable), open_coco(root, "val2017")
+    root = config.data or DATA / "VOCdevkit"
+    years = ["VOC2007", "VOC2012"] if (root / "VOC2012").is_dir() else ["VOC2007"]
+    return open_voc(root, [(year, "trainval") for year in years]), open_voc(root, [("VOC2007", "test")])
+
+
+def scores_of(task: str, split: Split, detections: list[dict]) -> dict[str, float]:
+    """The values of the result."""
+    truth = split.truth()
+    boxes = coco_scores(truth, detections, "bbox")
+    if task == "voc":
+        return voc_scores(split, detections) | {f"coco_{name}": value for name, value in boxes.items()}
+    masks = coco_scores(truth, detections, "segm")
+    return boxes | {f"mask_{name}": value for name, value in masks.items()}
+
+
+def export(config: DetectionConfig) -> None:
+    """Writes the backbone for Detectron2."""
+    weights = detectron2_weights(open_encoder(config.checkpoint.expanduser()).module)
+    write_atomically(config.export_detectron2, pickle.dumps(weights))
+    print(f"{config.export_detectron2}: {len(weights['model'])} tensors in Detectron2's layout")
+
+
+def make_training(config: DetectionConfig, ranks: Ranks, encoder: Encoder, images: Split, folder: Path) -> Training:
+    """The detector with its schedule, gone on from its checkpoint where there is one. Raises UserError."""
+    settings = chosen_settings(config, images)
+    if settings["batch"] % ranks.world_size:
+        raise UserError(f"--batch {settings['batch']} cannot be shared by {ranks.world_size} ranks; give a multiple")
+    iterations = settings["iterations"]
+    steps = milestones_for(STEPS[config.task], PROTOCOLS[config.task]["iterations"], iterations)
+    numbers = {name: settings[name] for name in ("batch", "lr", "warmup", "precise_bn")}
+    schedule = Schedule(iterations, steps=steps, seed=config.seed, **numbers)
+
+    torch.manual_seed(config.seed)
+    detector = make_detector(
+        encoder.module.to("cpu"),
+        encoder.info.normalization,
+        len(images.classes),
+        config.task == "coco",
+        settings["sizes_px"],
+        settings["rois"],
+    )
+    detector = with_global_batch_norm(detector.to(ranks.device), ranks.device)
+    about = settings | {"task": config.task, "seed": config.seed, "encoder": encoder.info.sha256}
+    about |= {"images": images.sha256()}
+    training = Training(detector, schedule, ranks, config.workers, folder / "checkpoint.pt", about)
+    training.resume()
+    return training
+
+
+def measure(config: DetectionConfig, ranks: Ranks) -> int:
+    """Trains, tests and records; returns the exit code."""
+    started = time.monotonic()
+    require_positive("checkpoint-every", config.checkpoint_every)
+    checkpoint = config.checkpoint.expanduser()
+    encoder = open_encoder(checkpoint, random_seed=config.seed if config.features == "random" else None)
+    train_split, test_split = open_splits(config)
+    run = checkpoint.resolve() if checkpoint.is_dir() else checkpoint.resolve().parent
+    folder = run / f"detection-{config.task}"
+    folder.mkdir(exist_ok=True)
+    training = make_training(config, ranks, encoder, train_split, folder)
+    say(ranks, f"{folder}: from iteration {training.iteration}, {len(train_split)} images")
+    masks = config.task == "coco"
+    images = DetectionImages(train_split.records, masks, config.task == "voc", config.seed)
+    if asked := train(training, images, config.checkpoint_every):
+        say(ranks, f"stopped after iteration {training.iteration}; the same command goes on from there")
+        return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_REQUEUE
+    take_precise_statistics(training, images)
+    detections = detect(training, test_split, masks)
+    if ranks.rank == 0:
+        write_atomically(folder / "detections.json", json.dumps(detections).encode())
+        values = scores_of(config.task, test_split, detections)
+        settings = {name: training.about[name] for name in PROTOCOLS[config.task]}
+        protocol, changed = protocol_name(NAMES[config.task], PROTOCOLS[config.task], settings)
+        result = {"protocol": protocol, "metric": "AP", "value": values["AP"], "values": values, "details": {}}
+        result |= encoder_facts(encoder, config.checkpoint)
+        digests = {"train": training.about["images"], "val": test_split.sha256()}
+        result |= {"dataset": test_split.name, "dataset_sha256": digests, "fraction": None, "split": train_split.name}
+        result |= {"train_images": len(train_split), "val_images": len(test_split)}
+        result |= {"classes": len(train_split.classes), "seed": config.seed, "settings": settings, "changed": changed}
+        result |= {"world_size": ranks.world_size, "seconds": round(time.monotonic() - started, 2)}
+        write_result(run, result)
+    return 0
+
+
+def main(config: DetectionConfig) -> None:
+    if config.export_detectron2:
+        return export(config)
+    ranks = start_ranks()
+    try:
+        code = measure(config, ranks)
+    finally:
+        stop_ranks()
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    run_command(DetectionConfig, main)

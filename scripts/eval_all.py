@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from eval import heads, knn, linear, report, semisup, svm, transfer
+from eval import detection, heads, knn, linear, report, semisup, svm, transfer
 from eval.features import open_encoder
 from eval.subject import RESULTS, SubjectConfig, read_results
 from pipeline import convert
@@ -27,10 +27,19 @@ WANTED = {
     "imagenet": "ImageNet-1k (ILSVRC 2012; image-net.org, after registration) as train/ and val/ in $IMAGENET, then "
     "`bash scripts/convert_imagenet.sh`",
     "voc": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar (the PASCAL VOC 2007 site), unpacked into {root}",
+    "voc0712": "VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar (the PASCAL VOC 2007 site) and "
+    "VOCtrainval_11-May-2012.tar (the PASCAL VOC 2012 site), unpacked into {root}",
+    "coco": "train2017.zip, val2017.zip and annotations_trainval2017.zip (cocodataset.org), unpacked into {root}/coco",
     "places205": "imagesPlaces205_resize.tar.gz and trainvalsplit_places205.tar.gz (places.csail.mit.edu, after "
     "registration), unpacked into one FOLDER, then `python pipeline/convert.py --source FOLDER --out {root}/places205`",
     "inat18": "train_val2018.tar.gz, train2018.json and val2018.json (visipedia's inat_comp on GitHub has the links), "
     "unpacked into one FOLDER, then `python pipeline/convert.py --source FOLDER --out {root}/inat18`",
+}
+
+
+DETECTION = {  # datasets of detection → folders that must be there
+    "voc0712": ("VOCdevkit/VOC2007", "VOCdevkit/VOC2012"),
+    "coco": ("coco/train2017", "coco/val2017", "coco/annotations"),
 }
 
 
@@ -43,7 +52,7 @@ class EvalAllConfig:
     data: Path | None = None
     """For the ImageNet protocols. None: the data the encoder was trained on, else imagenet under --data-root."""
     data_root: Path = DATA
-    """Where the datasets lie: imagenet, VOCdevkit, places205, inat18."""
+    """Where the datasets lie: imagenet, VOCdevkit, places205, inat18, coco."""
     only: tuple[str, ...] = ()
     """Names of evaluations, as --plan prints them; none given: all."""
     seeds: int = 1
@@ -62,7 +71,7 @@ class Job:
 
     name: str
     main: Callable
-    config: SubjectConfig
+    config: SubjectConfig | detection.DetectionConfig
     protocol: str
     needs: str = "imagenet"
 
@@ -85,6 +94,11 @@ def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
         settings = transfer.TransferConfig(**shared | {"data": root / dataset}, **short, dataset=dataset)
         return Job(dataset, transfer.main, settings, f"transfer-{dataset}", dataset)
 
+    def detection_job(task: str, needs: str, folder: Path) -> Job:
+        few = {"iterations": 1, "batch": 1, "precise_bn": 1} if config.small else {}
+        settings = detection.DetectionConfig(task=task, checkpoint=run, data=folder, workers=config.workers, **few)
+        return Job(f"detection-{task}", detect, settings, detection.NAMES[task], needs)
+
     voc = svm.SvmConfig(**shared | {"data": root / "voc07"}, voc=root / "VOCdevkit", **fewer)
     return [
         Job("knn", knn.main, knn.KnnConfig(**shared), "knn-mmselfsup"),
@@ -100,7 +114,16 @@ def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
         Job("heads", heads.main, heads.HeadsConfig(**shared, **short), "heads-mmselfsup"),
         transfer_job("places205"),
         transfer_job("inat18"),
+        detection_job("voc", "voc0712", root / "VOCdevkit"),
+        detection_job("coco", "coco", root / "coco"),
     ]
+
+
+def detect(config: detection.DetectionConfig) -> dict:
+    """Detection on one GPU; with several, run it by torchrun, and it is found done here."""
+    detection.main(config)
+    checkpoint = config.checkpoint
+    return read_results(checkpoint if checkpoint.is_dir() else checkpoint.parent)[-1]
 
 
 def is_done(job: Job, results: list[dict], sha256: str, small: bool) -> bool:
@@ -108,10 +131,11 @@ def is_done(job: Job, results: list[dict], sha256: str, small: bool) -> bool:
     control = job.config.features == "random"
     for r in results:
         same = r["encoder"] == "untrained" if control else r["checkpoint_sha256"] == sha256
-        same &= r["dataset"] == folder_of(job.config.data).resolve().name
         same &= (r["protocol"].removesuffix("-modified") if small else r["protocol"]) == job.protocol
-        same &= r["fraction"] == getattr(job.config, "fraction", 1.0)
         same &= len(r["details"].get("seeds", [0])) >= getattr(job.config, "seeds", 1)
+        if job.needs not in DETECTION:  # whose protocols name their dataset
+            same &= r["dataset"] == folder_of(job.config.data).resolve().name
+            same &= r["fraction"] == getattr(job.config, "fraction", 1.0)
         if same:
             return True
     return False
@@ -123,7 +147,9 @@ def folder_of(data: Path) -> Path:
 
 def missing_data(job: Job, root: Path) -> str:
     """What to fetch for a job, "" where its dataset is here. VOC is converted on the way, where it is unpacked."""
-    if job.needs == "voc":
+    if job.needs in DETECTION:
+        found = all((root / part).is_dir() for part in DETECTION[job.needs])
+    elif job.needs == "voc":
         found = voc_root(root / "VOCdevkit") is not None
     else:
         found = all((folder_of(job.config.data) / f"{split}.beton").is_file() for split in ("train", "val"))

@@ -1,8 +1,11 @@
 """Every evaluation of one run from one call, at small size: each leaves its line, and none is made twice."""
 
+import json
+
 import pytest
 
-from eval.subject import read_results
+from eval.features import open_encoder
+from eval.subject import append_line, read_results
 from pipeline.command import UserError
 from scripts import eval_all
 from scripts.eval_all import EvalAllConfig, main
@@ -45,6 +48,7 @@ def test_all_that_the_datasets_allow_once(root, tmp_path, capsys, monkeypatch):
     assert "svm                    voc is missing" in printed
     assert "missing voc: VOCtrainval_06-Nov-2007.tar" in printed and f"unpacked into {root}" in printed
     assert f"convert.py --source FOLDER --out {root / 'inat18'}" in printed
+    assert "detection-voc          voc0712 is missing" in printed and "missing coco: train2017.zip" in printed
     assert "| kNN top-1 |" in printed, "the table"
 
     monkeypatch.setattr(eval_all.report, "main", lambda config: print(f"the table of {config.runs[0]}"))
@@ -61,6 +65,30 @@ def test_the_plan_runs_nothing(root, tmp_path, capsys):
     assert not (run / "results.jsonl").exists()
     with pytest.raises(UserError, match="--only everything: no such evaluation; there are knn, "):
         main(EvalAllConfig(run=run, only=("everything",)))
+
+
+def test_detection_runs_where_its_images_are(root, tmp_path, monkeypatch, capsys):
+    """The detector itself is a stand-in here: tests/test_detection.py trains it."""
+    run = write_run(tmp_path / "run", root / "imagenet")
+    for part in ("VOCdevkit/VOC2007", "VOCdevkit/VOC2012"):
+        (tmp_path / part).mkdir(parents=True)
+    asked = []
+
+    def measure(config):
+        asked.append(config)
+        line = {"protocol": "detection-voc0712", "metric": "AP", "value": 1.5, "seconds": 2.0, "details": {}}
+        line |= {"encoder": "trained", "checkpoint_sha256": open_encoder(run).info.sha256, "fraction": None}
+        append_line(run / "results.jsonl", json.dumps(line))
+
+    monkeypatch.setattr(eval_all.detection, "main", measure)
+    monkeypatch.setattr(eval_all.report, "main", lambda config: None)
+    config = EvalAllConfig(run=run, data_root=tmp_path, only=("detection-voc", "detection-coco"))
+    main(config)
+    main(config)
+    (one,) = asked
+    assert (one.task, one.data, one.iterations) == ("voc", tmp_path / "VOCdevkit", None)
+    printed = capsys.readouterr().out
+    assert "detection-voc          AP 1.50 in 2 s" in printed and "detection-voc          done before" in printed
 
 
 def test_one_that_fails_is_named_and_the_others_go_on(root, tmp_path, capsys, monkeypatch):

@@ -41,13 +41,14 @@ from pipeline.loader import make_loader
 from pipeline.order import rank_batch
 from train.batchnorm import with_global_batch_norm
 from train.cards import chosen_preset, resolved
-from train.config import PretrainConfig, as_plain
+from train.config import AMP, PretrainConfig, as_plain
 from train.distributed import Ranks, say, start_ranks, stop_ranks
 from train.lars import LARS
 from train.methods.choose import make_method
 from train.model import make_backbone
-from train.pretrain import AMP, loader_config
+from train.pretrain import loader_config
 from train.recompute import recompute_blocks
+from train.recorded import RecordedStep, require_one_gpu
 
 SYNTHETIC = Path("synthetic")
 READY = 3  # batches that a loader may have ready when nobody has asked for a while; they are not timed
@@ -72,19 +73,21 @@ class BenchConfig(PretrainConfig):
 class Bench:
     """The network, optimizer and batches of one rank, as train() in train/pretrain.py makes them."""
 
+    MEMORY_FORMAT = torch.channels_last
+
     def __init__(self, config: BenchConfig, ranks: Ranks):
         self.config, self.ranks = config, ranks
         self.cuda = ranks.device.type == "cuda"
         torch.manual_seed(config.seed)
         network = make_backbone(config.arch, config.stem)
-        method = make_method(*network, config).to(ranks.device, memory_format=torch.channels_last)
+        method = make_method(*network, config).to(ranks.device, memory_format=self.MEMORY_FORMAT)
         self.method = with_global_batch_norm(method, ranks.device)
-        self.optimizer = LARS(self.method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
+        self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.loader = None if config.data == SYNTHETIC else make_loader(loader_config(config, ranks))
         side, share = config.resolution, rank_batch(config.global_batch, ranks.world_size)
         pixels = (torch.randn(share, 3, side, side, device=ranks.device) for _ in range(2))
-        self.views = tuple(view.contiguous(memory_format=torch.channels_last) for view in pixels)
+        self.views = tuple(view.contiguous(memory_format=self.MEMORY_FORMAT) for view in pixels)
         with FlopCounterMode(display=False) as counter:  # of two images: they grow with the batch, as memory does
             self._loss(self.method, [view[:2] for view in self.views])[0].backward()
         self.operations = counter.get_total_flops() * share / 2
@@ -92,7 +95,7 @@ class Bench:
             recompute_blocks(self.method.backbone)
         if config.compile:
             for part in self.method.children():
-                part.compile()
+                part.compile(dynamic=False)
         else:  # hooks would be compiled away
             for part in self.method.children():
                 part.register_forward_pre_hook(lambda *_: self._mark("loss"))
@@ -104,7 +107,18 @@ class Bench:
             self.model = DistributedDataParallel(self.method, device_ids=devices, gradient_as_bucket_view=True)
             self.model.broadcast_buffers = False
         self.marks: list[tuple[str, object]] | None = None
-        self.batches = self._batches()
+        if config.cuda_graph:
+            require_one_gpu(ranks)
+        self.recorded = RecordedStep(self._gradients, self.optimizer) if config.cuda_graph else None
+        self.batches = self.batches_of(self.loader)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return LARS(self.method.parameter_groups(), eta=self.config.lars_eta, clip=self.config.lars_clip)
+
+    def _gradients(self, views) -> dict[str, torch.Tensor]:
+        loss, metrics = self._loss(self.model, views)
+        loss.backward()
+        return metrics
 
     def _loss(self, model, views):
         enabled = self.config.amp != "off"
@@ -125,16 +139,19 @@ class Bench:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def _batches(self):
+    def batches_of(self, loader):
         """The views of step after step; without a loader always the same."""
-        while self.loader is None:
+        while loader is None:
             yield self.views
-        yield from (batch.views for batch in self.loader.batches(0, sys.maxsize))
+        yield from (batch.views for batch in loader.batches(0, sys.maxsize))
 
     def step(self, views) -> None:
         self._mark("data_wait")
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-3 * group["peak_lr"]
+        if self.recorded:
+            self.recorded(views)
+            return self._mark("optimizer")
         loss, _ = self._loss(self.model, views)
         self._mark("loss" if not self.config.compile else "forward")
         self.scaler.scale(loss).backward()
@@ -144,15 +161,16 @@ class Bench:
         self.optimizer.zero_grad(set_to_none=True)
         self._mark("optimizer")
 
-    def together(self) -> dict[str, float]:
+    def together(self, batches=None) -> dict[str, float]:
         """Milliseconds of a step, and of its wait for data, with nothing between the stages."""
+        batches = batches or self.batches
         for _ in range(READY):
-            self.step(next(self.batches))
+            self.step(next(batches))
         self._wait()
         start, waited = time.perf_counter(), 0.0
         for _ in range(self.config.steps):
             asked = time.perf_counter()
-            views = next(self.batches)
+            views = next(batches)
             waited += time.perf_counter() - asked
             self.step(views)
         self._wait()

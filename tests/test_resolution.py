@@ -37,7 +37,7 @@ class KilledLoader:
 
     def __init__(self, loader, at: int):
         self.loader, self.at, self.sides = loader, at, []
-        self.images, self.steps_per_epoch = loader.images, loader.steps_per_epoch
+        self.images, self.ids, self.steps_per_epoch = loader.images, loader.ids, loader.steps_per_epoch
 
     def batches(self, start, stop):
         for batch in self.loader.batches(start, stop):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +76,8 @@ class Report:
         self.stages.mkdir(parents=True, exist_ok=True)
         self.cifar = self.folder / "data" if config.dry_run else config.cifar.expanduser().resolve()
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"), "PYTHONUNBUFFERED": "1"}
-        self.environment = os.environ | cache | ({"TRITON_INTERPRET": "1"} if config.dry_run else {})
+        toy = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if config.dry_run else {}
+        self.environment = os.environ | cache | toy
 
     def left_s(self) -> float:
         return self.end - time.monotonic()
@@ -171,6 +173,7 @@ class Report:
         online = {line["epoch"]: round(line["knn_top1"], 2) for line in metrics if "knn_top1" in line}
         images = json.loads(manifest_path(self.cifar / "train.beton").read_text())["images"]
         epoch_s = {"epoch_s": round(images / float(np.median(speeds)), 3)}
+        spent |= {"dry_run": self.config.dry_run}
         self.write(stage, spent | epoch_s | {"epochs": EPOCHS[stage], "results": results, "knn_by_epoch": online})
 
     def train_until(self, seconds: float, *arguments: object) -> int:
@@ -184,6 +187,15 @@ class Report:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)
                 return process.wait()
+
+    def attempt(self, run: Callable[[object], None], what: str | list[str]) -> None:
+        """A stage that fails does not keep the others from being measured."""
+        try:
+            run(what)
+        except subprocess.TimeoutExpired as error:
+            print(f"{what}: stopped after {error.timeout:.0f} s", file=sys.stderr)
+        except UserError as error:
+            print(f"{what}: {error}", file=sys.stderr)
 
     def run(self, stage: str) -> None:
         if stage == "tests":
@@ -222,18 +234,15 @@ def main(config: ReportConfig) -> None:
     report = Report(config)
     wanted = [stage for stage in config.only or LEAST_S if not report.done(stage)]
     measured = [stage for stage in wanted if stage != "tests" and stage not in EPOCHS]
-    if config.dry_run and measured:
-        report.run_stages(measured)  # together: most of the time is each process's start
+    if config.dry_run and measured:  # together: most of the time is each process's start
+        report.attempt(report.run_stages, measured)
     for stage in wanted:
         if report.done(stage):
             continue
         if report.left_s() < LEAST_S[stage] and not config.dry_run:
             print(f"{stage}: not begun, {report.left_s():.0f} s are left", file=sys.stderr)
             continue
-        try:
-            report.run(stage)
-        except (subprocess.TimeoutExpired, UserError) as error:
-            print(f"{stage}: {error}", file=sys.stderr)
+        report.attempt(report.run, stage)
         if not report.done(stage):
             print(f"{stage}: not done; {report.folder / 'log.txt'} has its output", file=sys.stderr)
         report.write_report()

@@ -12,6 +12,7 @@ mean nothing. The published way (facebookresearch/barlowtwins): fp16 autocast wi
 LARS as a loop over parameters, Pillow and torchvision in DataLoader processes.
 """
 
+import contextlib
 import json
 import os
 import time
@@ -237,8 +238,10 @@ def measure_step(config: StageConfig, ranks: Ranks) -> dict:
 
 def use_cores(cores: int, all_cores: list[int]) -> None:
     """Every thread of this process, PyTorch's as well, on the first `cores` of them; new ones inherit it."""
+    torch.set_num_threads(cores)  # more of OpenMP's threads than cores wait for each other in loops
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), all_cores[:cores])
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.sched_setaffinity(int(thread), all_cores[:cores])
 
 
 def measure_loader(config: StageConfig, ranks: Ranks, name: str) -> dict:
@@ -250,7 +253,7 @@ def measure_loader(config: StageConfig, ranks: Ranks, name: str) -> dict:
     bench, found = kind(bench_config(config, **flags), ranks), {}
     bench.together()  # compiled with all cores
     counts = [n for n in CORES.get(name, (len(all_cores),)) if n <= len(all_cores)]
-    for cores in counts[:1] if config.dry_run else counts:
+    for cores in [1] if config.dry_run else counts:
         use_cores(cores, all_cores)
         card = replace(PRESETS["imagenet"], **{f: getattr(bench.config, f) for f in ("resolution", "global_batch")})
         card = replace(card, data=config.data, loader=name, workers=cores)
@@ -266,7 +269,7 @@ def measure_loader(config: StageConfig, ranks: Ranks, name: str) -> dict:
             "real": summary(bench, runs["real"]) | {"memory_gb": memory[0]},
             "synthetic": summary(bench, runs["synthetic"]),
         }
-        use_cores(len(all_cores), all_cores)
+    use_cores(1 if config.dry_run else len(all_cores), all_cores)
     return {"by_cores": found}
 
 

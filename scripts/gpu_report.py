@@ -30,7 +30,7 @@ from pipeline.command import DATA, REPO, RUNS, UserError, run_command
 # Stage → seconds that must be left for it to begin: what it may take on a GPU of the H100's class. A run of CIFAR-10
 # takes what there is.
 LEAST_S = {
-    "tests": 200,
+    "tests": 330,
     "kernels": 60,
     "step": 150,
     "loader-ffcv": 240,
@@ -164,7 +164,7 @@ class Report:
                 file=sys.stderr,
             )
             return
-        for evaluation in EVALUATIONS[stage]:
+        for evaluation in EVALUATIONS[stage][-1 if self.config.dry_run else 0 :]:
             self.call(*evaluation, "--checkpoint", run)
         lines = [json.loads(text) for text in (run / "results.jsonl").read_text().splitlines()]
         results = {line["protocol"]: line["value"] for line in lines}

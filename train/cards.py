@@ -50,6 +50,7 @@ PRESETS = {
         weight_decay=1e-4,
         lars_eta=0.02,
         lars_clip=True,
+        knn_every=10,
     ),
     # CIFAR-10 in minutes on two CPU cores: shows that everything works and that it learns, no more.
     #   cost      2 × 50,000 images × 2 views of 32 px

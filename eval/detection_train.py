@@ -128,7 +128,8 @@ def train(training: Training, images: DetectionImages, checkpoint_every: int) ->
     model = training.detector.train()
     if ranks.world_size > 1:
         devices = [ranks.device] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(training.detector, device_ids=devices, broadcast_buffers=False)
+        model = DistributedDataParallel(training.detector, device_ids=devices)
+        model.broadcast_buffers = False  # batch norm's are equal on all ranks
     start, stop = training.iteration, schedule.iterations
     bar = tqdm(total=stop, initial=start, unit="iteration", disable=None if ranks.rank == 0 else True)
     with StopRequest(ranks) as request, bar:

@@ -2,8 +2,11 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from tests.evaluation import write_run
 from train.distributed import Ranks
 from train.model import make_backbone
 
+REPO = Path(__file__).resolve().parents[1]
 ALONE = Ranks(0, 1, torch.device("cpu"), None)
 EIGHT = "000020 000262 000404 000544 000552 000851 000871 000991".split()  # one or two large objects each
 
@@ -413,6 +417,25 @@ def test_coco_from_end_to_end(coco, tmp_path):
     assert result["protocol"] == "detection-coco-modified" and result["encoder"] == "untrained"
     assert result["changed"].keys() == {"iterations", "batch", "lr", "warmup", "sizes_px", "rois", "precise_bn"}
     assert set(result["values"]) == {f"{kind}{name}" for kind in ("", "mask_") for name in ("AP", "AP50", "AP75")}
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_one_result(eight, tmp_path):
+    run = write_run(tmp_path / "run", tmp_path)
+    flags = "--iterations 2 --batch 4 --lr 0.01 --warmup 2 --sizes 64 --rois 8 --precise-bn 1 --workers 1".split()
+    command = [sys.executable, REPO / "scripts/torchrun.py", "--nproc-per-node=2", REPO / "eval/detection.py"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [*command, "--checkpoint", run, "--data", eight, *flags], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = read_results(run)
+    assert result["world_size"] == 2 and result["train_images"] == result["val_images"] == 8
+    detections = json.loads((run / "detection-voc" / "detections.json").read_text())
+    images = [d["image_id"] for d in detections]
+    assert images == sorted(images) and set(images) <= set(range(1, 9))
+    state = torch.load(run / "detection-voc" / "checkpoint.pt", weights_only=True)
+    assert state["iteration"] == 2 and not any(name.startswith("module.") for name in state["model"])
 
 
 def test_a_lost_loss_ends_the_training(eight, tmp_path):

@@ -7,6 +7,7 @@ A result that results.jsonl has already, of the same checkpoint, protocol, label
 stopped call goes on. An evaluation that fails is named and the others go on; the exit code is then 1.
 """
 
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,8 +19,7 @@ import tyro
 from eval import detection, heads, knn, linear, report, semisup, svm, transfer
 from eval.features import open_encoder
 from eval.subject import RESULTS, SubjectConfig, read_results
-from pipeline import convert
-from pipeline.command import DATA, UserError, run_command
+from pipeline.command import DATA, REPO, UserError, run_command
 from pipeline.sources import voc_root
 
 # Dataset under --data-root → what to fetch and where it goes.
@@ -157,8 +157,13 @@ def missing_data(job: Job, root: Path) -> str:
 
 
 def convert_voc(job: Job) -> None:
-    """VOC's images into the .beton files that the SVMs read; at once where they are there."""
-    convert.main(convert.ConvertConfig(out=job.config.data, source=job.config.voc, workers=job.config.workers))
+    """VOC's images into the .beton files that the SVMs read; at once where they are there.
+
+    In a process of its own: the converter's workers start at once where nothing but it is loaded.
+    """
+    command = [sys.executable, REPO / "pipeline" / "convert.py", "--source", job.config.voc, "--out", job.config.data]
+    if subprocess.run([*command, "--workers", str(job.config.workers)], stdout=sys.stderr).returncode:
+        raise UserError(f"{job.config.voc} could not be converted; the converter says why above")
 
 
 def main(config: EvalAllConfig) -> None:

@@ -196,7 +196,7 @@ class RunLog:
         """To TensorBoard: the views (B, 3, H, W) of some images, and what the method has to show."""
         if not self.active:
             return
-        rows = [view[:PICTURED].detach().float().cpu() for view in views]
+        rows = [view[:PICTURED].detach().float().nan_to_num().cpu() for view in views]
         pixels = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # side by side, a row a view
         low, high = pixels.amin(), pixels.amax()
         self.board.add_image("views", (pixels - low) / (high - low).clamp(min=1e-6), step)

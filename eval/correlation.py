@@ -50,6 +50,8 @@ class Correlation:
 def config_from(plain: dict) -> PretrainConfig:
     """The configuration that checkpoints and config.json hold; values that this program does not know are dropped."""
     known = {field.name for field in fields(PretrainConfig)}
+    if "loss" not in plain:  # from before the ablations, when every method's configuration had SimSiam's flag set
+        known -= {"stop_gradient"}
     plain = {name: value for name, value in plain.items() if name in known}
     return PretrainConfig(**plain | {"data": Path(plain["data"]), "without": tuple(plain.get("without", ()))})
 

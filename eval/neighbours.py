@@ -74,6 +74,7 @@ def embedding_map(kept: KeptFeatures) -> tuple[np.ndarray, np.ndarray, list[str]
     """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # scikit-learn's own
 
     labels = kept.dataset.val_labels
     present = np.unique(labels)
@@ -83,8 +84,10 @@ def embedding_map(kept: KeptFeatures) -> tuple[np.ndarray, np.ndarray, list[str]
     if len(ids) < 10:
         raise UserError(f"{len(ids)} validation images are too few for a map of their features")
     rows = normalize(kept.val[torch.from_numpy(ids)].float(), dim=1).numpy()
-    rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
-    places = TSNE(perplexity=min(30, len(ids) / 4), init="pca", max_iter=500, random_state=0).fit_transform(rows)
+    with threadpool_limits(1):  # so few rows: waking the other threads takes longer, on a busy machine three times
+        rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
+        tsne = TSNE(perplexity=min(30, len(ids) / 4), init="pca", max_iter=500, random_state=0)
+        places = tsne.fit_transform(rows)
     return places, np.searchsorted(classes, labels[ids]), [kept.dataset.train.classes[c] for c in classes]
 
 

@@ -33,7 +33,7 @@ th,td{padding:6px 10px;text-align:left;border-top:1px solid var(--line);vertical
 th{color:var(--soft);font-weight:600;border-top:0;white-space:nowrap}
 .n{text-align:right;white-space:nowrap}
 td small{display:block;color:var(--soft)}
-@media(max-width:600px){td.n{white-space:normal}}
+@media(max-width:600px){td.n{white-space:normal}td .none{white-space:nowrap}}
 td:first-child{min-width:9rem}td:nth-child(5){min-width:14rem}
 tr.ours td{background:var(--ours)}
 .none{color:var(--soft)}

@@ -161,6 +161,9 @@ def test_an_ablated_run_is_no_barlow_twins(run, tmp_path):
     for changes, method in (({}, ""), ({"loss": "invariance"}, ", ablated"), ({"without": ["grey"]}, ", ablated")):
         (tmp_path / "config.json").write_text(json.dumps(plain | changes))
         assert method_of(tmp_path, "other") == "barlow_twins" + method
+    old = {name: value for name, value in plain.items() if name not in ("loss", "without")} | {"stop_gradient": True}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert method_of(tmp_path, "other") == "barlow_twins"
     (tmp_path / "config.json").write_text(json.dumps(as_plain(PRESETS["cifar10-simsiam"])))
     assert method_of(tmp_path, "other") == "simsiam" and method_of(tmp_path / "none", "other") == "other"
 

@@ -213,7 +213,7 @@ def test_weights_after_six_steps(several, one, record_property, dtype, tolerance
     assert all(rank[dtype] == 0 for rank in found)
     ours, expected, start = weights(folder / dtype), weights(one / dtype), weights(one / f"{dtype} start")
     parameters = [name for name in expected if "running" not in name and "num_batches" not in name]
-    record_property("relative difference to one process", distance(ours, expected, expected))
+    record_property("relative difference to one process", float(distance(ours, expected, expected)))
     for names in (parameters, expected):
         assert distance(ours, expected, names) < tolerance
         assert distance(start, expected, names) > 1e-3  # the weights did move

@@ -12,4 +12,4 @@ if [[ "${1:-}" == --fast ]]; then marks="not slow"; shift; fi
 # Files side by side, as many as there are cores: most of the time is one thread's. More than four need too much memory.
 cores=$(nproc); workers=$((cores < 4 ? cores : 4))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / workers))}
-.venv/bin/python -m pytest -m "$marks" -n "$workers" --dist loadfile --durations=10 "$@"
+.venv/bin/python -m pytest -m "$marks" -n "$workers" --dist loadfile --no-loadscope-reorder --durations=10 "$@"

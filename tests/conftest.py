@@ -11,6 +11,10 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton defines functions: before anything imports it
 
+# Files whose tests take a minute or more, the longest first.
+LONGEST = """test_torchrun test_promised_commands test_gpu_report test_bench_step test_detection test_bench_loader
+test_world_size test_resume test_methods_run test_loader_gpu test_eval_all""".split()
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -64,8 +68,10 @@ def training_forkserver() -> None:
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu run where a CUDA device is, and say that they were skipped elsewhere."""
+    """The longest files begin, so that none runs alone at the end; tests marked gpu are skipped without a CUDA device."""
     import torch
+
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
     if not torch.cuda.is_available():
         for item in items:

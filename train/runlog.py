@@ -167,7 +167,7 @@ class RunLog:
         self.file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if value is not None:
-                self.board.add_scalar(name, value, line["step"])
+                self._to_board("add_scalar", name, value, line["step"])
         if self.wandb:
             self.wandb.log(line, step=line["step"])
         self.bar.set_postfix_str(
@@ -192,23 +192,32 @@ class RunLog:
                 file=sys.stderr,
             )
 
+    def _to_board(self, what: str, *arguments) -> None:
+        """TensorBoard is an extra: a disk that does not take its file ends the pictures, not the run."""
+        try:
+            if self.board:
+                getattr(self.board, what)(*arguments)
+        except OSError as error:
+            self.board = None
+            print(f"note: nothing more for TensorBoard ({error.strerror or error})", file=sys.stderr)
+
     def pictures(self, step: int, views: tuple[torch.Tensor, ...], method) -> None:
-        """To TensorBoard: the views (B, 3, H, W) of some images, and what the method has to show."""
-        if not self.active:
+        """To TensorBoard, after an epoch: the views (B, 3, H, W) of some images, and what the method has to show."""
+        if not self.active or step % self.steps_per_epoch:
             return
-        rows = [view[:PICTURED].detach().float().nan_to_num().cpu() for view in views]
+        rows = [view[:PICTURED].detach().float().nan_to_num(0, 0, 0).cpu() for view in views]
         pixels = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # side by side, a row a view
         low, high = pixels.amin(), pixels.amax()
-        self.board.add_image("views", (pixels - low) / (high - low).clamp(min=1e-6), step)
+        self._to_board("add_image", "views", (pixels - low) / (high - low).clamp(min=1e-6), step)
         for name, matrix in getattr(method, "pictures", dict)().items():
-            self.board.add_image(name, red_and_blue(matrix.float().cpu()), step)
+            self._to_board("add_image", name, red_and_blue(matrix.float().nan_to_num(0, 0, 0).cpu()), step)
 
     def note_accuracy(self, step: int, values: dict[str, float]) -> None:
         """Writes a line of its own for what was measured of the weights after `step` updates."""
         line = {"step": step, "epoch": step / self.steps_per_epoch} | values
         self.file.write(json.dumps(line) + "\n")
         for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+            self._to_board("add_scalar", name, value, step)
         if self.wandb:  # which takes no step that lies behind
             self.wandb.log(values | {"knn_step": step})
         self.bar.set_description_str(f"kNN {values['knn_top1']:.1f} %")
@@ -236,7 +245,7 @@ class RunLog:
         if self.active:
             self.bar.close()
             self.file.close()
-            self.board.close()
+            self._to_board("close")
             if self.wandb:
                 self.wandb.finish()
 

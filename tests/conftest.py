@@ -68,7 +68,7 @@ def training_forkserver() -> None:
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files begin, so that none runs alone at the end; tests marked gpu are skipped without a CUDA device."""
+    """The longest files begin, so that none runs alone at the end. Tests marked gpu need a CUDA device."""
     import torch
 
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))

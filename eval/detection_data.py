@@ -21,12 +21,7 @@ from PIL import Image
 
 from pipeline.command import UserError
 from pipeline.order import shuffled_batches
-
-# PASCAL VOC's classes in the order of its development kit.
-VOC_CLASSES = (
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant "
-    "sheep sofa train tvmonitor"
-).split()
+from pipeline.voc import CLASSES as VOC_CLASSES
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def _voc_record(folder: Path, name: str, image_id: int) -> Record:
         height, width = (int(tree.findtext(f"size/{side}")) for side in ("height", "width"))
         objects = tree.findall("object")
         boxes = [[float(o.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-        labels = [VOC_CLASSES.index(o.findtext("name")) + 1 for o in objects]
+        names = [o.findtext("name") for o in objects]
         difficult = [o.findtext("difficult", "0").strip() == "1" for o in objects]
     except FileNotFoundError:
         raise UserError(f"{path} is missing; unpack the annotations of {folder.name} again") from None
@@ -120,6 +120,9 @@ def _voc_record(folder: Path, name: str, image_id: int) -> Record:
         raise UserError(f"{path} is not an annotation of PASCAL VOC ({error}); unpack {folder.name} again") from None
     if not objects:
         raise UserError(f"{path} has no object, every image of VOC has at least one; unpack {folder.name} again")
+    if unknown := set(names) - set(VOC_CLASSES):
+        raise UserError(f"{path} has an object of class {min(unknown, key=str)!r}, none of VOC's 20; is it VOC's file?")
+    labels = [VOC_CLASSES.index(name) + 1 for name in names]
     corners = np.array(boxes, np.float32) - np.array([1, 1, 0, 0], np.float32)  # pixels count from 1, ends inclusive
     image = folder / "JPEGImages" / f"{name}.jpg"
     return Record(image, image_id, height, width, corners, np.array(labels, np.int64), np.array(difficult))

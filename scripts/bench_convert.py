@@ -1,6 +1,6 @@
 """How fast images are converted, beside FFCV's own DatasetWriter, after checking what both have written.
 
-    python scripts/bench_convert.py --images DIR [--count 8000] [--max-side 400] [--json FILE]
+    python scripts/bench_convert.py --images DIR [--count 16000] [--max-side 400] [--json FILE]
 
 DIR is a folder with one folder of JPEGs a class; its files are copied until there are --count, so that no start of a
 program counts for much. Every candidate is a program that runs from its start to its end, alone, one after the other
@@ -62,7 +62,7 @@ class BenchConfig:
 
     images: Path
     """A folder with one folder of JPEGs a class."""
-    count: int = 8000
+    count: int = 16000
     """Images to convert."""
     max_side: int = 400
     """Longest side of the resized images, px."""

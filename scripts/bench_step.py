@@ -47,7 +47,7 @@ from train.lars import LARS
 from train.methods.choose import make_method
 from train.model import make_backbone
 from train.pretrain import loader_config
-from train.recompute import recompute_blocks
+from train.recompute import recompute_blocks, run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
 
 SYNTHETIC = Path("synthetic")
@@ -93,6 +93,8 @@ class Bench:
         self.operations = counter.get_total_flops() * share / 2
         if config.checkpoint_activations:
             recompute_blocks(self.method.backbone)
+        if config.accumulate > 1:
+            run_in_parts(self.method.backbone, config.accumulate)
         if config.compile:
             for part in self.method.children():
                 part.compile(dynamic=False)

@@ -66,13 +66,17 @@ def test_two_ranks_make_the_update_of_one(two_ranks, name):
             torch.testing.assert_close(of_rank[name][key], value, rtol=1e-9, atol=1e-13)
 
 
-class Stopping(SyntheticLoader):
-    """Ends the run in the middle of its second epoch, as a crash would."""
+class Broken(Exception):
+    """What a loader might raise."""
+
+
+class Breaking(SyntheticLoader):
+    """Ends the run in the middle of its second epoch, with the checkpoint of the first written."""
 
     def batches(self, start_step=0, stop_step=None):
         for batch in super().batches(start_step, stop_step):
             if batch.step == 6:
-                raise KeyboardInterrupt
+                raise Broken
             yield batch
 
 
@@ -89,8 +93,8 @@ def run(folder: Path, name: str, kind=SyntheticLoader) -> dict:
 def test_resumed_it_ends_with_the_same_bits(tmp_path, monkeypatch, name):
     monkeypatch.setattr("train.runlog.RUNS", tmp_path)
     straight = run(tmp_path / "straight", name)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "stopped", name, Stopping)
+    with pytest.raises(Broken):
+        run(tmp_path / "stopped", name, Breaking)
     assert read_checkpoint(tmp_path / "stopped" / "checkpoint.pt")["step"] == 4
     resumed = run(tmp_path / "stopped", name)
     assert resumed["step"] == straight["step"] == 12

@@ -29,7 +29,7 @@ CARDS = tuple(
 
 # Flags that change where a run lives or how fast it goes, not which weights come out of it.
 NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
-NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "checkpoint_activations")
+NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "checkpoint_activations", "accumulate")
 # Substitution is among them: up to the first bad image, where a run that stops ends, it changes nothing.
 NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb", "cuda_graph", "deterministic")
 NOT_RECIPE += ("knn_every", "knn_images")
@@ -139,7 +139,11 @@ class PretrainConfig:
     """Autocast of backbone and projector; the loss is float32 always. fp16 scales the loss, at one sync a step."""
     checkpoint_activations: bool = False
     """Keep each block's input alone and compute the rest again in the backward pass: the same bits, much less memory,
-    about a third more work. (There is no gradient accumulation: with batch norm it is another method.)"""
+    about a third more work."""
+    accumulate: int = 1
+    """Parts of each rank's batch that the backbone takes one after another, keeping the activations of one: the same
+    update, about a third more work. Only for a backbone without batch norm (a vision transformer): with it, parts
+    would be another method, which is refused."""
     compile: bool = False
     """torch.compile backbone and projector: minutes at the start, faster steps on a GPU."""
     cuda_graph: bool = False

@@ -34,7 +34,7 @@ from train.initial import initial_backbone, start_heads_
 from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method, view_table
 from train.online_knn import OnlineKnn
-from train.recompute import recompute_blocks
+from train.recompute import recompute_blocks, run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
 from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
 from train.runstate import RunState, backbone_info
@@ -102,6 +102,8 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     method = with_global_batch_norm(method, ranks.device)
     if config.checkpoint_activations:
         recompute_blocks(method.backbone)
+    if config.accumulate > 1:
+        run_in_parts(method.backbone, config.accumulate)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
 

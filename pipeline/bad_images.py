@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from pipeline.beton import OK, STATUS_TEXT, Beton
+from pipeline.beton import Beton
 from pipeline.command import UserError
+from pipeline.decode import OK, STATUS_TEXT
 from pipeline.rng import DOMAIN_STAND_IN, words_array
 from pipeline.shards import Shards
 from pipeline.spec import LoaderConfig

@@ -157,7 +157,9 @@ def _store_chunk(
 
 def _verify_chunk(path: Path, rows: list[tuple]) -> list[str]:
     """For some samples (offset, size, mode, height, width, sha256) what is wrong with each, "" where nothing is."""
-    handle, problems = beton.make_handle(), []
+    from pipeline import decode  # with numba, which takes half a second to load
+
+    handle, problems = decode.make_handle(), []
     with open(path, "rb") as file:
         for offset, size, mode, height, width, sha256 in rows:
             file.seek(offset)
@@ -166,9 +168,9 @@ def _verify_chunk(path: Path, rows: list[tuple]) -> list[str]:
                 problems.append("its bytes have changed")
                 continue
             out = np.empty(height * width * 3, np.uint8)
-            status = beton.decode_rgb(handle, data, 0, len(data), mode, height, width, out)
-            problems.append(beton.STATUS_TEXT[status] if status else "")
-    beton.free_handle(handle)
+            status = decode.decode_rgb(handle, data, 0, len(data), mode, height, width, out)
+            problems.append(decode.STATUS_TEXT[status] if status else "")
+    decode.free_handle(handle)
     return problems
 
 

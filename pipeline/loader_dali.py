@@ -28,12 +28,13 @@ import torch
 
 from pipeline.augment_cpu import Scratch, make_scratch, normalization_table, views_of_images
 from pipeline.bad_images import BadImages
-from pipeline.beton import MODE_JPEG, STATUS_TEXT
+from pipeline.beton import MODE_JPEG
 from pipeline.command import UserError
+from pipeline.decode import STATUS_TEXT, decode_status
 from pipeline.draws import ViewParams, centre_views, draw_views
 from pipeline.order import rank_batch, steps_per_epoch
 from pipeline.plan import Plan, make_plan, samples_in_use
-from pipeline.shards import Digests, decode_status, open_stored, stored_jpeg
+from pipeline.shards import Digests, open_stored, stored_jpeg
 from pipeline.spec import Batch, CentreCrop, LoaderConfig
 
 AHEAD = 2  # finished batches beside the one in use; as many again are in DALI's decoder

@@ -28,8 +28,9 @@ import torch
 
 from pipeline.augment_cpu import UNCHANGED, Scratch, apply_view, make_scratch, normalization_table
 from pipeline.bad_images import BadImages
-from pipeline.beton import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle, open_beton
+from pipeline.beton import open_beton
 from pipeline.compiled import jit
+from pipeline.decode import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
 from pipeline.draws import ViewParams, centre_views, draw_views
 from pipeline.order import rank_batch, steps_per_epoch
 from pipeline.plan import make_plan, samples_in_use

@@ -19,10 +19,10 @@ from torchvision.transforms import InterpolationMode
 from pipeline.bad_images import BadImages
 from pipeline.beton import MODE_RAW, Beton, jpeg_bytes, open_beton
 from pipeline.command import UserError
+from pipeline.decode import decode_status
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams, centre_views, draw_views
 from pipeline.order import rank_batch, steps_per_epoch
 from pipeline.plan import make_plan, samples_in_use
-from pipeline.shards import decode_status
 from pipeline.spec import SOLARIZE_THRESHOLD, Batch, CentreCrop, LoaderConfig
 
 

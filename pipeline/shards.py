@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline import beton
-from pipeline.beton import Beton, decode_rgb, free_handle, make_handle, open_beton
+from pipeline.beton import Beton, open_beton
 from pipeline.command import UserError
 
 SUFFIX = ".shards.json"
@@ -99,15 +99,6 @@ def stored_ranges(stored: Beton | Shards, ids: np.ndarray) -> list[tuple[Path, i
         (stored.path if isinstance(stored, Beton) else _shard_path(stored.path, files[a]), int(starts[a]), int(ends[z]))
         for a, z in zip(first, last, strict=True)
     ]
-
-
-def decode_status(stored: Beton | Shards, sample: int) -> int:
-    """What libjpeg-turbo says of one sample: the status of beton.decode_rgb."""
-    data, height, width = stored_jpeg(stored, sample), int(stored.heights[sample]), int(stored.widths[sample])
-    handle, out = make_handle(), np.empty(height * width * 3, np.uint8)
-    status = decode_rgb(handle, data, 0, len(data), int(stored.modes[sample]), height, width, out)
-    free_handle(handle)
-    return status
 
 
 def _beside(path: Path, suffix: str) -> Path:

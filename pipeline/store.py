@@ -20,7 +20,6 @@ from PIL import Image, UnidentifiedImageError
 
 from pipeline.beton import MODE_JPEG, MODE_RAW, PAGE_BYTES
 from pipeline.jpeg import decode_pixels
-from pipeline.shrink import shrink_jpeg
 
 HOW = ("skipped", "kept", "resized", "recoded", "raw")
 SKIPPED, KEPT, RESIZED, RECODED, RAW = range(5)
@@ -218,6 +217,8 @@ def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -
     if keep and not (decode_all or found.doubtful) and _starts_well(data, found):
         return _stored(KEPT, MODE_JPEG, found.height, found.width, data)
     if plain and max(found[:2]) > max_side_px:
+        from pipeline.shrink import shrink_jpeg  # with numba, which takes half a second to load
+
         shrunk = shrink_jpeg(data, max_side_px, quality, MAX_PIXELS)
         if shrunk is not None:
             return _encoded(RESIZED, *shrunk)

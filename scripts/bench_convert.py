@@ -36,9 +36,10 @@ import numpy as np
 from PIL import Image
 from scipy import stats
 
-from pipeline.beton import OK, Beton, file_rows, open_beton
+from pipeline.beton import Beton, file_rows, open_beton
 from pipeline.command import REPO, UserError, run_command
-from pipeline.shards import decode_status, stored_jpeg
+from pipeline.decode import OK, decode_status
+from pipeline.shards import stored_jpeg
 
 CHECKED_IMAGES = 200
 ALIKE_255 = 20.0  # mean difference of one photograph, encoded again or resized by another filter; of two, about 60

@@ -42,11 +42,12 @@ from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
 from pipeline.augment_cpu import apply_view, make_scratch, normalization_table
-from pipeline.beton import OK, Beton, decode_rgb, free_handle, jpeg_bytes, make_handle, open_beton
+from pipeline.beton import Beton, jpeg_bytes, open_beton
 from pipeline.command import UserError, run_command
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
+from pipeline.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.draws import draw_views, empty_params
 from pipeline.jpeg import LIMIT_SCANS, RGB, turbojpeg
 from pipeline.loader import Loader, make_loader

@@ -6,10 +6,11 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
 
 from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch, normalization_table, write_view
-from pipeline.beton import OK, Beton, decode_rgb, free_handle, make_handle
+from pipeline.beton import Beton
 from pipeline.blur_cpu import apply_blur
 from pipeline.colour_cpu import GREY, apply_colour, apply_solarize
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, draw_views, empty_params
 from pipeline.loader_torch import apply_view_pil, decode_pil
 from pipeline.resample_cpu import crop_resize_flip, row_pitch

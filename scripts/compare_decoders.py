@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.beton import MODE_JPEG, OK, Beton, decode_rgb, free_handle, jpeg_bytes, make_handle, open_beton
+from pipeline.beton import MODE_JPEG, Beton, jpeg_bytes, open_beton
 from pipeline.command import UserError, run_command
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
+from pipeline.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.loader_dali import make_graph
 from pipeline.loader_torch import decode_pil
 

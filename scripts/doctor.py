@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from pipeline.augment_cpu import make_scratch, normalization_table, views_of_images
-from pipeline.beton import OK, Beton, decode_rgb, make_handle, open_beton
+from pipeline.beton import Beton, open_beton
 from pipeline.command import UserError, run_command
+from pipeline.decode import OK, decode_rgb, make_handle
 from pipeline.draws import draw_views
 from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization, ViewSpec
 from train.cards import train_beton

@@ -13,16 +13,17 @@ import torch.multiprocessing
 import torchvision.transforms.functional as F
 from PIL import Image
 
-from pipeline.beton import OK, open_beton
+from pipeline.beton import open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
+from pipeline.decode import OK, decode_status
 from pipeline.draws import draw_views
 from pipeline.loader import make_loader
 from pipeline.loader_torch import apply_view_pil, decode_pil
 from pipeline.order import shuffled_batches
 from pipeline.rng import words_array
-from pipeline.shards import decode_status, pack_shards
+from pipeline.shards import pack_shards
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 from train import runlog
 from train.cards import resolved

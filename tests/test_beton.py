@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import beton, convert
+from pipeline import beton, convert, decode
 from pipeline.command import UserError
 
 REPO = Path(__file__).resolve().parents[1]
@@ -116,14 +116,14 @@ def test_ffcvs_own_loader_reads_it(photo_beton, tmp_path):
         tmp_path / "read.npz",
     )
     read, opened = np.load(tmp_path / "read.npz"), beton.open_beton(photo_beton)
-    handle, out, order = beton.make_handle(), np.empty(300 * 400 * 3, np.uint8), read["order"]
+    handle, out, order = decode.make_handle(), np.empty(300 * 400 * 3, np.uint8), read["order"]
     for os_cache in (False, True):
         images, labels = read[f"images_{os_cache}"], read[f"labels_{os_cache}"]
         assert np.array_equal(labels, opened.labels[order])
         for row in range(0, 300, 7):
-            assert decode(opened, handle, order[row], out) == beton.OK
+            assert decoded_status(opened, handle, order[row], out) == decode.OK
             assert np.abs(out.reshape(300, 400, 3).astype(int) - images[row]).mean() < 3
-    beton.free_handle(handle)
+    decode.free_handle(handle)
 
 
 @pytest.mark.slow
@@ -156,9 +156,9 @@ def test_no_sample_crosses_a_page():
 # ---- opening ----
 
 
-def decode(opened: beton.Beton, handle, sample: int, out: np.ndarray) -> int:
+def decoded_status(opened: beton.Beton, handle, sample: int, out: np.ndarray) -> int:
     b = opened
-    return beton.decode_rgb(
+    return decode.decode_rgb(
         *(handle, b.data, b.offsets[sample], b.sizes_bytes[sample]),
         *(b.modes[sample], b.heights[sample], b.widths[sample], out),
     )
@@ -264,7 +264,7 @@ def test_mutated_tables_are_refused(small):
 
 def test_mutated_tables_with_the_right_digest_never_crash(small):
     """As if a faulty writer had made the file: it is refused, or every image decodes or says why not."""
-    path, rng, handle = beton.manifest_path(small), np.random.default_rng(1), beton.make_handle()
+    path, rng, handle = beton.manifest_path(small), np.random.default_rng(1), decode.make_handle()
     manifest, mapped, refused, failed = json.loads(path.read_text()), np.memmap(small, np.uint8, "r+"), 0, 0
     first, last = beton.SAMPLES_AT, len(mapped) - 8 * beton.ALLOCATION.itemsize
     samples, allocations = mapped[first:SMALL_TABLES].view(beton.SAMPLE), mapped[last:].view(beton.ALLOCATION)
@@ -286,8 +286,8 @@ def test_mutated_tables_with_the_right_digest_never_crash(small):
             refused += 1
             continue
         out = np.empty(opened.heights[row] * opened.widths[row] * 3, np.uint8)
-        failed += decode(opened, handle, row, out) != beton.OK
-    beton.free_handle(handle)
+        failed += decoded_status(opened, handle, row, out) != decode.OK
+    decode.free_handle(handle)
     assert refused > 30 and failed > 100
 
 
@@ -304,7 +304,7 @@ def test_classes_must_agree():
 
 def test_pixels_are_pillows(imagenet_sample):
     """Bit for bit, colour and greyscale, and nothing is written behind the image."""
-    handle, out, modes = beton.make_handle(), np.empty(40_000_000, np.uint8), set()
+    handle, out, modes = decode.make_handle(), np.empty(40_000_000, np.uint8), set()
     for path in imagenet_sample:
         data = np.fromfile(path, np.uint8)
         with Image.open(path) as image:
@@ -314,44 +314,44 @@ def test_pixels_are_pillows(imagenet_sample):
             expected = np.asarray(image.convert("RGB"))
         size = expected.size
         out[size : size + 100] = 77
-        assert beton.decode_rgb(handle, data, 0, len(data), 0, *expected.shape[:2], out) == beton.OK
+        assert decode.decode_rgb(handle, data, 0, len(data), 0, *expected.shape[:2], out) == decode.OK
         assert np.array_equal(out[:size].reshape(expected.shape), expected), path
         assert (out[size : size + 100] == 77).all()
-    beton.free_handle(handle)
+    decode.free_handle(handle)
     assert modes == {"L", "RGB"}
 
 
 def test_every_status(small):
     opened = beton.open_beton(small)
-    handle, data, (offset, size) = beton.make_handle(), opened.data, (opened.offsets[0], opened.sizes_bytes[0])
+    handle, data, (offset, size) = decode.make_handle(), opened.data, (opened.offsets[0], opened.sizes_bytes[0])
     height, width = opened.heights[0], opened.widths[0]
     out = np.full(height * width * 3 + 8, 7, np.uint8)
 
     def status(offset=offset, size=size, mode=0, height=height, width=width, data=data, out=out):
-        return beton.decode_rgb(handle, data, offset, size, mode, height, width, out)
+        return decode.decode_rgb(handle, data, offset, size, mode, height, width, out)
 
     whole = np.array(beton.jpeg_bytes(opened, 0))
     cut = np.concatenate([whole[: len(whole) * 3 // 4], np.zeros(4, np.uint8)])
     table = whole.tobytes().index(b"\xff\xc0") + 12  # which quantization table the first colour uses
     undefined = whole.copy()
     undefined[table] = 3
-    assert status() == beton.OK
-    assert status(offset=len(data) - size + 1) == beton.OUTSIDE_FILE
-    assert status(offset=-1) == status(size=0) == status(size=len(data) + 1) == beton.OUTSIDE_FILE
-    assert status(offset=2**63 - 1) == beton.OUTSIDE_FILE
-    assert status(out=out[: height * width * 3 - 1]) == status(height=0) == beton.BUFFER_TOO_SMALL
-    assert status(data=np.zeros(100, np.uint8), offset=0, size=100) == beton.NOT_A_JPEG
-    assert status(height=height - 1) == status(height=width, width=height) == beton.WRONG_SIZE
-    assert status(data=cut, offset=0, size=len(cut)) == beton.DAMAGED
-    assert status(data=undefined, offset=0, size=len(undefined)) == beton.UNDECODABLE
-    assert status(mode=1) == beton.WRONG_RAW_SIZE
-    assert status(mode=1, size=height * width * 3, offset=0) == beton.OK
+    assert status() == decode.OK
+    assert status(offset=len(data) - size + 1) == decode.OUTSIDE_FILE
+    assert status(offset=-1) == status(size=0) == status(size=len(data) + 1) == decode.OUTSIDE_FILE
+    assert status(offset=2**63 - 1) == decode.OUTSIDE_FILE
+    assert status(out=out[: height * width * 3 - 1]) == status(height=0) == decode.BUFFER_TOO_SMALL
+    assert status(data=np.zeros(100, np.uint8), offset=0, size=100) == decode.NOT_A_JPEG
+    assert status(height=height - 1) == status(height=width, width=height) == decode.WRONG_SIZE
+    assert status(data=cut, offset=0, size=len(cut)) == decode.DAMAGED
+    assert status(data=undefined, offset=0, size=len(undefined)) == decode.UNDECODABLE
+    assert status(mode=1) == decode.WRONG_RAW_SIZE
+    assert status(mode=1, size=height * width * 3, offset=0) == decode.OK
     assert np.array_equal(out[:-8], data[: height * width * 3])
-    assert status(mode=2) == beton.UNKNOWN_MODE
-    assert status() == beton.OK, "a fault must not spoil the handle for the next image"
+    assert status(mode=2) == decode.UNKNOWN_MODE
+    assert status() == decode.OK, "a fault must not spoil the handle for the next image"
     assert (out[-8:] == 7).all()
-    beton.free_handle(handle)
-    assert len(beton.STATUS_TEXT) == beton.UNDECODABLE + 1
+    decode.free_handle(handle)
+    assert len(decode.STATUS_TEXT) == decode.UNDECODABLE + 1
 
 
 def test_a_bogus_table_does_not_spoil_the_next_image(small):
@@ -359,13 +359,13 @@ def test_a_bogus_table_does_not_spoil_the_next_image(small):
     opened = beton.open_beton(small)
     whole = np.array(beton.jpeg_bytes(opened, 0))
     out = np.empty(opened.heights[0] * opened.widths[0] * 3, np.uint8)
-    handle, rng, faults = beton.make_handle(), np.random.default_rng(0), 0
+    handle, rng, faults = decode.make_handle(), np.random.default_rng(0), 0
     for _ in range(300):
         changed = whole.copy()
         changed[rng.integers(2, 620, 3)] = rng.integers(0, 256, 3)
-        faults += beton.decode_rgb(handle, changed, 0, len(changed), 0, opened.heights[0], opened.widths[0], out) != 0
-        assert decode(opened, handle, 0, out) == beton.OK
-    beton.free_handle(handle)
+        faults += decode.decode_rgb(handle, changed, 0, len(changed), 0, opened.heights[0], opened.widths[0], out) != 0
+        assert decoded_status(opened, handle, 0, out) == decode.OK
+    decode.free_handle(handle)
     assert faults > 50
 
 
@@ -374,13 +374,13 @@ def test_the_compiled_decoder_is_cached_between_processes(small, tmp_path):
     """The second process loads the first one's machine code, with libjpeg-turbo at another address."""
     code = """
         import ctypes, sys, numpy as np
-        from pipeline import beton
+        from pipeline import beton, decode
         b = beton.open_beton(sys.argv[1])
-        handle, out = beton.make_handle(), np.zeros(b.heights[0] * b.widths[0] * 3, np.uint8)
-        status = beton.decode_rgb(handle, b.data, b.offsets[0], b.sizes_bytes[0], b.modes[0], b.heights[0], b.widths[0],
-            out)
-        print(status, int(out.sum()), sum(beton.decode_rgb.stats.cache_hits.values()),
-            ctypes.cast(beton.turbojpeg().tjDecompress2, ctypes.c_void_p).value)
+        handle, out = decode.make_handle(), np.zeros(b.heights[0] * b.widths[0] * 3, np.uint8)
+        place, size = (b.offsets[0], b.sizes_bytes[0]), (b.heights[0], b.widths[0])
+        status = decode.decode_rgb(handle, b.data, *place, b.modes[0], *size, out)
+        print(status, int(out.sum()), sum(decode.decode_rgb.stats.cache_hits.values()),
+            ctypes.cast(decode.turbojpeg().tjDecompress2, ctypes.c_void_p).value)
     """
     runs = [run_python(code, small, NUMBA_CACHE_DIR=str(tmp_path / "cache")).split() for _ in range(3)]
     assert [run[0] for run in runs] == ["0"] * 3 and len({run[1] for run in runs}) == 1

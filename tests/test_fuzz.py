@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.beton import MODE_JPEG, OK, STATUS_TEXT, decode_rgb, free_handle, make_handle, open_beton
+from pipeline.beton import MODE_JPEG, open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
+from pipeline.decode import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 

@@ -14,11 +14,12 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed: bash sc
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: before they are imported
 
-from pipeline.beton import MODE_JPEG, OK, decode_rgb, free_handle, jpeg_bytes, make_handle, open_beton
+from pipeline.beton import MODE_JPEG, jpeg_bytes, open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import convert as convert_source
 from pipeline.convert import main as convert
+from pipeline.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.loader import make_loader
 from pipeline.loader_dali import make_graph
 from pipeline.shards import pack_shards
@@ -170,13 +171,13 @@ def test_changed_bytes_are_named(config, tmp_path, change):
 
 def test_what_the_decoder_refuses_is_named(config, monkeypatch):
     """Bytes that were stored broken: the loader is handed half of one image."""
-    from pipeline import loader_dali, shards
+    from pipeline import decode, loader_dali
 
     def half_of_11(stored, sample):
         whole = jpeg_bytes(stored, sample)
         return whole[: len(whole) // 2] if sample == 11 else whole
 
-    monkeypatch.setattr(shards, "stored_jpeg", half_of_11)
+    monkeypatch.setattr(decode, "stored_jpeg", half_of_11)
     monkeypatch.setattr(loader_dali.DaliLoader, "_jpegs", lambda self, ids: [half_of_11(self.stored, i) for i in ids])
     with pytest.raises(UserError, match=f"{open_beton(config.data).file_names()[11]}.*damaged or cut off"):
         _all(config, 0, 3)

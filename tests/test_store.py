@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipeline import store
-from pipeline.beton import STATUS_TEXT, decode_rgb, free_handle, make_handle
+from pipeline.decode import STATUS_TEXT, decode_rgb, free_handle, make_handle
 from pipeline.shrink import _resize_rows
 from pipeline.store import HOW, KEPT, MAX_SCANS, RECODED, RESIZED, Unreadable, jpeg_structure, store_image
 

@@ -3,7 +3,7 @@
     x.beton.partial   room for the tables, then the images in order
     x.beton.journal   a line of settings, then one ROW an image
 
-Every second the partial file is flushed to the disk, and only then the journal gets the rows of what was
+Four times a second the partial file is flushed to the disk, and only then the journal gets the rows of what was
 flushed: a row never lacks its image, whether the process is killed or the power fails. What lies behind the
 last row's image is cut off and made again.
 """
@@ -24,7 +24,7 @@ from pipeline.command import UserError
 from pipeline.sources import Place, Source
 from pipeline.store import HOW, SKIPPED, Stored
 
-CHECKPOINT_S = 1.0  # a killed conversion repeats about this much
+CHECKPOINT_S = 0.25  # a killed conversion repeats about this much
 
 ROW = np.dtype(
     {

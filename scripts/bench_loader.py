@@ -3,7 +3,8 @@
     python scripts/bench_loader.py --images DIR [--threads 1] [--json FILE] [--checks FILE]
 
 DIR is a folder with one folder of JPEGs a class. All candidates see the same images, read from memory, one after
-the other in every repeat; each figure is the mean over the repeats with its 95 % interval. Close other programs.
+the other in every repeat, on --threads cores; each figure is the mean over the repeats with its 95 % interval. Close
+other programs.
 
     published_recipe      Pillow decodes, torchvision makes both views and normalizes them
     jpeg_decode_limit     libjpeg-turbo and nothing else, called as directly as Python can
@@ -222,11 +223,11 @@ def measure(candidates: dict, images: int, repeats: int) -> dict[str, np.ndarray
     return speeds
 
 
-def record(name: str, speeds: np.ndarray, config: BenchConfig) -> dict:
+def record(name: str, speeds: np.ndarray, config: BenchConfig, about: str) -> dict:
     interval = stats.t.ppf(0.975, len(speeds) - 1) * stats.sem(speeds)
     rounded = {"images_per_s": round(float(speeds.mean()), 1), "ci95": round(float(interval), 1)}
     threads = 1 if name.startswith(("op_", "pillow_")) else config.threads
-    return {"name": name, **rounded, "repeats": len(speeds), "threads": threads, "machine": machine()}
+    return {"name": name, **rounded, "repeats": len(speeds), "threads": threads, "machine": about}
 
 
 def first_batch_s(path: Path, images: int) -> dict[str, float]:
@@ -283,12 +284,17 @@ def print_speeds(records: list[dict]) -> None:
 def main(config: BenchConfig) -> None:
     if config.repeats < 2 or config.threads < 1 or config.limit < 1:
         raise UserError("--repeats must be at least 2, --threads and --limit at least 1")
+    cores = sorted(os.sched_getaffinity(0))
+    if config.threads > len(cores):
+        raise UserError(f"--threads {config.threads}: this process may use {len(cores)} cores; give at most that many")
+    about = machine()
+    os.sched_setaffinity(0, cores[: config.threads])  # DALI has threads of its own beside those it is told to use
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(config.threads) as threads:
         chosen = link_some(config.images, Path(folder) / "images", config.limit)
         betons = {"": store(chosen, Path(folder) / "original.beton", 65_535)}
         if config.stored_side:
             betons[f"_{config.stored_side}px"] = store(chosen, Path(folder) / "stored.beton", config.stored_side)
-        checks = {"machine": machine(), "decoder": compare_decoder(betons[""]), "views": compare_views(betons[""])}
+        checks = {"machine": about, "decoder": compare_decoder(betons[""]), "views": compare_views(betons[""])}
         for row in checks["views"]:
             print("{operation:14s} {values:11d} values, {differ:.1e} differ, at most by {largest} of 255".format(**row))
         if max(row["mean_difference"] for row in checks["views"]) > 0.5:
@@ -310,7 +316,7 @@ def main(config: BenchConfig) -> None:
             worker.close()
         if processes:
             processes.shutdown()
-    records = [record(name, values, config) for name, values in speeds.items()]
+    records = [record(name, values, config, about) for name, values in speeds.items()]
     print_speeds(records)
     for path, content in ((config.json, records), (config.checks, checks)):
         if path:

@@ -120,6 +120,23 @@ def test_holds_one_square_matrix():
     assert len(large) == 1
 
 
+@pytest.mark.slow
+def test_sixteen_thousand_dimensions():
+    """D = 16384, the largest of the paper: with few images ‖z1ᵀ z2‖² = ⟨z1 z1ᵀ, z2 z2ᵀ⟩ needs no D×D matrix."""
+    images, width, lambd = 4, 16384, 0.0051
+    z1, z2 = embeddings(images, width, torch.float32)
+    loss = BarlowTwinsLoss.apply(z1, z2, lambd)[0]
+    loss.backward()
+    x1, x2 = (z.detach().double().requires_grad_() for z in (z1, z2))
+    diagonal = (x1 * x2).sum(0) / images
+    all_squares = ((x1 @ x1.T) * (x2 @ x2.T)).sum() / images**2
+    expected = (diagonal - 1).square().sum() + lambd * (all_squares - diagonal.square().sum())
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for ours, theirs in ((z1.grad, x1.grad), (z2.grad, x2.grad)):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 def test_groups_split_by_dimension_and_the_paper_world_size_divides_the_bias_step():
     config = PretrainConfig(projector="8-4", lr_weights=0.2, global_batch=512, paper_world_size=16)
     module = BarlowTwins(nn.Conv2d(3, 6, 3), 6, config)

@@ -1,4 +1,4 @@
-"""The rivals through the whole loop: the same update on two ranks as on one, and resumed as if never stopped."""
+"""The rivals through the whole loop: the same update on two, on four ranks and on one; resumed as if never stopped."""
 
 import os
 import socket
@@ -38,28 +38,30 @@ def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
     return averaged | {"loss": metrics["loss"]} | {n: b for n, b in module.named_buffers() if "running" in n}
 
 
-def one_rank(rank: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     start_ranks()
     torch.save({name: gradients(name, rank) for name in NAMES}, folder / f"{rank}.pt")
     stop_ranks()
 
 
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> list[dict]:
+@pytest.fixture(scope="module", params=[2, 4])
+def several(request, tmp_path_factory, training_forkserver) -> list[dict]:
+    """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(one_rank, (port, folder), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    arguments = (request.param, port, folder)
+    torch.multiprocessing.start_processes(one_rank, arguments, nprocs=request.param, start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_ranks_make_the_update_of_one(two_ranks, name):
+def test_several_ranks_make_the_update_of_one(several, name):
     expected = gradients(name, 0)
-    for of_rank in two_ranks:
+    for of_rank in several:
         assert set(of_rank[name]) == set(expected)
         for key, value in expected.items():
             # Where a method does not train a shift that batch norm takes out again, both are rounding errors.

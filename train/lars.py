@@ -14,10 +14,21 @@ q · dp afterwards, which spares a copy of the network.
 import torch
 
 
+def norms(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """‖t‖ of every tensor, (N,), on their device.
+
+    On the CPU row by row: summed in one go, torch's float32 norm of an 8192 × 8192 matrix is 0.5 % too small.
+    """
+    if tensors[0].is_cuda:
+        return torch.stack(torch._foreach_norm(tensors))
+    rows = [torch.linalg.vector_norm(t, dim=tuple(range(1, t.ndim))) if t.ndim > 1 else t for t in tensors]
+    return torch.stack([torch.linalg.vector_norm(row) for row in rows])
+
+
 def gradient_norm(optimizer: torch.optim.Optimizer) -> torch.Tensor:
     """‖g‖ over all parameters, 0-d, before `step` uses the gradients up. Nothing is read back."""
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    return torch.linalg.vector_norm(norms(gradients))
 
 
 class LARS(torch.optim.Optimizer):
@@ -71,8 +82,7 @@ class LARS(torch.optim.Optimizer):
 
     def _trust(self, parameters, update, lr: float | torch.Tensor) -> list[torch.Tensor]:
         """q of every parameter, 0-d tensors on the parameters' device: nothing is read back to decide anything."""
-        norm = torch.stack(torch._foreach_norm(parameters))
-        update_norm = torch.stack(torch._foreach_norm(update))
+        norm, update_norm = norms(parameters), norms(update)
         trust = self.eta * norm / update_norm
         if self.clip:
             trust = (trust / lr).clamp(max=1.0)

@@ -49,7 +49,7 @@ class BarlowTwinsLoss(torch.autograd.Function):
         diagonal = c.diagonal().clone()
         on_diagonal = (diagonal - 1).square().sum()
         c.diagonal().zero_()
-        off_diagonal = torch.linalg.vector_norm(c).square()
+        off_diagonal = torch.linalg.vector_norm(c, dim=1).square().sum()  # in one go the CPU's is 1 % short at D = 8192
         loss = on_diagonal + lambd * off_diagonal
         c.mul_(2 * lambd)
         c.diagonal().copy_(2 * (diagonal - 1))

@@ -106,14 +106,17 @@ def plot(values: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     rows = max(len(found) for found in values.values())
-    size = (max(5, 0.5 * rows) * len(values), 3.5)
-    figure, axes = pyplot.subplots(1, len(values), figsize=size, layout="constrained", squeeze=False)
-    for axis, protocol in zip(axes[0], sorted(values), strict=True):
+    many = rows >= 8
+    grid = (len(values), 1) if many else (1, len(values))
+    size = (max(5, 0.55 * rows) * grid[1], (4.5 if many else 3.5) * grid[0])
+    figure, axes = pyplot.subplots(*grid, figsize=size, layout="constrained", squeeze=False)
+    for axis, protocol in zip(axes.flat, sorted(values), strict=True):
         found = {name: list(seeds.values()) for name, seeds in values[protocol].items()}
         bars = axis.bar(list(found), [np.mean(v) for v in found.values()], yerr=[interval(v) for v in found.values()])
         axis.bar_label(bars, fmt="%.1f")
+        axis.margins(y=0.12)
         axis.set(title=protocol, ylabel="top-1, %")
-        axis.tick_params(axis="x", rotation=20 if rows < 8 else 90)
+        axis.tick_params(axis="x", rotation=90 if many else 20)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

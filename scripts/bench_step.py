@@ -1,6 +1,7 @@
 """Where the time of a training step goes, and how many images a second come out.
 
     python scripts/bench_step.py                                        random images that are there already
+    python scripts/bench_step.py --global-batch 16 --steps 3            the same on a CPU: 1024 need over 24 GB
     python scripts/bench_step.py --data data/imagenet --views-on gpu    real ones, through the loader
     torchrun --nproc-per-node=8 scripts/bench_step.py --data data/imagenet --json step.json
 

@@ -56,7 +56,8 @@ def shared_voc(tmp_path_factory, shared_data) -> Path:
         pytest.skip(f"no {archive}")
     root = tmp_path_factory.mktemp("voc")
     with tarfile.open(archive) as tar:
-        tar.extractall(root, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # new in Python 3.11.4
+        tar.extractall(root)
     return root
 
 

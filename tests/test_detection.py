@@ -42,7 +42,8 @@ def voc(tmp_path_factory, shared_data) -> Path:
     """160 trainval and 100 test images of VOC 2007."""
     root = tmp_path_factory.mktemp("voc")
     with tarfile.open(shared_data / "voc2007-sample.tar") as tar:
-        tar.extractall(root, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # new in Python 3.11.4
+        tar.extractall(root)
     return root / "VOCdevkit"
 
 
@@ -50,7 +51,8 @@ def voc(tmp_path_factory, shared_data) -> Path:
 def coco(tmp_path_factory, shared_data) -> Path:
     root = tmp_path_factory.mktemp("coco")
     with tarfile.open(shared_data / "tiny-coco.tar") as tar:
-        tar.extractall(root, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # new in Python 3.11.4
+        tar.extractall(root)
     return root / "tiny-coco"
 
 

@@ -38,13 +38,8 @@ EIGHT = "000020 000262 000404 000544 000552 000851 000871 000991".split()  # one
 
 
 @pytest.fixture(scope="module")
-def voc(tmp_path_factory, shared_data) -> Path:
-    """160 trainval and 100 test images of VOC 2007."""
-    root = tmp_path_factory.mktemp("voc")
-    with tarfile.open(shared_data / "voc2007-sample.tar") as tar:
-        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # new in Python 3.11.4
-        tar.extractall(root)
-    return root / "VOCdevkit"
+def voc(shared_voc) -> Path:
+    return shared_voc / "VOCdevkit"
 
 
 @pytest.fixture(scope="module")

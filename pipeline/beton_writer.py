@@ -8,7 +8,7 @@ flushed: a row never lacks its image, whether the process is killed or the power
 last row's image is cut off and made again.
 """
 
-import errno
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -25,6 +25,10 @@ from pipeline.sources import Place, Source
 from pipeline.store import HOW, SKIPPED, Stored
 
 CHECKPOINT_S = 0.25  # a killed conversion repeats about this much
+ROOM_BYTES = 64 << 20  # blocks set aside at a time
+
+_libc = ctypes.CDLL(None)
+_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 ROW = np.dtype(
     {
@@ -42,21 +46,14 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _copy(place: Place, fd: int, offset: int) -> None:
-    """Copies bytes of a source file inside the kernel, where both file systems allow it."""
+def _read(place: Place, buffer: memoryview) -> memoryview:
+    """The part of `buffer` that now has the bytes at `place`."""
     path, start, size = place
     with open(path, "rb", buffering=0) as file:
-        try:
-            while size and (copied := os.copy_file_range(file.fileno(), fd, size, start, offset)):
-                start, offset, size = start + copied, offset + copied, size - copied
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
-                raise
-            data = os.pread(file.fileno(), size, start)
-            _write_all(fd, data, offset)
-            size -= len(data)
-    if size:
+        got = os.preadv(file.fileno(), [buffer[:size]], start)
+    if got != size:
         raise UserError(f"{path} became shorter while it was converted; run the same command again with --fresh")
+    return buffer[:size]
 
 
 def _flush_folder(folder: Path) -> None:
@@ -89,7 +86,8 @@ class BetonWriter:
         self._partial = os.open(self.partial_path, os.O_RDWR | os.O_CREAT, 0o644)
         self._start = beton.data_start(images)
         self.done = self._journaled = 0
-        self._end = self._start
+        self._end = self._room_end = self._start
+        self._buffer = memoryview(bytearray(beton.PAGE_BYTES))
         if fresh:
             for old in (path, beton.manifest_path(path), beton.files_path(path)):
                 old.unlink(missing_ok=True)
@@ -110,7 +108,7 @@ class BetonWriter:
             return False
         os.ftruncate(self._partial, end)
         self._rows[:count] = rows
-        self.done, self._journaled, self._end = count, count, end
+        self.done, self._journaled, self._end, self._room_end = count, count, end, end
         return True
 
     def _begin(self) -> None:
@@ -132,10 +130,10 @@ class BetonWriter:
         """The next image of the source, or None where it is left out. Bytes that `stored` lacks are at `place`."""
         if stored is not None:
             offset, size = beton.place(self._end, stored.size_bytes), stored.size_bytes
-            if stored.data:
-                _write_all(self._partial, stored.data, offset)
-            else:
-                _copy((place[0], place[1], size), self._partial, offset)
+            if offset + size > self._room_end:
+                self._make_room(offset + size)
+            data = stored.data or _read((place[0], place[1], size), self._buffer)
+            _write_all(self._partial, data, offset)
             self._rows[self.done] = (
                 *(stored.how, stored.mode, stored.width, stored.height, offset, size),
                 np.frombuffer(stored.sha256, np.uint8),
@@ -145,6 +143,14 @@ class BetonWriter:
         if time.monotonic() >= self._checkpoint_at and (self._flushing is None or self._flushing.done()):
             self._join_flush()
             self._flushing = self._flusher.submit(self._flush, self.done)
+
+    def _make_room(self, end: int) -> None:
+        """Has the file system set blocks aside, which it does for many images faster than for one after the other.
+
+        Where it cannot, writing does it, or says that the disk is full.
+        """
+        self._room_end = end + ROOM_BYTES
+        _libc.fallocate64(self._partial, 0, end, ROOM_BYTES)
 
     def _join_flush(self) -> None:
         if self._flushing is not None:

@@ -4,22 +4,22 @@ The views are those of the run's own first batches. The network is the checkpoin
 evaluation mode; every embedding dimension is then normalized over all the images taken, as the loss does.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.beton import open_beton
 from pipeline.command import UserError
 from pipeline.loader import make_loader
-from pipeline.spec import LoaderConfig, Normalization
-from train.cards import train_beton
+from pipeline.spec import Normalization
 from train.checkpoint import CHECKPOINT, read_checkpoint
-from train.config import NORMALIZATIONS, PretrainConfig
+from train.config import PretrainConfig
+from train.distributed import Ranks
 from train.methods.barlow_twins import cross_correlation
-from train.methods.choose import make_method, view_table
+from train.methods.choose import make_method
 from train.model import make_backbone
+from train.run_data import loader_config
 
 IMAGES, IMAGES_LARGE_ON_CPU = 1024, 128  # a ResNet-50 at 224 px takes a second for ten images on two cores
 LARGE_PX = 96
@@ -80,21 +80,12 @@ def correlate(run: Path) -> Correlation:
     method, config = load_method(run)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     method = method.to(device, memory_format=torch.channels_last)
-    data = train_beton(config.data)
-    images = len(open_beton(data))
-    loading = LoaderConfig(
-        data=data,
-        views=view_table(config),
-        resolution_px=config.resolution,
-        global_batch=min(BATCH, images),
-        seed=config.seed,
-        normalization=NORMALIZATIONS[config.views],
-        device=device,
-    )
+    loading = loader_config(config, Ranks(0, 1, torch.device(device), None))
+    loading = replace(loading, global_batch=min(BATCH, loading.global_batch))  # the same images, a few at a time
     most = IMAGES_LARGE_ON_CPU if device == "cpu" and config.resolution >= LARGE_PX else IMAGES
     loader, embeddings, pairs = make_loader(loading), ([], []), []
     try:
-        for batch in loader.batches(0, max(1, min(most, images) // BATCH)):
+        for batch in loader.batches(0, max(1, min(most, loader.images) // loading.global_batch)):
             for kept, view in zip(embeddings, batch.views, strict=True):
                 kept.append(method.projector(method.backbone(view)).float())
             if not pairs:

@@ -34,8 +34,8 @@ from eval.features import Encoder, open_encoder
 from eval.subject import encoder_facts, protocol_name, require_positive, write_result
 from eval.supervised import milestones_for
 from pipeline.command import DATA, RUNS, UserError, run_command
+from pipeline.disk import write_whole
 from train.batchnorm import with_global_batch_norm
-from train.checkpoint import write_atomically
 from train.distributed import Ranks, say, start_ranks, stop_ranks
 
 EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
@@ -141,7 +141,7 @@ def scores_of(task: str, split: Split, detections: list[dict]) -> dict[str, floa
 def export(config: DetectionConfig) -> None:
     """Writes the backbone for Detectron2."""
     weights = detectron2_weights(open_encoder(config.checkpoint.expanduser()).module)
-    write_atomically(config.export_detectron2, pickle.dumps(weights))
+    write_whole(config.export_detectron2, pickle.dumps(weights))
     print(f"{config.export_detectron2}: {len(weights['model'])} tensors in Detectron2's layout")
 
 
@@ -192,7 +192,7 @@ def measure(config: DetectionConfig, ranks: Ranks) -> int:
     take_precise_statistics(training, images)
     detections = detect(training, test_split, masks)
     if ranks.rank == 0:
-        write_atomically(folder / "detections.json", json.dumps(detections).encode())
+        write_whole(folder / "detections.json", json.dumps(detections))
         values = scores_of(config.task, test_split, detections)
         settings = {name: training.about[name] for name in PROTOCOLS[config.task]}
         protocol, changed = protocol_name(NAMES[config.task], PROTOCOLS[config.task], settings)

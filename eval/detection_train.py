@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from eval.detection_data import DetectionImages, Split, training_keys
 from pipeline.command import UserError
-from train.checkpoint import write_atomically
+from pipeline.disk import write_whole
 from train.distributed import Ranks, StopRequest
 
 FORMAT, VERSION = "barlow-at-speed detection", 1
@@ -90,7 +90,7 @@ class Training:
             state |= {"model": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            write_atomically(self.path, buffer.getbuffer())
+            write_whole(self.path, buffer.getbuffer())
 
     def resume(self) -> None:
         """Goes on from the checkpoint, where there is one. Raises UserError for another run's, or a damaged one."""

@@ -29,10 +29,12 @@ from tqdm import tqdm
 
 from pipeline.beton import Beton
 from pipeline.command import UserError
+from pipeline.disk import write_whole
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
 from train.checkpoint import BackboneInfo, load_backbone
 from train.model import make_backbone
+from train.run_data import dataset_sha256
 
 FEATURES_VERSION = 1  # of the cache: raise it when the same description would give other numbers
 EXTRACT_BATCH = 128  # at 224 px; more where the images are smaller, so that a batch is as much work
@@ -131,11 +133,6 @@ def extract_features(encoder: Encoder, config: LoaderConfig, dtype: torch.dtype)
             "the run has diverged or float16 overflows: choose another checkpoint, or float32"
         )
     return features
-
-
-def dataset_sha256(beton: Beton) -> str:
-    """One digest for all pixels, labels and names of a .beton, from the digests its manifest keeps."""
-    return hashlib.sha256((beton.manifest["tables_sha256"] + beton.manifest["files_sha256"]).encode()).hexdigest()
 
 
 def describe_features(encoder: Encoder, beton: Beton, config: LoaderConfig, dtype: torch.dtype) -> dict:
@@ -237,13 +234,8 @@ def read_features(path: Path, description: str) -> torch.Tensor | None:
 
 def keep_features(path: Path, description: str, features: torch.Tensor) -> None:
     """Writes a file that is there whole or not at all. Where the disk does not take it, says so and goes on."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file({"features": features}, temporary, {"description": description})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, safetensors.SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
+        write_whole(path, safetensors.torch.save({"features": features}, {"description": description}))
+    except (OSError, UserError) as error:
         print(f"features not kept in {path.parent} ({error}): the next evaluation extracts them again", file=sys.stderr)

@@ -15,11 +15,12 @@ from typing import Literal
 
 import torch
 
-from eval.features import Encoder, centre_loader_config, dataset_sha256, features_of, open_encoder
+from eval.features import Encoder, centre_loader_config, features_of, open_encoder
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from pipeline.command import DATA, RUNS, UserError
 from pipeline.loader import Loader, make_loader
 from pipeline.spec import SUPERVISED_VIEW, LoaderConfig
+from train.run_data import dataset_sha256
 
 RESULTS = "results.jsonl"
 

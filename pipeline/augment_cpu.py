@@ -11,12 +11,11 @@ without the GIL; each thread needs a Scratch of its own.
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
 from pipeline.blur_cpu import BlurScratch, apply_blur, make_blur_scratch
 from pipeline.colour_cpu import BLOCK, GREY, PROGRAM_LENGTH, apply_colour, apply_solarize
-from pipeline.compiled import jit, unsigned
+from pipeline.compiled import compiled, jit, unsigned
 from pipeline.draws import NOTHING
 from pipeline.resample_cpu import ResampleScratch, crop_resize_flip, make_resample_scratch, row_pitch
 from pipeline.spec import Normalization
@@ -74,7 +73,7 @@ def write_view(planes, table, out):
             out[y, x, 2] = table[2, planes[2, i]]
 
 
-@numba.njit(cache=True, nogil=True, no_cfunc_wrapper=True, inline="always")
+@compiled(no_cfunc_wrapper=True, inline="always")
 def apply_view(image, params, b, v, bicubic, table, scratch, out):
     """View v of the image that params' row b was drawn for: uint8 (h, w, 3), contiguous → out (H, W, 3).
 

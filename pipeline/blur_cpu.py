@@ -8,10 +8,9 @@ Up to a sigma of 2.4 the box reaches two pixels at most and its pass is a plain 
 import math
 from typing import NamedTuple
 
-import numba
 import numpy as np
 
-from pipeline.compiled import jit, kernel, unsigned
+from pipeline.compiled import inlined, jit, kernel, unsigned
 from pipeline.vector_cpu import widest_vectors
 
 PASSES = 3
@@ -111,7 +110,7 @@ def _box_of_5(m, before2, before, here, after, after2, out, n, inner, edge):
         m[out + x] = np.uint32(bulk + np.uint32(1 << 23)) >> np.uint32(24)
 
 
-@numba.njit(inline="always")
+@inlined
 def _blur_along(m, line, side, radius, inner, edge, out):
     """One pass along the line of three colours at m[line], whose ends it first repeats outwards, to m[out]."""
     for c in range(3):
@@ -126,7 +125,7 @@ def _blur_along(m, line, side, radius, inner, edge, out):
         _box_of_5(m, line, line + 1, line + 2, line + 3, line + 4, out + 2, n, inner, edge)
 
 
-@numba.njit(inline="always")
+@inlined
 def _blur_down(m, ring, y, last, length, radius, inner, edge, out):
     """One pass for row y of those whose k-th lies at m[ring + k % 5 · length]; rows 0 and `last` are repeated."""
     here = ring + y % 5 * length
@@ -138,7 +137,7 @@ def _blur_down(m, ring, y, last, length, radius, inner, edge, out):
         _box_of_5(m, before2, before, here, after, after2, out, length, inner, edge)
 
 
-@numba.njit(inline="always")
+@inlined
 def _blur_narrow(planes, pitch, side, radius, inner, edge, m):
     """Boxes that reach two pixels at most: all six passes in one go down the rows.
 

@@ -1,13 +1,15 @@
-"""How compiled functions are compiled here, and where their machine code is kept. Import it before `numba.njit`.
+"""How compiled functions are compiled here, and where their machine code is kept. Nothing else calls `numba.njit`.
 
 Numba keeps compiled code beside a source file and trusts it while that one file is unchanged. But a function's
-code contains that of the functions it calls: change those in another file, and the old ones go on running. So
-the code is kept in a folder named after a digest of every source file of the package.
+code contains that of the functions it calls: change those in another file, and the old ones would still run. So
+the code is kept in a folder named after a digest of every source file of the package. The decorators below name that
+folder each time they are used: no function can be decorated before it is known.
 """
 
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,35 +21,62 @@ MONTH_S = 30 * 24 * 3600
 
 
 def source_digest(folder: Path) -> str:
-    """Of the names and contents of all Python files in a folder."""
+    """Of the names and contents of all Python files in a folder and those below it."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _use_cache_of_these_sources() -> None:
-    """Points numba to the folder of this version's code, and removes those that no program has used for a month."""
+def _places() -> list[Path]:
+    """Where the folder may lie, the best place first: where $NUMBA_CACHE_DIR says, here, at home, in /tmp."""
     given = os.environ.get("NUMBA_CACHE_DIR")
-    base = Path(given) if given else _PACKAGE / "__pycache__"
-    mine = base / f"numba-{source_digest(_PACKAGE)}"
-    try:
-        mine.mkdir(parents=True, exist_ok=True)
-        os.utime(mine)
-    except OSError:
-        return  # a read-only installation: numba finds a place of the user's
-    for other in base.glob("numba-*"):
-        if time.time() - other.stat().st_mtime > MONTH_S:
-            shutil.rmtree(other, ignore_errors=True)
-    numba.config.CACHE_DIR = str(mine)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME") or "/nonexistent") / ".cache")
+    own = Path(tempfile.gettempdir()) / f"barlow-at-speed-{os.getuid()}"
+    return [*([Path(given)] if given else []), _PACKAGE / "__pycache__", home / "barlow-at-speed", own]
 
 
-_use_cache_of_these_sources()
+def cache_folder() -> str:
+    """The folder of this version's machine code, made where it can be; those unused for a month are removed."""
+    name = f"numba-{source_digest(_PACKAGE)}"
+    for place in _places():
+        try:
+            (place / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            if place.stat().st_uid != os.getuid() or not os.access(place / name, os.W_OK):
+                continue  # machine code that another user may write is not run
+            os.utime(place / name)
+            for other in place.glob("numba-*"):
+                if time.time() - other.stat().st_mtime > MONTH_S:
+                    shutil.rmtree(other, ignore_errors=True)
+        except OSError:
+            continue
+        return str(place / name)
+    return tempfile.mkdtemp(prefix="numba-")  # compiled again by each program, but never old
 
-# Decorators: of functions that Python may call, and of those that only compiled code calls, which compile in half
-# the time because they need no way in from Python.
-jit = numba.njit(cache=True, nogil=True, no_cfunc_wrapper=True)
-kernel = numba.njit(cache=True, nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+
+_FOLDER = cache_folder()
+
+
+def compiled(**options):
+    """`numba.njit` with its code kept in this version's folder, to run without the interpreter's lock."""
+    numba.config.CACHE_DIR = _FOLDER  # numba reads it where a function is decorated
+    return numba.njit(cache=True, nogil=True, **options)
+
+
+def jit(function):
+    """For functions that Python may call."""
+    return compiled(no_cfunc_wrapper=True)(function)
+
+
+def kernel(function):
+    """For functions that only compiled code calls: half the time to compile, as they need no way in from Python."""
+    return compiled(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+
+
+def inlined(function):
+    """For functions that become part of those that call them."""
+    return numba.njit(inline="always")(function)
+
 
 # Numba lets a negative index count from the end and checks each index that it cannot prove positive, which keeps
 # a loop from becoming vector code. So an index that is a sum is a sum of unsigned numbers.

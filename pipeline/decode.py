@@ -10,6 +10,7 @@ import numba
 import numpy as np
 
 from pipeline.beton import MODE_JPEG, MODE_RAW, Beton
+from pipeline.compiled import jit
 from pipeline.jpeg import LIMIT_SCANS, RGB, load_library, turbojpeg
 from pipeline.shards import Shards, stored_jpeg
 
@@ -59,7 +60,7 @@ def free_handle(handle: np.ndarray) -> None:
     turbojpeg().tjDestroy(int(handle[0]))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _decode_jpeg(decompressor, source, size, height, width, target):
     """Status of decoding the JPEG at address `source` to the height·width·3 bytes at address `target`."""
     found = np.zeros(4, np.int32)  # width, height, subsampling, colour space
@@ -73,7 +74,7 @@ def _decode_jpeg(decompressor, source, size, height, width, target):
     return DAMAGED if _tj_error_code(decompressor) == 0 else UNDECODABLE  # 0 is a warning
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def decode_rgb(handle, data, offset, size, mode, height, width, out):
     """One sample's pixels into out[: height·width·3], R G B rows; greyscale comes out as R = G = B.
 

@@ -14,13 +14,13 @@ pass along an axis, 8 bits, then the other axis; the axis that shrinks more goes
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
 from pipeline.blur_cpu import box_weights
+from pipeline.compiled import jit
 from pipeline.draws import CONTRAST, ViewParams
 from pipeline.resample_cpu import height_first
 
@@ -79,7 +79,7 @@ class ViewPlan(NamedTuple):
         return self._replace(table=self.table.to(device, non_blocking=True))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _rules(box_height, box_width, resized_height, resized_width, sigma_px):
     """(n, 4): Pillow's choices for each view, by the CPU's functions: height first, blur radius, inner, edge weight."""
     out = np.empty((len(sigma_px), 4), np.int64)

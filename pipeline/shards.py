@@ -26,6 +26,7 @@ from tqdm import tqdm
 from pipeline import beton
 from pipeline.beton import Beton, open_beton
 from pipeline.command import UserError
+from pipeline.disk import whole_file, write_whole
 
 SUFFIX = ".shards.json"
 FORMAT_VERSION = 1
@@ -139,8 +140,7 @@ def _member(name: str, data) -> bytes:
 
 
 def _write_shard(source: Beton, ids: range, path: Path) -> None:
-    partial_path = path.with_suffix(".tar.partial")
-    with open(partial_path, "wb") as file:
+    with whole_file(path) as file:
         for sample in ids:
             label = b"%d" % source.labels[sample]
             for suffix, data in (("jpg", beton.jpeg_bytes(source, sample)), ("cls", label)):
@@ -149,17 +149,6 @@ def _write_shard(source: Beton, ids: range, path: Path) -> None:
                 file.write(bytes(-len(data) % BLOCK))
         file.write(bytes(2 * BLOCK))
         file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial_path, path)
-
-
-def _write_file(path: Path, content: bytes) -> None:
-    with open(f"{path}.partial", "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.partial", path)
 
 
 def pack_shards(source: Beton, shard_images: int) -> Path:
@@ -193,7 +182,7 @@ def pack_shards(source: Beton, shard_images: int) -> Path:
     if not begun.is_file() or begun.read_bytes() != content:
         for old in path.parent.glob(_beside(path, "-??????.tar").name):
             old.unlink()
-        _write_file(begun, content)
+        write_whole(begun, content)
     missing = [shard for shard in range(len(sizes)) if not _shard_path(path, shard).is_file()]
     needed, free = sum(sizes[shard] for shard in missing), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -204,7 +193,7 @@ def pack_shards(source: Beton, shard_images: int) -> Path:
     for shard in tqdm(missing, desc=_beside(path, "-*.tar").name, unit="shard"):
         first = shard * shard_images
         _write_shard(source, range(first, min(first + shard_images, len(source))), _shard_path(path, shard))
-    _write_file(_beside(path, ".shards.npy"), buffer.getvalue())
+    write_whole(_beside(path, ".shards.npy"), buffer.getvalue())
     os.replace(begun, path)
     print(f"{path}: {len(source)} images in {len(sizes)} shards, {sum(sizes) / 1e6:.1f} MB")
     return path

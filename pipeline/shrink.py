@@ -4,9 +4,9 @@ No conversion to R G B and back, no upsampling of colour that is thrown away aga
 photograph, where decoding, Pillow's resize and encoding take twice that.
 """
 
-import numba
 import numpy as np
 
+from pipeline.compiled import compiled
 from pipeline.jpeg import decode_planes, encode_planes
 
 _BITS = 22  # of the fixed-point weights: 8 bits of value, 22 of weight and a sign fit int32
@@ -14,7 +14,7 @@ _BITS = 22  # of the fixed-point weights: 8 bits of value, 22 of weight and a si
 _BLOCK = 16  # rows that are turned into columns together
 
 
-@numba.njit(cache=True, nogil=True, error_model="numpy")
+@compiled(error_model="numpy")
 def _resize_rows(source, rows, scale):
     """(h, w) uint8 → (w, rows) uint8: `rows` rows, each `scale` source rows high, turned into columns.
 

@@ -45,6 +45,7 @@ from torchvision.transforms import InterpolationMode
 from pipeline.augment_cpu import apply_view, make_scratch, normalization_table
 from pipeline.beton import Beton, jpeg_bytes, open_beton
 from pipeline.command import UserError, run_command
+from pipeline.compiled import jit
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
@@ -126,7 +127,7 @@ def run_published(path: Path, ids: np.ndarray) -> None:
 # ---- ours ----
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _decode_and_view(handle, data, table, ids, params, lut, pixels, scratch, out):
     """Decodes each sample once and makes out.shape[1] views of it; returns how many were decoded."""
     offsets, sizes, modes, heights, widths = table

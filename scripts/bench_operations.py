@@ -1,6 +1,5 @@
 """Single operations of a view, the kernels' and Pillow's: compared, and as candidates for bench_loader.py."""
 
-import numba
 import numpy as np
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
@@ -9,6 +8,7 @@ from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch, normalizat
 from pipeline.beton import Beton
 from pipeline.blur_cpu import apply_blur
 from pipeline.colour_cpu import GREY, apply_colour, apply_solarize
+from pipeline.compiled import jit
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, draw_views, empty_params
@@ -90,31 +90,31 @@ def compare_views(beton: Beton) -> list[dict]:
 # ---- timing ----
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _colour(stack, program, factors, memory):
     for i in range(len(stack)):
         apply_colour(stack[i], SIDE * row_pitch(SIDE), SIDE * SIDE, program, factors, memory)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _blur(stack, sigmas, memory):
     for i in range(len(stack)):
         apply_blur(stack[i], row_pitch(SIDE), SIDE, sigmas[i], memory)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _solarize(stack):
     for i in range(len(stack)):
         apply_solarize(stack[i])
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _normalize(stack, table, out):
     for i in range(len(stack)):
         write_view(stack[i], table, out[i])
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _crop_resize(flat, starts, heights, widths, p, memory, planes):
     for i in range(len(starts)):
         image = flat[starts[i] : starts[i] + heights[i] * widths[i] * 3].reshape(heights[i], widths[i], 3)

@@ -47,9 +47,9 @@ from train.distributed import Ranks, say, start_ranks, stop_ranks
 from train.lars import LARS
 from train.methods.choose import make_method
 from train.model import make_backbone
-from train.pretrain import loader_config
 from train.recompute import recompute_blocks, run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
+from train.run_data import loader_config
 
 SYNTHETIC = Path("synthetic")
 READY = 3  # batches that a loader may have ready when nobody has asked for a while; they are not timed

@@ -29,10 +29,10 @@ from pipeline.command import UserError, run_command
 from pipeline.decode import OK, decode_rgb, make_handle
 from pipeline.draws import draw_views
 from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization, ViewSpec
-from train.cards import train_beton
 from train.config import PretrainConfig
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
+from train.run_data import train_beton
 
 CHUNK = 32  # images a call of a stage gets
 CROPS = (ViewSpec(p_jitter=0, p_grey=0), ViewSpec(p_jitter=0, p_grey=0))

@@ -33,7 +33,7 @@ from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization
 from train.cards import PRESETS, resolved
 from train.distributed import Ranks, start_ranks
-from train.pretrain import loader_config
+from train.run_data import loader_config
 
 LOADERS = ("resident", "ffcv", "dali", "torch")
 STAGES = ("kernels", "step", *(f"loader-{name}" for name in LOADERS), "cifar10-speed")

@@ -16,10 +16,10 @@ import numpy as np
 import tyro
 from safetensors import safe_open
 
-from eval.features import dataset_sha256
 from eval.splits import Dataset, open_dataset
 from eval.subject import read_results
 from pipeline.command import UserError, run_command
+from train.run_data import dataset_sha256
 
 TEMPERATURE = 0.07
 

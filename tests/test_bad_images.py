@@ -29,7 +29,8 @@ from train import runlog
 from train.cards import resolved
 from train.config import PretrainConfig
 from train.distributed import Ranks, start_ranks, stop_ranks
-from train.pretrain import loader_config, train
+from train.pretrain import train
+from train.run_data import loader_config
 
 IMAGES, BAD, UNNOTICED = 14, (2, 3, 5, 7, 11), 6
 SIDE = 32

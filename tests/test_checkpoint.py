@@ -1,6 +1,5 @@
 """Checkpoints whole or absent, refused where they do not belong, and read back as backbones."""
 
-import resource
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from train.checkpoint import (
     read_checkpoint,
     refuse_other_recipe,
     save_checkpoint,
-    write_atomically,
 )
 from train.config import NORMALIZATIONS, as_plain
 from train.initial import initial_backbone, start_heads_
@@ -192,22 +190,6 @@ def test_another_recipe_is_refused_and_every_difference_named():
     with pytest.raises(UserError, match="images 100 there, 50 here"):
         refuse_other_recipe({"config": config, "images": 100}, config, 50, Path("c.pt"))
     refuse_other_recipe({"config": config | {"loader": "torch"}, "images": 100}, config, 100, Path("c.pt"))
-
-
-def test_a_file_size_limit_leaves_the_checkpoint_before_untouched(tmp_path):
-    path = tmp_path / "state"
-    write_atomically(path, b"before")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"could not write .*state \(1 MB\).*the one before it is untouched"):
-            write_atomically(path, bytes(1_000_000))
-        with pytest.raises(UserError, match="nothing was left behind"):
-            write_atomically(tmp_path / "new", bytes(1_000_000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"before"
-    assert [p.name for p in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_untouched(tmp_path, backbone):

@@ -7,8 +7,9 @@ import pytest
 import tyro
 
 from pipeline.command import RUNS, UserError
-from train.cards import PRESETS, chosen_preset, lr_weights_for, resolved, run_folder, train_beton
+from train.cards import PRESETS, chosen_preset, lr_weights_for, resolved, run_folder
 from train.config import NOT_RECIPE, PretrainConfig, as_plain, projector_widths, recipe
+from train.run_data import train_beton
 
 
 def parse(*arguments: str) -> PretrainConfig:

@@ -11,8 +11,8 @@ REPO = Path(__file__).resolve().parents[1]
 
 # ARCHITECTURE: the listing is the data flow; a file imports only from files above it.
 ORDER = """
-pipeline.constants pipeline.command pipeline.spec pipeline.compiled pipeline.rng pipeline.draws pipeline.order
-pipeline.lists pipeline.sources pipeline.voc pipeline.jpeg pipeline.beton pipeline.shards pipeline.decode
+pipeline.constants pipeline.command pipeline.disk pipeline.spec pipeline.compiled pipeline.rng pipeline.draws
+pipeline.order pipeline.lists pipeline.sources pipeline.voc pipeline.jpeg pipeline.beton pipeline.shards pipeline.decode
 pipeline.bad_images pipeline.plan pipeline.shrink pipeline.store pipeline.beton_writer pipeline.convert
 pipeline.vector_cpu pipeline.resample_cpu pipeline.colour_cpu pipeline.blur_cpu pipeline.augment_cpu
 pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
@@ -21,8 +21,8 @@ pipeline.preview
 train.config train.cards train.distributed train.batchnorm train.model
 train.methods.contract train.methods.barlow_twins train.methods.barlow_ablations
 train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicreg train.methods.choose train.lars
-train.schedule train.knn_vote train.checkpoint train.initial train.runstate train.recompute train.guard train.watchdog
-train.runlog train.online_knn train.recorded train.pretrain
+train.run_data train.schedule train.knn_vote train.checkpoint train.initial train.runstate train.recompute train.guard
+train.watchdog train.runlog train.online_knn train.recorded train.pretrain
 eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
 eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer
 eval.detection_data eval.detection_model eval.detection_scores eval.detection_train eval.detection

@@ -21,7 +21,8 @@ from train.cards import resolved
 from train.checkpoint import load_backbone
 from train.config import NORMALIZATIONS
 from train.online_knn import choose_images
-from train.pretrain import EXIT_FINISHED, EXIT_REQUEUE, loader_config, train
+from train.pretrain import EXIT_FINISHED, EXIT_REQUEUE, train
+from train.run_data import loader_config
 
 SIDE = 32
 pytestmark = pytest.mark.slow

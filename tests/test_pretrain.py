@@ -19,7 +19,8 @@ from train.distributed import Ranks
 from train.guard import samples_of_step
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
-from train.pretrain import loader_config, train
+from train.pretrain import train
+from train.run_data import loader_config
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 # Steps large enough that the weights move by tens of per cent: a wrong term would show.

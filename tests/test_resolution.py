@@ -13,7 +13,8 @@ from tests.test_resume import CPU, TINY, Killed, end_of
 from train.cards import resolved
 from train.checkpoint import load_backbone
 from train.config import PretrainConfig, resolution_rows
-from train.pretrain import EXIT_FINISHED, loader_config, train
+from train.pretrain import EXIT_FINISHED, train
+from train.run_data import loader_config
 
 
 def test_a_schedule_is_read():

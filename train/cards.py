@@ -144,17 +144,6 @@ def lr_weights_for(global_batch: int) -> float:
     return float(np.interp(np.log2(global_batch), np.log2(batches), rates))
 
 
-def train_beton(data: Path) -> Path:
-    """The training file that --data means."""
-    path = data if data.name.endswith((".beton", ".shards.json")) else data / "train.beton"
-    if not path.is_file():
-        raise UserError(
-            f"no {path.name} in {path.parent}; make it with pipeline/convert.py "
-            "(scripts/convert_imagenet.sh for ImageNet), or point --data at a folder that holds it"
-        )
-    return path
-
-
 def resolved(config: PretrainConfig) -> PretrainConfig:
     """The configuration with nothing left open: checked values, absolute paths, the learning rate, the run's folder."""
     projector_widths(config.projector)

@@ -15,7 +15,6 @@ plain dict that `torch.load(weights_only=True)` accepts:
 import hashlib
 import io
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,12 +25,14 @@ import torch
 from torch import nn
 
 from pipeline.command import UserError
+from pipeline.disk import TEMPORARY, write_whole
 from pipeline.spec import Normalization
 from train.config import recipe
 from train.model import make_backbone, torchvision_resnets
 
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
-CHECKPOINT, BACKBONE, TEMPORARY = "checkpoint.pt", "backbone.safetensors", ".tmp"
+CHECKPOINT, BACKBONE = "checkpoint.pt", "backbone.safetensors"
+NO_ROOM = "make room there or put the run elsewhere with --run, then start the same command again"
 
 
 @dataclass(frozen=True)
@@ -58,45 +59,16 @@ class DamagedFile(UserError):
     """A file that is there and cannot be read: cut short, or not what its name says."""
 
 
-def write_atomically(path: Path, content: bytes | memoryview, keep_as: Path | None = None) -> None:
-    """Writes a file so that it is there whole or as it was before, even if the machine stops meanwhile.
-
-    With `keep_as` the file before it stays under that name; for a moment, then, there is only that one.
-    Raises UserError where the disk or the folder does not take it; nothing half-written stays behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep_as is not None:
-            os.replace(path, keep_as)
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        kept = "the one before it is untouched" if path.exists() else "nothing was left behind"
-        raise UserError(
-            f"could not write {path} ({len(content) / 1e6:.0f} MB): {error.strerror or error}; {kept}; "
-            "free some space there or put the run elsewhere with --run, then start the same command again"
-        ) from error
-
-
 def save_checkpoint(folder: Path, state: dict, before: int | None = None, keep: int = 1) -> None:
     """Writes `checkpoint.pt`; the one that was there, if it is that of step `before`, is kept under that step.
 
     Of all checkpoints the `keep` newest stay. The state is serialized in memory first: a full disk cannot break it
-    midway. Raises UserError like `write_atomically`.
+    midway. Raises UserError like `write_whole`.
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
     keep_as = folder / f"checkpoint-{before:08d}.pt" if before is not None and keep > 1 else None
-    write_atomically(folder / CHECKPOINT, buffer.getbuffer(), keep_as)
+    write_whole(folder / CHECKPOINT, buffer.getbuffer(), keep_as, NO_ROOM)
     own = f"checkpoint-{state['step']:08d}.pt"
     earlier = earlier_checkpoints(folder)
     later = [path for path in earlier if path.name >= own]  # of a run that this one started over
@@ -175,7 +147,9 @@ def export_backbone(folder: Path, backbone: nn.Module, info: BackboneInfo) -> No
     `timm.create_model("resnet50", num_classes=0, checkpoint_path=path)`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    write_atomically(folder / BACKBONE, safetensors.torch.save(tensors, {"backbone": json.dumps(asdict(info))}))
+    write_whole(
+        folder / BACKBONE, safetensors.torch.save(tensors, {"backbone": json.dumps(asdict(info))}), advice=NO_ROOM
+    )
 
 
 def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneInfo]:

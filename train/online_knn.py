@@ -31,10 +31,10 @@ from pipeline.order import balanced_subset
 from pipeline.shards import SUFFIX as SHARDS
 from pipeline.shards import open_stored
 from pipeline.spec import LoaderConfig, centre_view
-from train.cards import train_beton
 from train.config import AMP, NORMALIZATIONS, PretrainConfig
 from train.distributed import Ranks, say
 from train.knn_vote import KNN_HEADLINE, knn_ranks
+from train.run_data import train_beton
 from train.runlog import RunLog
 
 BATCH = 128

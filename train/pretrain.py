@@ -21,21 +21,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.command import run_command
 from pipeline.loader import make_loader
-from pipeline.order import balanced_subset, rank_batch
-from pipeline.shards import open_stored
-from pipeline.spec import LoaderConfig
 from train.batchnorm import with_global_batch_norm
-from train.cards import chosen_preset, resolved, train_beton
+from train.cards import chosen_preset, resolved
 from train.checkpoint import export_backbone
-from train.config import AMP, NORMALIZATIONS, PretrainConfig, as_plain, order_blocks, resolution_rows
+from train.config import AMP, PretrainConfig, as_plain
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
 from train.initial import initial_backbone, start_heads_
 from train.lars import LARS, gradient_norm
-from train.methods.choose import make_method, view_table
+from train.methods.choose import make_method
 from train.online_knn import OnlineKnn
 from train.recompute import recompute_blocks, run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
+from train.run_data import loader_config
 from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
 from train.runstate import RunState, backbone_info
 from train.schedule import lr_share
@@ -60,31 +58,6 @@ def main(config: PretrainConfig) -> None:
     finally:
         stop_ranks()
     sys.exit(code)
-
-
-def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
-    rank_batch(config.global_batch, ranks.world_size)
-    data, ids = train_beton(config.data), None
-    if config.fraction != 1:
-        ids = balanced_subset(config.seed, open_stored(data).labels, config.fraction)
-    return LoaderConfig(
-        data=data,
-        views=view_table(config),
-        resolution_px=config.resolution,
-        resolutions=resolution_rows(config.resolution_schedule),
-        global_batch=config.global_batch,
-        seed=config.seed,
-        ids=ids,
-        blocks=order_blocks(config),
-        on_bad_image=config.on_bad_image,
-        normalization=NORMALIZATIONS[config.views],
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        backend=config.loader,
-        workers=config.workers,
-        device=str(ranks.device),
-        views_on=config.views_on,
-    )
 
 
 def train(config: PretrainConfig, ranks: Ranks, loader) -> int:

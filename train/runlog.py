@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from pipeline.command import RUNS, UserError
-from train.checkpoint import write_atomically
+from pipeline.disk import write_whole
 from train.config import as_plain
 from train.distributed import Ranks, say, total
 from train.guard import note_lost_step
@@ -45,8 +45,8 @@ def open_run_folder(folder: Path) -> None:
 
 def describe_run(folder: Path, config: dict, ranks: Ranks, start_step: int) -> None:
     """Writes config.json and env.json, and points runs/latest here."""
-    write_atomically(folder / "config.json", json.dumps(config, indent=2).encode())
-    write_atomically(folder / "env.json", json.dumps(environment(ranks, start_step), indent=2).encode())
+    write_whole(folder / "config.json", json.dumps(config, indent=2))
+    write_whole(folder / "env.json", json.dumps(environment(ranks, start_step), indent=2))
     try:
         RUNS.mkdir(parents=True, exist_ok=True)
         link = RUNS / f".latest.{os.getpid()}"
@@ -276,7 +276,7 @@ def keep_lines_before(path: Path, step: int) -> None:
                 kept.append(text + "\n")
         except json.JSONDecodeError:
             break
-    write_atomically(path, "".join(kept).encode())
+    write_whole(path, "".join(kept))
 
 
 def plot_loss(folder: Path) -> None:

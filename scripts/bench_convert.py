@@ -39,6 +39,7 @@ from scipy import stats
 from pipeline.beton import Beton, file_rows, open_beton
 from pipeline.command import REPO, UserError, run_command
 from pipeline.decode import OK, decode_status
+from pipeline.disk import write_whole
 from pipeline.shards import stored_jpeg
 
 CHECKED_IMAGES = 200
@@ -213,7 +214,7 @@ def main(config: BenchConfig) -> None:
         beside = f"{ratio['mean']:6.2f} ± {ratio['ci95']:.2f} × {RATIOS[name]}" if ratio else ""
         print(f"{name:18s} {speed['mean']:9.1f} ± {speed['ci95']:<7.1f} images/s {beside}")
     if config.json:
-        config.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(config.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from eval.linear import standardize_
 from eval.subject import SubjectConfig, open_subject
 from eval.supervised import Group, Heads, feature_stream, make_head, make_optimizer, threads_for, train_epoch
 from pipeline.command import UserError, run_command
+from pipeline.disk import write_whole
 from train.knn_vote import knn_ranks
 
 CHECKED_QUERIES = 200
@@ -143,7 +144,7 @@ def main(config: BenchConfig) -> None:
         faster = f"{one['times_faster']:.1f} × faster" if "times_faster" in one else ""
         print(f"{one['name']:50} {seconds:22} {faster}")
     if config.json:
-        config.json.write_text(json.dumps(records, indent=1) + "\n")
+        write_whole(config.json, json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.decode import OK, decode_rgb, free_handle, make_handle
+from pipeline.disk import write_whole
 from pipeline.draws import draw_views, empty_params
 from pipeline.jpeg import LIMIT_SCANS, RGB, turbojpeg
 from pipeline.loader import Loader, make_loader
@@ -321,7 +322,7 @@ def main(config: BenchConfig) -> None:
     print_speeds(records)
     for path, content in ((config.json, records), (config.checks, checks)):
         if path:
-            path.write_text(json.dumps(content, indent=1) + "\n")
+            write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

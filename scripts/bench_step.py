@@ -38,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.command import UserError, run_command
+from pipeline.disk import write_whole
 from pipeline.loader import make_loader
 from pipeline.order import rank_batch
 from train.batchnorm import with_global_batch_norm
@@ -293,7 +294,7 @@ def main(config: BenchConfig) -> None:
     if ranks.rank == 0:
         print_record(result)
         if config.json:
-            config.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_whole(config.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

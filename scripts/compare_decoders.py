@@ -27,6 +27,7 @@ from pipeline.command import UserError, run_command
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.decode import OK, decode_rgb, free_handle, make_handle
+from pipeline.disk import write_whole
 from pipeline.loader_dali import make_graph
 from pipeline.loader_torch import decode_pil
 
@@ -131,7 +132,7 @@ def main(config: CompareConfig) -> None:
             )
         )
     if config.json:
-        config.json.write_text(json.dumps(record, indent=1) + "\n")
+        write_whole(config.json, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from bench_step import SYNTHETIC, Bench, BenchConfig, device_name, interval, rec
 
 from pipeline.beton import open_beton
 from pipeline.command import UserError, run_command
+from pipeline.disk import write_whole
 from pipeline.draws import draw_views
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization
@@ -304,7 +305,7 @@ def main(config: StageConfig) -> None:
     measure |= {f"loader-{name}": partial(measure_loader, name=name) for name in LOADERS}
     for stage in config.stages:
         found = measure[stage](config, ranks) | {"device": device_name(ranks), "torch": torch.__version__}
-        (config.out / f"{stage}.json").write_text(json.dumps(found | {"dry_run": config.dry_run}, indent=1) + "\n")
+        write_whole(config.out / f"{stage}.json", json.dumps(found | {"dry_run": config.dry_run}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -179,8 +179,9 @@ class OneWriter:
         about = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         about |= {"machine": _machine(), "started": _process_start(os.getpid()), "token": uuid.uuid4().hex}
         self._pid, self._content = os.getpid(), json.dumps(about).encode()
-        while not self._create():
-            self._refuse_or_remove()
+        while not self._create(path):
+            if self._took_over():
+                break
         if beating:
             self.start_beating()
 
@@ -211,58 +212,69 @@ class OneWriter:
             if self.path.read_bytes() == self._content:
                 self.path.unlink()
 
-    def _create(self) -> bool:
-        """Whether the file is now ours; False where there is one."""
+    def _create(self, path: Path) -> bool:
+        """Whether a file `path` of ours is new there; False where there is one. With hard links it appears whole."""
+        own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
-            fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            _write_new(own, self._content)
+            try:
+                os.link(own, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (*_REFUSED, errno.EMLINK):
+                    raise
+                _write_new(path, self._content)
         except FileExistsError:
             return False
         except OSError as error:
-            raise UserError(f"could not write {self.path}: {error.strerror}; choose another place") from error
-        try:
-            if os.write(fd, self._content) < len(self._content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            self.path.unlink(missing_ok=True)
-            raise UserError(f"could not write {self.path}: {error.strerror}; make room there") from error
+            raise UserError(f"could not write {path}: {error.strerror}; make room, or choose another place") from error
         finally:
-            os.close(fd)
+            with contextlib.suppress(OSError):
+                own.unlink()
         return True
 
-    def _refuse_or_remove(self) -> None:
-        """Raises UserError where the file's writer lives; else removes the file."""
+    def _took_over(self) -> bool:
+        """Replaces a dead writer's file by ours. False where that is not done yet; UserError where the writer lives.
+
+        Of several that find it dead, the one that has the file .next replaces it, if it is still the dead one's: so no
+        living writer's file is ever taken away.
+        """
         seen = _content_and_time(self.path)
         if seen is None:
-            return
-        about = _parsed(seen[0])
-        if about.get("machine") == _machine():
-            alive = about.get("started") is not None and _process_start(about.get("pid")) == about["started"]
-        else:
-            alive = self._beats(seen, about)
-        if alive:
+            return False
+        if self._lives(self.path, seen):
+            about = _parsed(seen[0])
             named = f"process {about['pid']} on {about['host']}, since {about['since']}" if about else "another process"
             raise UserError(f"{self.what} is being written by {named}; wait for it, stop it, or choose another place")
-        # The name is taken away by one process alone; what another put there meanwhile is put back.
-        aside = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if aside.read_bytes() != seen[0]:
-                with contextlib.suppress(OSError):
-                    os.link(aside, self.path)
-            aside.unlink()
+        following = self.path.with_name(f"{self.path.name}.next")
+        if not self._create(following):
+            time.sleep(0.01)
+            if (other := _content_and_time(following)) and not self._lives(following, other):
+                following.unlink(missing_ok=True)
+            return False
+        found = _content_and_time(self.path)
+        if found is None or found[0] != seen[0]:
+            following.unlink()
+            return False
+        os.replace(following, self.path)
+        return True
 
-    def _beats(self, seen: tuple[bytes, int], about: dict) -> bool:
-        """Watches the file of another machine's process, or one that was never finished, for WATCH_S."""
-        where = about.get("host", "another process")
+    def _lives(self, path: Path, seen: tuple[bytes, int]) -> bool:
+        """Whether the process that wrote this content of `path`, with this time, runs."""
+        about = _parsed(seen[0])
+        if about.get("machine") == _machine():
+            return about.get("started") is not None and _process_start(about.get("pid")) == about["started"]
+        where = about.get("host", "another machine")
         print(
-            f"note: {self.what} was being written on {where}; watching {WATCH_S:.0f} s for a sign of life",
+            f"note: {self.what} was being written on {where}; waiting {WATCH_S:.0f} s for a sign of life",
             file=sys.stderr,
         )
         end = time.monotonic() + WATCH_S
         while time.monotonic() < end:
             time.sleep(min(1.0, WATCH_S / 10))
-            if _content_and_time(self.path) != seen:
-                return _content_and_time(self.path) is not None
+            if (found := _content_and_time(path)) != seen:
+                return found is not None
         return False
 
     def _beat(self) -> None:
@@ -270,11 +282,24 @@ class OneWriter:
             with contextlib.suppress(OSError, UserError):  # a disk that does not answer now will at another beat
                 found = _content_and_time(self.path)
                 if found is None:
-                    self._create()
+                    self._create(self.path)
                 elif found[0] == self._content:
                     os.utime(self.path)
                 else:
                     self.lost = True
+
+
+def _write_new(path: Path, content: bytes) -> None:
+    """Raises FileExistsError where there is such a file, OSError where the disk does not take it."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        if os.write(fd, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(fd)
 
 
 def _content_and_time(path: Path) -> tuple[bytes, int] | None:

@@ -24,6 +24,16 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.fixture
+def no_links(monkeypatch):
+    """A file system without hard links."""
+
+    def link(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+
+
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -74,13 +84,9 @@ def test_an_unreliable_disk_is_told_of_in_one_error(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("hard_links", [True, False])
-def test_the_file_before_keeps_a_second_name(tmp_path, monkeypatch, hard_links):
+def test_the_file_before_keeps_a_second_name(tmp_path, monkeypatch, request, hard_links):
     if not hard_links:
-
-        def link(*_):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
-
-        monkeypatch.setattr(os, "link", link)
+        request.getfixturevalue("no_links")
     path, kept, seen = tmp_path / "state", tmp_path / "state-1", []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (replace(a, b), seen.append(path.exists())))
@@ -227,6 +233,25 @@ def test_an_unfinished_file_is_watched_and_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(disk, "WATCH_S", 0.1)
     (tmp_path / "lock").write_bytes(b'{"host": "no')
     OneWriter(tmp_path / "lock", "the run r").close()
+    assert names(tmp_path) == []
+
+
+def test_without_hard_links_too(tmp_path, no_links):
+    with OneWriter(tmp_path / "lock", "the run r"):
+        assert names(tmp_path) == ["lock"]
+        with pytest.raises(UserError, match="is being written by process"):
+            OneWriter(tmp_path / "lock", "the run r")
+    assert names(tmp_path) == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(UserError, match="could not write .*lock"):
+            OneWriter(tmp_path / "lock", "the run r")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == []
 
 

@@ -198,6 +198,7 @@ class OneWriter:
 
     def require(self) -> None:
         """Raises UserError where another process took over meanwhile, this one having been stopped for long."""
+        self._look()
         if self.lost:
             raise UserError(f"another process took over {self.what} while this one stood still; this one ends here")
 
@@ -273,20 +274,27 @@ class OneWriter:
         end = time.monotonic() + WATCH_S
         while time.monotonic() < end:
             time.sleep(min(1.0, WATCH_S / 10))
-            if (found := _content_and_time(path)) != seen:
-                return found is not None
+            found = _content_and_time(path)
+            if found is None or found[0] != seen[0]:
+                return False  # and another one's file is looked at anew
+            if found[1] != seen[1]:
+                return True
         return False
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT_S):
-            with contextlib.suppress(OSError, UserError):  # a disk that does not answer now will at another beat
-                found = _content_and_time(self.path)
-                if found is None:
-                    self._create(self.path)
-                elif found[0] == self._content:
-                    os.utime(self.path)
-                else:
-                    self.lost = True
+            self._look()
+
+    def _look(self) -> None:
+        """Shows that this process lives, if the file is still its own."""
+        with contextlib.suppress(OSError, UserError):  # a disk that does not answer now will at another beat
+            found = _content_and_time(self.path)
+            if found is None:
+                self._create(self.path)
+            elif found[0] == self._content:
+                os.utime(self.path)
+            else:
+                self.lost = True
 
 
 def _write_new(path: Path, content: bytes) -> None:

@@ -199,6 +199,7 @@ class BetonWriter:
                 zip(source.classes, np.bincount(labels, minlength=len(source.classes)).tolist(), strict=True)
             ),
             "source": {"kind": source.kind, "split": source.split, "images": len(source)},
+            "left_out": dict(sorted(source.left_out.items())),
             "settings": settings,
             "stored": {how: int((rows["how"] == i).sum()) for i, how in enumerate(HOW) if i != SKIPPED},
             "skipped": [source.names[i] for i in self.skipped()],

@@ -295,9 +295,10 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
     finally:
         writer.close()
     stored = ", ".join(f"{count} {how}" for how, count in manifest["stored"].items() if count)
+    left_out = ", ".join(f"{count} {what}" for what, count in manifest["left_out"].items())
     print(
         f"{out}: {manifest['images']} images, {len(source.classes)} classes, {manifest['bytes'] / 1e6:.1f} MB"
-        f" ({stored}, {len(manifest['skipped'])} skipped)"
+        f" ({stored}, {len(manifest['skipped'])} skipped){f'; left out: {left_out}' if left_out else ''}"
     )
 
 

@@ -1,6 +1,7 @@
 """Datasets as they lie on disk, before conversion: which images, of which class, in which order.
 
-    folder         root/<class>/**/<image>, or root/{train,val}/<class>/…             ids by class, then by name
+    folder         root/<class>/**/<image>, or root/{train,val}/<class>/… (pipeline/folders.py)
+                                                                                      ids by class, then by name
     imagenet tar   root/ILSVRC2012_img_{train,val}.tar, read in place                 the ids of the unpacked folder
     cifar-10       root/cifar-10-batches-py/ (pickles) or root/data_batch_*.png …     ids in file order
     voc 2007       root[/VOCdevkit]/VOC2007; train is trainval, val is test           ids in list order, one class
@@ -16,7 +17,8 @@ import json
 import os
 import pickle
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,11 @@ from PIL import Image
 
 from pipeline import constants
 from pipeline.command import UserError
+from pipeline.folders import beside_splits, class_folders, split_folder
 from pipeline.lists import list_path, read_list
 
 Place = tuple[str, int, int]  # of an image: file, offset, size in bytes or -1 for all of the file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 SPLITS = ("train", "val")
 
 _CIFAR_PICKLES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
@@ -46,6 +48,7 @@ class Source:
     where    the folder that names are relative to, or the tar file
     extents  (N, 2) int64, offset and size in the tar file; None for a folder
     pixels   (N, H, W, 3) uint8 where the source holds raw pixels; None otherwise
+    left_out what lies in its folders and is no image of it: suffix or name → how many
     """
 
     kind: str
@@ -56,6 +59,7 @@ class Source:
     where: Path
     extents: np.ndarray | None = None
     pixels: np.ndarray | None = None
+    left_out: Counter = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -87,7 +91,7 @@ def split_names(root: Path) -> list[str]:
         return [s for s in SPLITS if (voc / "ImageSets" / "Main" / f"{_VOC_LISTS[s]}.txt").is_file()]
     if listed := [s for s in SPLITS if list_path(root, s)]:
         return listed
-    return [s for s in SPLITS if (root / s).is_dir() or (root / f"ILSVRC2012_img_{s}.tar").is_file()]
+    return [s for s in SPLITS if split_folder(root, s) or (root / f"ILSVRC2012_img_{s}.tar").is_file()]
 
 
 def open_source(root: str | Path, split: str = "") -> Source:
@@ -110,45 +114,27 @@ def open_source(root: str | Path, split: str = "") -> Source:
     if list_path(root, split):
         kind, classes, names, labels, folder = read_list(root, split)
         return Source(kind, split, classes, names, np.array(labels, np.int64), folder)
-    if (root / split).is_dir():
-        return _image_folder(root / split, split)
+    if split_folder(root, split):
+        return _split_of_folders(root, split)
     return _imagenet_tar(root / f"ILSVRC2012_img_{split}.tar", split)
 
 
 # ---- one folder a class ----
 
 
-def _visible(folder: str) -> list[os.DirEntry]:
-    return sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda e: e.name)
-
-
-def _images_under(folder: str, prefix: str) -> list[str]:
-    names = []
-    for entry in _visible(folder):
-        if entry.is_dir():
-            names += _images_under(entry.path, f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(SUFFIXES):
-            names.append(prefix + entry.name)
-    return names
-
-
 def _image_folder(root: Path, split: str) -> Source:
-    entries = _visible(str(root))
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    if not classes:
-        loose = sum(entry.name.lower().endswith(SUFFIXES) for entry in entries)
-        found = f"{loose} images but no class folders" if loose else "no class folders"
-        raise UserError(f"{root} has {found}; one folder a class with its images inside is expected")
-    by_class = [sorted(_images_under(str(root / name), f"{name}/")) for name in classes]
-    for name, members in zip(classes, by_class, strict=True):
-        if not members:
-            raise UserError(
-                f"{root / name} has no images ({' '.join(SUFFIXES)}); add images to this class or remove its folder"
-            )
+    classes, by_class, left_out = class_folders(root)
     names = [name for members in by_class for name in members]
     _check_names(root, names)
     labels = np.repeat(np.arange(len(classes)), [len(members) for members in by_class])
-    return Source("folder", split, classes, names, labels, root)
+    return Source("folder", split, classes, names, labels, root, left_out=left_out)
+
+
+def _split_of_folders(root: Path, split: str) -> Source:
+    used = {f"ILSVRC2012_img_{s}.tar" for s in SPLITS}
+    used |= {folder.name for s in SPLITS if (folder := split_folder(root, s))}
+    source = _image_folder(split_folder(root, split), split)
+    return replace(source, left_out=source.left_out + beside_splits(root, used))
 
 
 def _check_names(root: Path, names: list[str]) -> None:

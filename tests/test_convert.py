@@ -78,14 +78,22 @@ def test_real_images_round_trip(imagenet_sample, out):
                 assert max(opened.widths[sample], opened.heights[sample]) == 500
 
 
-def test_the_manifest(images, out):
+def test_the_manifest(images, out, capsys):
     drawn(images / "class_0" / "large.png", 1, 640)
+    drawn(images / "loose.jpg", 2)
+    for name in ("class_1/notes.txt", "class_1/more.txt", "@eaDir/thumb.jpg"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_text("no image")
     convert.main(ConvertConfig(out, images, workers=1, quality=80))
     manifest = json.loads(beton.manifest_path(out).read_text())
     assert manifest["images"] == 71 and manifest["classes"] == ["class_0", "class_1"]
     assert manifest["images_by_class"] == {"class_0": 36, "class_1": 35}
     assert manifest["settings"] == {"max_side_px": 500, "quality": 80, "check": "quick"}
     assert manifest["stored"] == {"kept": 70, "resized": 1, "recoded": 0, "raw": 0} and manifest["skipped"] == []
+    left_out = {".jpg beside the class folders": 1, ".txt": 2, "@eaDir/ beside the class folders": 1}
+    assert manifest["left_out"] == left_out
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.endswith("left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
     assert manifest["bytes"] == out.stat().st_size
     assert sorted(path.name for path in out.parent.iterdir()) == ["set.beton", "set.files.tsv", "set.manifest.json"]
 

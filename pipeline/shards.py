@@ -6,7 +6,7 @@
     x.files.tsv         the .beton's list of files: id, label, how it was stored, sha256, file name
 
 The bytes follow from the .beton and the number of images a shard alone. Each tar gets its name when it is
-complete and on the disk, the manifest comes last; stopped, the same call goes on at the first missing tar.
+complete and on the disk, the manifest comes last; stopped, the same call continues at the first missing tar.
 
 Any WebDataset reader takes the tars one after the other. Ours maps them and goes by id, in our order.
 """

@@ -18,6 +18,7 @@ import os
 import pickle
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,6 +31,10 @@ from pipeline.folders import beside_splits, class_folders, split_folder
 from pipeline.lists import list_path, read_list
 
 Place = tuple[str, int, int]  # of an image: file, offset, size in bytes or -1 for all of the file
+
+# By which a change of an image is noticed: size in bytes, and when its file was last written, ns; a tar's images have
+# the time of the tar, pixels without a file part of their digest.
+Stamp = tuple[int, int]
 
 SPLITS = ("train", "val")
 
@@ -72,12 +77,49 @@ def image_places(source: Source, start: int, stop: int) -> list[Place]:
     return [(str(source.where), int(offset), int(size)) for offset, size in source.extents[start:stop]]
 
 
-def read_place(place: Place) -> bytes:
-    """The bytes of one image file."""
+def read_image(place: Place) -> tuple[bytes, Stamp]:
+    """The bytes of one image file, and its stamp: that of before it was read, so a later change shows in it."""
     path, offset, size = place
     with open(path, "rb") as file:
+        about = os.fstat(file.fileno())
         file.seek(offset)
-        return file.read(size)
+        return file.read(size), (about.st_size if size < 0 else size, about.st_mtime_ns)
+
+
+def pixel_stamp(pixels: np.ndarray) -> Stamp:
+    """The stamp of pixels without a file."""
+    digest = hashlib.sha256(pixels.tobytes()).digest()
+    return pixels.nbytes, int.from_bytes(digest[:8], "little", signed=True)
+
+
+def read_stamps(source: Source, count: int) -> np.ndarray:
+    """The stamps of the first `count` images as they are now, (count, 2) int64; -1 where there is no file.
+
+    One question to the disk a file, from several threads: some seconds for ImageNet's 1.3 million on a local disk.
+    """
+    stamps = np.empty((count, 2), np.int64)
+    if source.pixels is not None:
+        for row, pixels in zip(stamps, source.pixels, strict=False):
+            row[:] = pixel_stamp(pixels)
+    elif source.extents is not None:
+        stamps[:, 0], stamps[:, 1] = source.extents[:count, 1], source.where.stat().st_mtime_ns
+    else:
+        with ThreadPoolExecutor(8) as pool:
+            jobs = (range(first, min(first + 1000, count)) for first in range(0, count, 1000))
+            for part in pool.map(lambda part: (part, _file_stamps(source, part)), jobs):
+                stamps[part[0].start : part[0].stop] = part[1]
+    return stamps
+
+
+def _file_stamps(source: Source, part: range) -> list[Stamp]:
+    found = []
+    for path, _, _ in image_places(source, part.start, part.stop):
+        try:
+            about = os.stat(path)
+            found.append((about.st_size, about.st_mtime_ns))
+        except FileNotFoundError:
+            found.append((-1, -1))
+    return found
 
 
 def split_names(root: Path) -> list[str]:

@@ -164,7 +164,7 @@ def test_mended_it_goes_on(images, out, tmp_path, capsys):
         convert.main(ConvertConfig(out, images, workers=1))
     path.write_bytes(content)
     convert.main(ConvertConfig(out, images, workers=1))
-    assert "going on after 51 of 70" in capsys.readouterr().err
+    assert "continuing after 51 of 70" in capsys.readouterr().err
     convert.main(ConvertConfig(tmp_path / "straight" / "set.beton", images, workers=1))
     assert contents(out.parent) == contents(tmp_path / "straight")
 
@@ -299,7 +299,7 @@ def test_ctrl_c_ends_cleanly(many, straight, out):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
-    assert "the same command goes on" in stderr and not out.exists()
+    assert "the same command continues" in stderr and not out.exists()
     assert run("--source", many, "--out", out).returncode == 0
     assert contents(out.parent) == straight
 
@@ -417,7 +417,7 @@ def test_two_at_once(images, out):
     identity = {"any": "one"}
     out.parent.mkdir()
     writer = beton_writer.BetonWriter(out, 70, identity)
-    with pytest.raises(UserError, match="another process is writing"):
+    with pytest.raises(UserError, match=r"set\.beton is being written by process"):
         convert.main(ConvertConfig(out, images, workers=1))
     writer.close()
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pipeline import any_image, constants, folders, sources
 from pipeline.command import DATA, UserError
-from pipeline.sources import image_places, open_source, read_place, split_names
+from pipeline.sources import image_places, open_source, read_image, split_names
 
 
 def write(path: Path, content: bytes = b"x") -> None:
@@ -57,7 +57,7 @@ def test_bytes_are_the_files(imagenet_sample):
     source = open_source(imagenet_sample[0].parents[1])
     assert [source.where / name for name in source.names] == imagenet_sample
     for i in (0, 250, 499):
-        assert read_place(image_places(source, i, i + 1)[0]) == imagenet_sample[i].read_bytes()
+        assert read_image(image_places(source, i, i + 1)[0])[0] == imagenet_sample[i].read_bytes()
 
 
 def test_splits_of_a_folder(tmp_path):
@@ -133,7 +133,7 @@ def test_names_that_are_no_utf8(tmp_path):
     with open(os.fsencode(tmp_path) + b"/cat/\xff.jpg", "wb") as file:
         file.write(b"content")
     source = open_source(tmp_path)
-    assert read_place(image_places(source, 0, 1)[0]) == b"content"
+    assert read_image(image_places(source, 0, 1)[0])[0] == b"content"
 
 
 # ---- ImageNet's own tar files ----
@@ -190,7 +190,7 @@ def test_tars_are_the_unpacked_folder(tars, split):
     assert packed.names == unpacked.names and packed.classes == unpacked.classes
     assert np.array_equal(packed.labels, unpacked.labels) and packed.labels.dtype == unpacked.labels.dtype
     for place, other in zip(image_places(packed, 0, 12), image_places(unpacked, 0, 12), strict=True):
-        assert read_place(place) == read_place(other)
+        assert read_image(place)[0] == read_image(other)[0]
 
 
 def test_the_val_tar_needs_the_devkit(tars):

@@ -165,7 +165,6 @@ def _shared_slots(workers: int) -> Iterator[int]:
     try:
         yield count
     finally:
-        _slots.close()
         _slots = None
 
 
@@ -232,7 +231,7 @@ def _verify_chunk(path: Path, rows: list[tuple]) -> list[str]:
 def _stored_images(
     source: sources.Source, start: int, config: ConvertConfig
 ) -> Iterator[tuple[store.Stored | str, sources.Stamp]]:
-    """What is stored of images start …, in order, and their stamps."""
+    """What is stored of images start …, in order, and their stamps. `data` is valid until the next one is asked for."""
     if source.pixels is not None:
         yield from ((store.store_raw(pixels), sources.pixel_stamp(pixels)) for pixels in source.pixels[start:])
         return
@@ -244,12 +243,13 @@ def _stored_images(
             )
             for number, first in enumerate(range(start, len(source), CHUNK_IMAGES))
         )
+        shared = memoryview(_slots)
         with contextlib.closing(_in_order(config.workers, _store_chunk, chunks)) as done:
             for number, chunk in enumerate(done):
                 at = number % slots * SLOT_BYTES
                 for result, stamp in chunk:
                     if isinstance(result, store.Stored) and not result.data:
-                        result = result._replace(data=_slots[at : at + result.size_bytes])
+                        result = result._replace(data=shared[at : at + result.size_bytes])
                         at += result.size_bytes
                     yield result, stamp
 

@@ -45,7 +45,7 @@ _FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; Huff
 class Stored(NamedTuple):
     """What is kept of one image: `how` indexes HOW, `mode` is the .beton's, the digest is that of `data`.
 
-    Of a KEPT image `data` may be left out: it is the file, size_bytes long.
+    On its way from a worker `data` may be left out: then it lies in memory that both share.
     """
 
     how: int
@@ -54,7 +54,7 @@ class Stored(NamedTuple):
     width: int
     size_bytes: int
     sha256: bytes
-    data: bytes
+    data: bytes | memoryview
 
 
 class Structure(NamedTuple):

@@ -1,7 +1,8 @@
-"""Writes one .beton so that it can be stopped at any moment and gone on with, and appears only when finished.
+"""Writes one .beton so that it can be stopped at any moment and resumed, and appears only when finished.
 
     x.beton.partial   room for the tables, then the images in order
     x.beton.journal   a line of settings, then one ROW an image
+    x.beton.writing   there while a process writes: one at a time (OneWriter)
 
 Four times a second the partial file is flushed to the disk, and only then the journal gets the rows of what was
 flushed: a row never lacks its image, whether the process is killed or the power fails. What lies behind the
@@ -9,7 +10,6 @@ last row's image is cut off and made again.
 """
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +21,8 @@ import numpy as np
 
 from pipeline import beton
 from pipeline.command import UserError
-from pipeline.sources import Place, Source
+from pipeline.disk import OneWriter, flush_folder, write_whole
+from pipeline.sources import Source, Stamp
 from pipeline.store import HOW, SKIPPED, Stored
 
 CHECKPOINT_S = 0.25  # a killed conversion repeats about this much
@@ -32,13 +33,14 @@ _libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes
 
 ROW = np.dtype(
     {
-        "names": ["how", "mode", "width", "height", "offset", "bytes", "sha256"],
-        "formats": ["<u1", "<u1", "<u2", "<u2", "<u8", "<u8", ("<u1", 32)],
+        "names": ["how", "mode", "width", "height", "offset", "bytes", "sha256", "stamp"],
+        "formats": ["<u1", "<u1", "<u2", "<u2", "<u8", "<u8", ("<u1", 32), ("<i8", 2)],
     }
 )
+JOURNAL_VERSION = 2
 
 
-def _write_all(fd: int, data: bytes, offset: int) -> None:
+def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     """`os.pwrite` of all of it; it may stop early, on a full disk for one."""
     view = memoryview(data)
     while view:
@@ -46,22 +48,9 @@ def _write_all(fd: int, data: bytes, offset: int) -> None:
         view, offset = view[written:], offset + written
 
 
-def _read(place: Place, buffer: memoryview) -> memoryview:
-    """The part of `buffer` that now has the bytes at `place`."""
-    path, start, size = place
-    with open(path, "rb", buffering=0) as file:
-        got = os.preadv(file.fileno(), [buffer[:size]], start)
-    if got != size:
-        raise UserError(f"{path} became shorter while it was converted; run the same command again with --fresh")
-    return buffer[:size]
-
-
-def _flush_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def state_sha256(stamps: np.ndarray) -> str:
+    """The digest of all images' stamps, (N, 2) int64: what the source was when it was converted."""
+    return hashlib.sha256(np.ascontiguousarray(stamps, "<i8").tobytes()).hexdigest()
 
 
 class BetonWriter:
@@ -75,24 +64,24 @@ class BetonWriter:
         self.path = path
         self.partial_path = path.with_suffix(".beton.partial")
         self.journal_path = path.with_suffix(".beton.journal")
-        self._header = json.dumps(identity, sort_keys=True).encode() + b"\n"
+        self._identity = identity
+        self._header = json.dumps({"journal": JOURNAL_VERSION} | identity, sort_keys=True).encode() + b"\n"
         self._rows = np.zeros(images, ROW)
-        self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._journal)
-            raise UserError(f"another process is writing {path}; wait for it, or stop it") from None
-        self._partial = os.open(self.partial_path, os.O_RDWR | os.O_CREAT, 0o644)
         self._start = beton.data_start(images)
         self.done = self._journaled = 0
         self._end = self._room_end = self._start
-        self._buffer = memoryview(bytearray(beton.PAGE_BYTES))
-        if fresh:
-            for old in (path, beton.manifest_path(path), beton.files_path(path)):
-                old.unlink(missing_ok=True)
-        if fresh or not self._resume():
-            self._begin()
+        self._one = OneWriter(path.with_suffix(".beton.writing"), str(path), beating=False)
+        try:
+            self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._partial = os.open(self.partial_path, os.O_RDWR | os.O_CREAT, 0o644)
+            if fresh:
+                for old in (path, beton.manifest_path(path), beton.files_path(path)):
+                    old.unlink(missing_ok=True)
+            if fresh or not self._resume():
+                self._begin()
+        except BaseException:
+            self._one.close()
+            raise
         self._checkpoint_at = time.monotonic() + CHECKPOINT_S
         self._flusher, self._flushing = ThreadPoolExecutor(1), None
 
@@ -101,15 +90,26 @@ class BetonWriter:
         if not content.startswith(self._header):
             return False
         count = min((len(content) - len(self._header)) // ROW.itemsize, len(self._rows))
-        rows = np.frombuffer(content, ROW, count, len(self._header))
-        stored = rows[rows["how"] != SKIPPED]
-        end = int(stored["offset"][-1] + stored["bytes"][-1]) if len(stored) else self._start
-        if os.fstat(self._partial).st_size < end:
+        self._rows[:count] = np.frombuffer(content, ROW, count, len(self._header))
+        if os.fstat(self._partial).st_size < self._end_of(count):
+            self._rows[:] = 0
             return False
-        os.ftruncate(self._partial, end)
-        self._rows[:count] = rows
-        self.done, self._journaled, self._end, self._room_end = count, count, end, end
+        self.go_back(count)
         return True
+
+    def _end_of(self, count: int) -> int:
+        """Where the data of the first `count` images end in the partial file."""
+        stored = self._rows[:count][self._rows["how"][:count] != SKIPPED]
+        return int(stored["offset"][-1] + stored["bytes"][-1]) if len(stored) else self._start
+
+    def go_back(self, count: int) -> None:
+        """Forgets all but the first `count` images."""
+        end = self._end_of(count)
+        os.ftruncate(self._journal, len(self._header) + count * ROW.itemsize)
+        os.fdatasync(self._journal)  # before the images that its rows name are overwritten
+        os.ftruncate(self._partial, end)
+        self._rows[count:] = 0
+        self.done, self._journaled, self._end, self._room_end = count, count, end, end
 
     def _begin(self) -> None:
         os.ftruncate(self._journal, 0)
@@ -126,19 +126,25 @@ class BetonWriter:
         """Positions in the source of the images left out so far."""
         return np.flatnonzero(self._rows["how"][: self.done] == SKIPPED)
 
-    def append(self, stored: Stored | None, place: Place | None = None) -> None:
-        """The next image of the source, or None where it is left out. Bytes that `stored` lacks are at `place`."""
+    def stamps(self) -> np.ndarray:
+        """Those of the images appended so far, (done, 2) int64."""
+        return self._rows["stamp"][: self.done]
+
+    def append(self, stored: Stored | None, stamp: Stamp) -> None:
+        """The next image of the source, or None where it is left out."""
+        self._one.start_beating()  # not sooner: no other thread may run where processes are forked
         if stored is not None:
             offset, size = beton.place(self._end, stored.size_bytes), stored.size_bytes
             if offset + size > self._room_end:
                 self._make_room(offset + size)
-            data = stored.data or _read((place[0], place[1], size), self._buffer)
-            _write_all(self._partial, data, offset)
+            _write_all(self._partial, stored.data, offset)
             self._rows[self.done] = (
                 *(stored.how, stored.mode, stored.width, stored.height, offset, size),
-                np.frombuffer(stored.sha256, np.uint8),
+                *(np.frombuffer(stored.sha256, np.uint8), stamp),
             )
             self._end = offset + size
+        else:
+            self._rows["stamp"][self.done] = stamp
         self.done += 1
         if time.monotonic() >= self._checkpoint_at and (self._flushing is None or self._flushing.done()):
             self._join_flush()
@@ -157,7 +163,8 @@ class BetonWriter:
             self._flushing.result()
 
     def _flush(self, done: int) -> None:
-        """Runs beside the appending, which goes on: the disk never waits for images."""
+        """Runs beside the appending, which continues: the disk never waits for images."""
+        self._one.require()
         os.fdatasync(self._partial)
         at = len(self._header) + self._journaled * ROW.itemsize
         _write_all(self._journal, self._rows[self._journaled : done].tobytes(), at)
@@ -198,31 +205,28 @@ class BetonWriter:
             "images_by_class": dict(
                 zip(source.classes, np.bincount(labels, minlength=len(source.classes)).tolist(), strict=True)
             ),
-            "source": {"kind": source.kind, "split": source.split, "images": len(source)},
+            "source": {
+                **{"kind": source.kind, "split": source.split, "images": len(source)},
+                "state_sha256": state_sha256(self.stamps()),
+            },
+            "left_out": dict(sorted(source.left_out.items())),
             "settings": settings,
             "stored": {how: int((rows["how"] == i).sum()) for i, how in enumerate(HOW) if i != SKIPPED},
             "skipped": [source.names[i] for i in self.skipped()],
             "tables_sha256": beton.tables_sha256(head, samples, allocations),
             "files_sha256": hashlib.sha256(files).hexdigest(),
-            "identity": json.loads(self._header),
+            "identity": self._identity,
         }
         self._publish(files, (json.dumps(manifest, indent=1) + "\n").encode())
         return manifest
 
     def _publish(self, files: bytes, manifest: bytes) -> None:
         """The names, in an order in which no moment shows a .beton beside another file's manifest."""
-        targets = (beton.files_path(self.path), files), (beton.manifest_path(self.path), manifest)
-        for path, content in targets:
-            with open(f"{path}.partial", "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
         self.path.unlink(missing_ok=True)
-        for path, _ in targets:
-            os.replace(f"{path}.partial", path)
-        _flush_folder(self.path.parent)
+        write_whole(beton.files_path(self.path), files)
+        write_whole(beton.manifest_path(self.path), manifest)
         os.replace(self.partial_path, self.path)
-        _flush_folder(self.path.parent)
+        flush_folder(self.path.parent)
         self.journal_path.unlink()
 
     def close(self) -> None:
@@ -230,6 +234,7 @@ class BetonWriter:
         self._flusher.shutdown()
         os.close(self._partial)
         os.close(self._journal)
+        self._one.close()
 
 
 def _file_list(source: Source, kept: np.ndarray, rows: np.ndarray) -> bytes:

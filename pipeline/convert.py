@@ -5,8 +5,12 @@
     python pipeline/convert.py --source IMAGES --out data/mine --format webdataset        tar shards as well
     python pipeline/convert.py --verify --out data/mine/train.beton       reads a finished file again, all of it
 
-JPEGs that need no resize are kept byte for byte. The result depends on the images and settings alone, not on
---workers. Stopped at any moment, the same command goes on where it stopped and ends with the same bytes.
+JPEGs that need no resize are kept byte for byte. Other formats are encoded again (of animations the first frame);
+images of more than 8 bits a value only where they use that range, else they are refused by name.
+
+The result depends on the images and settings alone, not on --workers. Stopped at any moment, the same command continues
+where it stopped and ends with the same bytes; from the first image on whose size or time has changed since, it
+converts again. What is not converted is counted in the last line and in the manifest.
 """
 
 import collections
@@ -14,6 +18,8 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import itertools
+import mmap
 import multiprocessing
 import os
 import re
@@ -34,10 +40,12 @@ import PIL
 from tqdm import tqdm
 
 from pipeline import beton, constants, shards, sources, store
-from pipeline.beton_writer import BetonWriter
+from pipeline.beton_writer import BetonWriter, state_sha256
 from pipeline.command import UserError, run_command
 
 CHUNK_IMAGES = 32  # a worker's task
+AHEAD_CHUNKS = 4  # a worker, made before they are asked for
+SLOT_BYTES = 4 << 20  # for the images of one chunk, on their way to the process that writes
 SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
 _PR_SET_PDEATHSIG = 1  # prctl: the signal this process gets when its parent ends
 
@@ -115,44 +123,87 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     except BrokenProcessPool:
         raise UserError(
             "a worker process died, of too little memory perhaps; run the same command again, with fewer --workers:"
-            " it goes on where it stopped"
+            " it continues where it stopped"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _in_order(workers: int, task: Callable, arguments: Iterable[tuple]) -> Iterator:
-    """The items of task(*argument), a list each, in the order of the arguments; a few lists a worker ahead."""
-    workers = workers or len(os.sched_getaffinity(0))
+def _count(workers: int) -> int:
+    return workers or len(os.sched_getaffinity(0))
+
+
+def _in_order(workers: int, task: Callable, arguments: Iterable[tuple]) -> Iterator[list]:
+    """task(*argument), a list each, in the order of the arguments; AHEAD_CHUNKS lists a worker ahead.
+
+    The next argument is asked for when the list before is done with.
+    """
     ahead = collections.deque()
-    with _pool(workers) as pool:
+    with _pool(_count(workers)) as pool:
         for argument in arguments:
             ahead.append(pool.submit(task, *argument))
-            if len(ahead) >= 4 * workers:
-                yield from ahead.popleft().result()
+            if len(ahead) >= AHEAD_CHUNKS * _count(workers):
+                yield ahead.popleft().result()
         while ahead:
-            yield from ahead.popleft().result()
+            yield ahead.popleft().result()
+
+
+# Memory that forked workers share with the process that writes, a slot a chunk: what is written is what the worker
+# read, checked and hashed, whatever happens to the file meanwhile. No image has to pass through a pipe.
+_slots: mmap.mmap | None = None
+
+
+@contextlib.contextmanager
+def _shared_slots(workers: int) -> Iterator[int]:
+    """How many slots there are now for workers that are forked, while in this context."""
+    global _slots
+    count = AHEAD_CHUNKS * _count(workers)
+    try:
+        _slots = mmap.mmap(-1, count * SLOT_BYTES)
+    except OSError:
+        raise _out_of_memory(f"for {count * SLOT_BYTES >> 20} MB that the workers share") from None
+    try:
+        yield count
+    finally:
+        _slots = None
 
 
 def _store_chunk(
-    places: list[sources.Place], max_side: int, quality: int, decode_all: bool
-) -> list[store.Stored | str]:
-    """What is stored of some images; of one that is unreadable, the reason.
+    places: list[sources.Place], slot: int | None, max_side: int, quality: int, decode_all: bool
+) -> list[tuple[store.Stored | str, sources.Stamp]]:
+    """What is stored of some images, or of one that is unreadable the reason; and their stamps.
 
-    The bytes of those that are kept stay behind: the parent has the kernel copy them from file to file.
+    What fits into the slot lies there, one behind the other, and has no `data`.
     """
-    results = []
+    results, taken = [], 0
     for place in places:
         try:
-            stored = store.store_image(sources.read_place(place), max_side, quality, decode_all)
-            results.append(stored._replace(data=b"") if stored.how == store.KEPT else stored)
-        except store.Unreadable as error:
-            results.append(str(error))
+            data, stamp = sources.read_image(place)
         except OSError as error:
             raise UserError(
                 f"{place[0]} cannot be read from the disk ({error.strerror}); mend that and run again"
             ) from None
+        except MemoryError:
+            raise _out_of_memory(f"for {place[0]}") from None
+        try:
+            result = store.store_image(data, max_side, quality, decode_all)
+        except store.Unreadable as error:
+            result = str(error)
+        except MemoryError:
+            raise _out_of_memory(f"for {place[0]}") from None
+        if _slots and slot is not None and not isinstance(result, str) and taken + result.size_bytes <= SLOT_BYTES:
+            start = slot * SLOT_BYTES + taken
+            _slots[start : start + result.size_bytes] = result.data
+            taken += result.size_bytes
+            result = result._replace(data=b"")
+        results.append((result, stamp))
     return results
+
+
+def _out_of_memory(what: str) -> UserError:
+    return UserError(
+        f"memory was too short {what}; run the same command again, with fewer --workers: it continues where it stopped"
+    )
 
 
 def _verify_chunk(path: Path, rows: list[tuple]) -> list[str]:
@@ -177,18 +228,30 @@ def _verify_chunk(path: Path, rows: list[tuple]) -> list[str]:
 # ---- one conversion ----
 
 
-def _stored_images(source: sources.Source, start: int, config: ConvertConfig) -> Iterator[store.Stored | str]:
-    """What is stored of images start …, in order."""
+def _stored_images(
+    source: sources.Source, start: int, config: ConvertConfig
+) -> Iterator[tuple[store.Stored | str, sources.Stamp]]:
+    """What is stored of images start …, in order, and their stamps. `data` is valid until the next one is asked for."""
     if source.pixels is not None:
-        return (store.store_raw(pixels) for pixels in source.pixels[start:])
-    chunks = (
-        (
-            sources.image_places(source, first, min(first + CHUNK_IMAGES, len(source))),
-            *(config.max_side, config.quality, config.check == "full"),
+        yield from ((store.store_raw(pixels), sources.pixel_stamp(pixels)) for pixels in source.pixels[start:])
+        return
+    with _shared_slots(config.workers) as slots:
+        chunks = (
+            (
+                sources.image_places(source, first, min(first + CHUNK_IMAGES, len(source))),
+                *(number % slots, config.max_side, config.quality, config.check == "full"),
+            )
+            for number, first in enumerate(range(start, len(source), CHUNK_IMAGES))
         )
-        for first in range(start, len(source), CHUNK_IMAGES)
-    )
-    return _in_order(config.workers, _store_chunk, chunks)
+        shared = memoryview(_slots)
+        with contextlib.closing(_in_order(config.workers, _store_chunk, chunks)) as done:
+            for number, chunk in enumerate(done):
+                at = number % slots * SLOT_BYTES
+                for result, stamp in chunk:
+                    if isinstance(result, store.Stored) and not result.data:
+                        result = result._replace(data=shared[at : at + result.size_bytes])
+                        at += result.size_bytes
+                    yield result, stamp
 
 
 def _settings(config: ConvertConfig) -> dict:
@@ -202,12 +265,13 @@ def _identity(source: sources.Source, config: ConvertConfig) -> dict:
     return {**_settings(config), "kind": source.kind, "listing_sha256": listing.hexdigest(), "pillow": PIL.__version__}
 
 
-def _already_there(out: Path, identity: dict) -> bool:
-    """Whether `out` is this conversion, finished. Raises UserError where it is another one's result."""
+def _already_there(out: Path, identity: dict, source: sources.Source) -> bool:
+    """Whether `out` is this conversion, finished. Raises UserError where it is another one's, or of other images."""
     if not out.exists():
         return False
     try:
-        found = beton.open_beton(out).manifest["identity"]
+        manifest = beton.open_beton(out).manifest
+        found = manifest["identity"]
     except (UserError, KeyError) as error:
         raise UserError(f"{out} exists and is not in order ({error}); pass --fresh to replace it") from None
     for key in identity.keys() - {"pillow"}:
@@ -215,7 +279,28 @@ def _already_there(out: Path, identity: dict) -> bool:
             raise UserError(
                 f"{out} exists with {key} {found.get(key)}, asked for is {identity[key]}; pass --fresh to replace it"
             )
+    what = "pixels" if source.pixels is not None else "size and time"
+    state = manifest.get("source", {}).get("state_sha256")
+    if state is None:
+        compared = f"names and settings; the {what} of its images were not yet noted when it was made"
+    elif state == state_sha256(sources.read_stamps(source, len(source))):
+        compared = f"names, settings, and {what} of {len(source)} images"
+    else:
+        raise UserError(
+            f"{out} exists, but images of {source.where} have changed since ({what} of {len(source)} compared);"
+            " pass --fresh to convert them again"
+        )
+    print(f"{out} is already converted; nothing to do (compared: {compared})")
     return True
+
+
+def _go_back_to_unchanged(source: sources.Source, writer: BetonWriter) -> None:
+    """Of a half-done conversion keeps what was done before the first image that is another one now."""
+    changed = (writer.stamps() != sources.read_stamps(source, writer.done)).any(1)
+    if changed.any():
+        first = int(changed.argmax())
+        print(f"note: {source.where / source.names[first]} has changed since it was converted", file=sys.stderr)
+        writer.go_back(first)
 
 
 def _check_space(source: sources.Source, writer: BetonWriter, config: ConvertConfig) -> None:
@@ -225,8 +310,8 @@ def _check_space(source: sources.Source, writer: BetonWriter, config: ConvertCon
         sizes = [source.pixels[0].nbytes]
     else:
         places = [sources.image_places(source, i, i + 1)[0] for i in chosen]
-        stored = _store_chunk(places, config.max_side, config.quality, False)
-        sizes = [item.size_bytes for item in stored if not isinstance(item, str)] or [0]
+        stored = _store_chunk(places, None, config.max_side, config.quality, False)
+        sizes = [item.size_bytes for item, _ in stored if not isinstance(item, str)] or [0]
     row_bytes = np.mean(sizes) * 1.05 + 200  # page ends, the tables, the journal and the file list
     needed = (len(source) - writer.done) * row_bytes + 3 * beton.PAGE_BYTES
     free = shutil.disk_usage(writer.path.parent).free
@@ -241,7 +326,7 @@ def _append_all(source: sources.Source, writer: BetonWriter, config: ConvertConf
     start_bytes = writer.bytes_written
     bar = tqdm(total=len(source), initial=writer.done, unit="img", desc=writer.path.name, smoothing=0.05)
     with bar, contextlib.closing(_stored_images(source, writer.done, config)) as results:
-        for result in results:
+        for result, stamp in results:
             if isinstance(result, str):
                 where = source.where / source.names[writer.done]
                 if not config.skip_unreadable:
@@ -249,11 +334,9 @@ def _append_all(source: sources.Source, writer: BetonWriter, config: ConvertConf
                         f"{where} is not a readable image ({result}); mend or remove it, or pass --skip-unreadable"
                     )
                 bar.write(f"skipped: {where} ({result})", file=sys.stderr)
-                writer.append(None)
+                writer.append(None, stamp)
             else:
-                writer.append(
-                    result, None if result.data else sources.image_places(source, writer.done, writer.done + 1)[0]
-                )
+                writer.append(result, stamp)
             bar.update()
             if writer.done % 64 == 0:
                 elapsed = bar.format_dict["elapsed"]
@@ -264,13 +347,13 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
     """One split into one file. Raises UserError for an unreadable image, a full disk, a file of another conversion."""
     identity = _identity(source, config)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if not config.fresh and _already_there(out, identity):
-        print(f"{out} is already converted; nothing to do")
+    if not config.fresh and _already_there(out, identity, source):
         return
     writer = BetonWriter(out, len(source), identity, config.fresh)
     try:
+        _go_back_to_unchanged(source, writer)
         if writer.done:
-            print(f"{out.name}: going on after {writer.done} of {len(source)} images", file=sys.stderr)
+            print(f"{out.name}: continuing after {writer.done} of {len(source)} images", file=sys.stderr)
         if len(writer.skipped()) and not config.skip_unreadable:
             raise UserError(
                 f"{source.where / source.names[writer.skipped()[0]]} was skipped before as unreadable;"
@@ -279,10 +362,12 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
         _check_space(source, writer, config)
         try:
             _append_all(source, writer, config)
-        except (KeyboardInterrupt, UserError):
+        except (KeyboardInterrupt, UserError, MemoryError):
             writer.checkpoint()
             again = "the same command without --fresh" if config.fresh else "the same command"
-            print(f"{out.name}: stopped after {writer.done} of {len(source)} images; {again} goes on", file=sys.stderr)
+            print(
+                f"{out.name}: stopped after {writer.done} of {len(source)} images; {again} continues", file=sys.stderr
+            )
             raise
         manifest = writer.finish(source, _settings(config))
     except OSError as error:
@@ -290,14 +375,17 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
             raise
         raise UserError(
             f"{out.parent} is full after {writer.done} of {len(source)} images; make room and run the same command"
-            " again, it goes on there"
+            " again, it continues there"
         ) from None
+    except MemoryError:
+        raise _out_of_memory(f"after {writer.done} of {len(source)} images") from None
     finally:
         writer.close()
     stored = ", ".join(f"{count} {how}" for how, count in manifest["stored"].items() if count)
+    left_out = ", ".join(f"{count} {what}" for what, count in manifest["left_out"].items())
     print(
         f"{out}: {manifest['images']} images, {len(source.classes)} classes, {manifest['bytes'] / 1e6:.1f} MB"
-        f" ({stored}, {len(manifest['skipped'])} skipped)"
+        f" ({stored}, {len(manifest['skipped'])} skipped){f'; left out: {left_out}' if left_out else ''}"
     )
 
 
@@ -311,7 +399,8 @@ def verify(path: Path, workers: int = 0) -> None:
     samples = list(zip(*(column.tolist() for column in columns), [row[3] for row in rows], strict=True))
     _verify_chunk(path, samples[:1])  # loads the compiled decoder once, before the workers fork
     chunks = ((path, samples[first : first + CHUNK_IMAGES]) for first in range(0, len(samples), CHUNK_IMAGES))
-    checked = tqdm(_in_order(workers, _verify_chunk, chunks), total=len(rows), unit="img", desc=f"verify {path.name}")
+    problems = itertools.chain.from_iterable(_in_order(workers, _verify_chunk, chunks))
+    checked = tqdm(problems, total=len(rows), unit="img", desc=f"verify {path.name}")
     bad = [(rows[i][4], problem) for i, problem in enumerate(checked) if problem]
     if bad:
         names = "; ".join(f"{name}: {problem}" for name, problem in bad[:3])

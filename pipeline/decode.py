@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.beton import MODE_JPEG, MODE_RAW, Beton
 from pipeline.compiled import jit
-from pipeline.jpeg import LIMIT_SCANS, RGB, load_library, turbojpeg
+from pipeline.jpeg import RGB, STRICT, load_library, turbojpeg
 from pipeline.shards import Shards, stored_jpeg
 
 # What decode_rgb answers: the index is the status.
@@ -21,7 +21,7 @@ STATUS_TEXT = (
     "the output buffer is too small",
     "not a JPEG",
     "the JPEG has another size than the table says",
-    "the JPEG is damaged or cut off, part of its pixels are guesses",
+    "the JPEG is damaged or cut off, part of its pixels would be guesses",
     "the raw pixels have another size than the table says",
     "unknown storage mode",
     "the JPEG cannot be decoded",
@@ -69,9 +69,9 @@ def _decode_jpeg(decompressor, source, size, height, width, target):
         return NOT_A_JPEG
     if found[0] != width or found[1] != height:
         return WRONG_SIZE
-    if _tj_decompress(decompressor, source, size, target, width, width * 3, height, RGB, LIMIT_SCANS) == 0:
+    if _tj_decompress(decompressor, source, size, target, width, width * 3, height, RGB, STRICT) == 0:
         return OK
-    return DAMAGED if _tj_error_code(decompressor) == 0 else UNDECODABLE  # 0 is a warning
+    return DAMAGED if _tj_error_code(decompressor) == 0 else UNDECODABLE  # 0: it stopped at a warning
 
 
 @jit
@@ -80,7 +80,7 @@ def decode_rgb(handle, data, offset, size, mode, height, width, out):
 
     `handle` from make_handle; data, offset and size as in Beton; `out` contiguous uint8 of at least
     height·width·3 elements, of which no other is written. Returns OK or the status that says what is wrong
-    (STATUS_TEXT). Where libjpeg has warnings the status is DAMAGED and `out` holds what Pillow would show.
+    (STATUS_TEXT). At libjpeg's first warning it stops with DAMAGED; only with OK has `out` an image.
     The accurate integer transform and smooth upsampling, libjpeg's defaults: Pillow's pixels, bit for bit.
     """
     if offset < 0 or size < 1 or offset > len(data) - size:

@@ -1,5 +1,8 @@
 """libjpeg-turbo's TurboJPEG interface: JPEG bytes ↔ pixels or Y Cb Cr planes, from Python.
 
+Pixels count only where libjpeg had nothing to complain about: decoding stops at its first warning. TurboJPEG gives the
+same code for a warning as for a fatal fault that follows one, and there most of the pixels were never written.
+
 Each call makes its own decompressor (4 µs): after some faults in one image (a bogus Huffman table) libjpeg-turbo
 2.1 refuses every later image on the same one.
 """
@@ -14,7 +17,8 @@ import numpy as np
 from pipeline.command import UserError
 
 GREY, RGB = 6, 0  # TJPF_GRAY, TJPF_RGB: pixel formats of one and three bytes
-LIMIT_SCANS = 32768  # TJFLAG_LIMITSCANS: refuse a progressive JPEG of more than 500 scans, a known denial of service
+# TJFLAG_STOPONWARNING, and TJFLAG_LIMITSCANS: refuse a progressive JPEG of more than 500 scans, a denial of service.
+STRICT = 8192 | 32768
 _NO_REALLOC, _ACCURATE_DCT = 1024, 4096  # TJFLAG_NOREALLOC, TJFLAG_ACCURATEDCT
 _SPACE_RGB, _SPACE_YCBCR, _SPACE_GREY = 0, 1, 2  # TJCS_*
 _GREY_SAMPLES, _420_SAMPLES = 3, 2  # TJSAMP_GRAY, TJSAMP_420
@@ -31,7 +35,7 @@ class Header(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """(H, W, 1 or 3) pixels of an image of height × width px, and libjpeg's warning, "" without one.
+    """(H, W, 1 or 3) pixels of an image of height × width px.
 
     Where the decoder made it smaller, H and W are height / part and width / part, rounded up.
     """
@@ -40,7 +44,6 @@ class Decoded(NamedTuple):
     height: int
     width: int
     part: int
-    warning: str
 
 
 class Planes(NamedTuple):
@@ -93,6 +96,8 @@ class _Decompressor:
 
     def __enter__(self) -> int:
         self.handle = turbojpeg().tjInitDecompress()
+        if not self.handle:
+            raise MemoryError("tjInitDecompress failed")
         return self.handle
 
     def __exit__(self, *_) -> None:
@@ -103,8 +108,17 @@ def _read_header(handle: int, data: bytes) -> Header | None:
     found = np.zeros(4, np.int32)  # width, height, subsampling, colour space
     places = (found.ctypes.data + 4 * i for i in range(4))
     if turbojpeg().tjDecompressHeader3(handle, data, len(data), *places) != 0 or min(found[:2]) < 1:
+        _complaint(handle)
         return None
     return Header(int(found[1]), int(found[0]), int(found[2]), int(found[3]))
+
+
+def _complaint(handle: int) -> str:
+    """What libjpeg said last. Raises MemoryError where that is no word about the image."""
+    text = turbojpeg().tjGetErrorStr2(handle).decode(errors="replace")
+    if "nsufficient memory" in text or "emory allocation" in text:
+        raise MemoryError(text)
+    return text
 
 
 def _fraction(header: Header, max_side_px: int) -> int:
@@ -116,23 +130,21 @@ def _fraction(header: Header, max_side_px: int) -> int:
     return next((by for by in (8, 4, 2) if longer >= 2 * by * max_side_px and shorter >= 8 * by), 1)
 
 
-def decode_pixels(data: bytes, max_side_px: int, max_pixels: int) -> Decoded | None:
-    """Grey or R G B pixels; None where TurboJPEG cannot (not a JPEG, CMYK, a fatal fault, too many pixels)."""
+def decode_pixels(data: bytes, max_side_px: int, max_pixels: int) -> Decoded | str:
+    """Grey or R G B pixels of a sound JPEG; else libjpeg's first complaint, or why it was not asked."""
     lib = turbojpeg()
     with _Decompressor() as handle:
         header = _read_header(handle, data)
         if header is None or header.space not in (_SPACE_RGB, _SPACE_YCBCR, _SPACE_GREY):
-            return None
+            return "not a greyscale, RGB or Y Cb Cr JPEG"
         if header.height * header.width > max_pixels:
-            return None
+            return f"{header.width}×{header.height} px are more than {max_pixels}"
         grey, part = header.space == _SPACE_GREY, _fraction(header, max_side_px)
         pixels = np.empty((-(-header.height // part), -(-header.width // part), 1 if grey else 3), np.uint8)
-        to = pixels.ctypes.data, pixels.shape[1], 0, pixels.shape[0], GREY if grey else RGB, LIMIT_SCANS
-        failed = lib.tjDecompress2(handle, data, len(data), *to) != 0
-        if failed and lib.tjGetErrorCode(handle) != 0:  # 0 is a warning: there are pixels
-            return None
-        warning = lib.tjGetErrorStr2(handle).decode(errors="replace") if failed else ""
-    return Decoded(pixels, header.height, header.width, part, warning)
+        to = pixels.ctypes.data, pixels.shape[1], 0, pixels.shape[0], GREY if grey else RGB, STRICT
+        if lib.tjDecompress2(handle, data, len(data), *to) != 0:
+            return _complaint(handle)
+    return Decoded(pixels, header.height, header.width, part)
 
 
 def decode_planes(data: bytes, max_side_px: int, max_pixels: int) -> Planes | None:
@@ -151,7 +163,8 @@ def decode_planes(data: bytes, max_side_px: int, max_pixels: int) -> Planes | No
             for c in range(1 if header.space == _SPACE_GREY else 3)
         ]
         places = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in planes))
-        if lib.tjDecompressToYUVPlanes(handle, data, len(data), places, width, None, height, LIMIT_SCANS) != 0:
+        if lib.tjDecompressToYUVPlanes(handle, data, len(data), places, width, None, height, STRICT) != 0:
+            _complaint(handle)
             return None
     return Planes(planes, header.height, header.width, part, _CHROMA_FACTORS.get(header.samples, (1, 1)))
 

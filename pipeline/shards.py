@@ -6,7 +6,7 @@
     x.files.tsv         the .beton's list of files: id, label, how it was stored, sha256, file name
 
 The bytes follow from the .beton and the number of images a shard alone. Each tar gets its name when it is
-complete and on the disk, the manifest comes last; stopped, the same call goes on at the first missing tar.
+complete and on the disk, the manifest comes last; stopped, the same call continues at the first missing tar.
 
 Any WebDataset reader takes the tars one after the other. Ours maps them and goes by id, in our order.
 """
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from pipeline import beton
 from pipeline.beton import Beton, open_beton
 from pipeline.command import UserError
-from pipeline.disk import whole_file, write_whole
+from pipeline.disk import OneWriter, whole_file, write_whole
 
 SUFFIX = ".shards.json"
 FORMAT_VERSION = 1
@@ -154,11 +154,17 @@ def _write_shard(source: Beton, ids: range, path: Path) -> None:
 def pack_shards(source: Beton, shard_images: int) -> Path:
     """The shards of a .beton beside it; returns their manifest's path, the --data of a loader.
 
-    Raises UserError for a .beton without JPEGs, and where the disk has no room.
+    Raises UserError for a .beton without JPEGs, where the disk has no room, and where another process packs them.
     """
     path = source.path.with_suffix(SUFFIX)
     if (source.modes != beton.MODE_JPEG).any():
         raise UserError(f"{source.path} holds raw pixels; shards hold JPEGs: use the .beton itself")
+    with OneWriter(_beside(path, ".shards.writing"), str(path)):
+        _pack(source, shard_images, path)
+    return path
+
+
+def _pack(source: Beton, shard_images: int, path: Path) -> None:
     index, sizes = _layout(source, shard_images)
     buffer = io.BytesIO()
     np.save(buffer, index)
@@ -175,7 +181,7 @@ def pack_shards(source: Beton, shard_images: int) -> Path:
     content = (json.dumps(manifest, indent=1) + "\n").encode()
     if path.is_file() and path.read_bytes() == content:
         print(f"{path} is already there; nothing to do")
-        return path
+        return
     # The manifest of the shards to come: tars beside another one's are another dataset's.
     begun = _beside(path, ".shards.begun")
     path.unlink(missing_ok=True)
@@ -196,7 +202,6 @@ def pack_shards(source: Beton, shard_images: int) -> Path:
     write_whole(_beside(path, ".shards.npy"), buffer.getvalue())
     os.replace(begun, path)
     print(f"{path}: {len(source)} images in {len(sizes)} shards, {sum(sizes) / 1e6:.1f} MB")
-    return path
 
 
 # ---- reading ----

@@ -1,6 +1,7 @@
 """Datasets as they lie on disk, before conversion: which images, of which class, in which order.
 
-    folder         root/<class>/**/<image>, or root/{train,val}/<class>/…             ids by class, then by name
+    folder         root/<class>/**/<image>, or root/{train,val}/<class>/… (pipeline/folders.py)
+                                                                                      ids by class, then by name
     imagenet tar   root/ILSVRC2012_img_{train,val}.tar, read in place                 the ids of the unpacked folder
     cifar-10       root/cifar-10-batches-py/ (pickles) or root/data_batch_*.png …     ids in file order
     voc 2007       root[/VOCdevkit]/VOC2007; train is trainval, val is test           ids in list order, one class
@@ -16,7 +17,9 @@ import json
 import os
 import pickle
 import tarfile
-from dataclasses import dataclass
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +27,15 @@ from PIL import Image
 
 from pipeline import constants
 from pipeline.command import UserError
+from pipeline.folders import beside_splits, class_folders, split_folder
 from pipeline.lists import list_path, read_list
 
 Place = tuple[str, int, int]  # of an image: file, offset, size in bytes or -1 for all of the file
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+# By which a change of an image is noticed: size in bytes, and when its file was last written, ns; a tar's images have
+# the time of the tar, pixels without a file part of their digest.
+Stamp = tuple[int, int]
+
 SPLITS = ("train", "val")
 
 _CIFAR_PICKLES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
@@ -46,6 +53,7 @@ class Source:
     where    the folder that names are relative to, or the tar file
     extents  (N, 2) int64, offset and size in the tar file; None for a folder
     pixels   (N, H, W, 3) uint8 where the source holds raw pixels; None otherwise
+    left_out what lies in its folders and is no image of it: suffix or name → how many
     """
 
     kind: str
@@ -56,6 +64,7 @@ class Source:
     where: Path
     extents: np.ndarray | None = None
     pixels: np.ndarray | None = None
+    left_out: Counter = field(default_factory=Counter)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -68,12 +77,49 @@ def image_places(source: Source, start: int, stop: int) -> list[Place]:
     return [(str(source.where), int(offset), int(size)) for offset, size in source.extents[start:stop]]
 
 
-def read_place(place: Place) -> bytes:
-    """The bytes of one image file."""
+def read_image(place: Place) -> tuple[bytes, Stamp]:
+    """The bytes of one image file, and its stamp: that of before it was read, so a later change shows in it."""
     path, offset, size = place
     with open(path, "rb") as file:
+        about = os.fstat(file.fileno())
         file.seek(offset)
-        return file.read(size)
+        return file.read(size), (about.st_size if size < 0 else size, about.st_mtime_ns)
+
+
+def pixel_stamp(pixels: np.ndarray) -> Stamp:
+    """The stamp of pixels without a file."""
+    digest = hashlib.sha256(pixels.tobytes()).digest()
+    return pixels.nbytes, int.from_bytes(digest[:8], "little", signed=True)
+
+
+def read_stamps(source: Source, count: int) -> np.ndarray:
+    """The stamps of the first `count` images as they are now, (count, 2) int64; -1 where there is no file.
+
+    One question to the disk a file, from several threads: some seconds for ImageNet's 1.3 million on a local disk.
+    """
+    stamps = np.empty((count, 2), np.int64)
+    if source.pixels is not None:
+        for row, pixels in zip(stamps, source.pixels, strict=False):
+            row[:] = pixel_stamp(pixels)
+    elif source.extents is not None:
+        stamps[:, 0], stamps[:, 1] = source.extents[:count, 1], source.where.stat().st_mtime_ns
+    else:
+        with ThreadPoolExecutor(8) as pool:
+            jobs = (range(first, min(first + 1000, count)) for first in range(0, count, 1000))
+            for part in pool.map(lambda part: (part, _file_stamps(source, part)), jobs):
+                stamps[part[0].start : part[0].stop] = part[1]
+    return stamps
+
+
+def _file_stamps(source: Source, part: range) -> list[Stamp]:
+    found = []
+    for path, _, _ in image_places(source, part.start, part.stop):
+        try:
+            about = os.stat(path)
+            found.append((about.st_size, about.st_mtime_ns))
+        except FileNotFoundError:
+            found.append((-1, -1))
+    return found
 
 
 def split_names(root: Path) -> list[str]:
@@ -87,7 +133,7 @@ def split_names(root: Path) -> list[str]:
         return [s for s in SPLITS if (voc / "ImageSets" / "Main" / f"{_VOC_LISTS[s]}.txt").is_file()]
     if listed := [s for s in SPLITS if list_path(root, s)]:
         return listed
-    return [s for s in SPLITS if (root / s).is_dir() or (root / f"ILSVRC2012_img_{s}.tar").is_file()]
+    return [s for s in SPLITS if split_folder(root, s) or (root / f"ILSVRC2012_img_{s}.tar").is_file()]
 
 
 def open_source(root: str | Path, split: str = "") -> Source:
@@ -110,45 +156,27 @@ def open_source(root: str | Path, split: str = "") -> Source:
     if list_path(root, split):
         kind, classes, names, labels, folder = read_list(root, split)
         return Source(kind, split, classes, names, np.array(labels, np.int64), folder)
-    if (root / split).is_dir():
-        return _image_folder(root / split, split)
+    if split_folder(root, split):
+        return _split_of_folders(root, split)
     return _imagenet_tar(root / f"ILSVRC2012_img_{split}.tar", split)
 
 
 # ---- one folder a class ----
 
 
-def _visible(folder: str) -> list[os.DirEntry]:
-    return sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda e: e.name)
-
-
-def _images_under(folder: str, prefix: str) -> list[str]:
-    names = []
-    for entry in _visible(folder):
-        if entry.is_dir():
-            names += _images_under(entry.path, f"{prefix}{entry.name}/")
-        elif entry.name.lower().endswith(SUFFIXES):
-            names.append(prefix + entry.name)
-    return names
-
-
 def _image_folder(root: Path, split: str) -> Source:
-    entries = _visible(str(root))
-    classes = [entry.name for entry in entries if entry.is_dir()]
-    if not classes:
-        loose = sum(entry.name.lower().endswith(SUFFIXES) for entry in entries)
-        found = f"{loose} images but no class folders" if loose else "no class folders"
-        raise UserError(f"{root} has {found}; one folder a class with its images inside is expected")
-    by_class = [sorted(_images_under(str(root / name), f"{name}/")) for name in classes]
-    for name, members in zip(classes, by_class, strict=True):
-        if not members:
-            raise UserError(
-                f"{root / name} has no images ({' '.join(SUFFIXES)}); add images to this class or remove its folder"
-            )
+    classes, by_class, left_out = class_folders(root)
     names = [name for members in by_class for name in members]
     _check_names(root, names)
     labels = np.repeat(np.arange(len(classes)), [len(members) for members in by_class])
-    return Source("folder", split, classes, names, labels, root)
+    return Source("folder", split, classes, names, labels, root, left_out=left_out)
+
+
+def _split_of_folders(root: Path, split: str) -> Source:
+    used = {f"ILSVRC2012_img_{s}.tar" for s in SPLITS}
+    used |= {folder.name for s in SPLITS if (folder := split_folder(root, s))}
+    source = _image_folder(split_folder(root, split), split)
+    return replace(source, left_out=source.left_out + beside_splits(root, used))
 
 
 def _check_names(root: Path, names: list[str]) -> None:

@@ -5,6 +5,9 @@
     recoded   anything else that can be read (CMYK, PNG, an EXIF rotation, damaged codes): encoded again
     raw       R G B pixels of sources without files
 
+What can be read is what Pillow reads, and its pixels are Pillow's; but for a JPEG that ends or breaks off too soon,
+where Pillow shows grey: it is refused. pipeline/any_image.py has the rules for other formats.
+
 Encoding again is JPEG at the given quality with 4:2:0 chroma, as FFCV's writer does it; transparency, colour
 profiles and metadata are dropped, as torchvision's loader drops them; an EXIF rotation is applied first.
 """
@@ -16,43 +19,33 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from pipeline.any_image import MAX_PIXELS, UPRIGHT, Unreadable, jpeg_orientation, upright_pixels
 from pipeline.beton import MODE_JPEG, MODE_RAW, PAGE_BYTES
-from pipeline.jpeg import decode_pixels
+from pipeline.jpeg import Decoded, decode_pixels
 
 HOW = ("skipped", "kept", "resized", "recoded", "raw")
 SKIPPED, KEPT, RESIZED, RECODED, RAW = range(5)
 
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow's own limit against decompression bombs
 MAX_SCANS = 500  # libjpeg-turbo's limit, TJFLAG_LIMITSCANS
 
-_ORIENTATION = 0x0112
-_UPRIGHT = {  # EXIF orientation → what makes it upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# libjpeg's words where a file ends too soon, and where the next marker comes too soon.
+_END_OF_FILE = "Premature end of JPEG file"
+_END_OF_SEGMENT = "Corrupt JPEG data: premature end of data segment"
 
 # The end of a scan: a marker that is neither a stuffed zero, nor a restart, nor padding.
 _SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_SOI = b"\xff\xd8"
 _DHT, _DQT, _SOS, _EOI, _APP1 = 0xC4, 0xDB, 0xDA, 0xD9, 0xE1
 _SEGMENTS = frozenset((*range(0xE0, 0xF0), 0xFE, _DHT, _DQT, 0xDD))  # APPn, COM, DHT, DQT, DRI: may be passed over
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; Huffman coded
 
 
-class Unreadable(Exception):
-    """The bytes are not an image that can be stored; the text says why."""
-
-
 class Stored(NamedTuple):
     """What is kept of one image: `how` indexes HOW, `mode` is the .beton's, the digest is that of `data`.
 
-    Of a KEPT image `data` may be left out: it is the file, size_bytes long.
+    On its way from a worker `data` may be left out: then it lies in memory that both share.
     """
 
     how: int
@@ -61,7 +54,7 @@ class Stored(NamedTuple):
     width: int
     size_bytes: int
     sha256: bytes
-    data: bytes
+    data: bytes | memoryview
 
 
 class Structure(NamedTuple):
@@ -87,7 +80,7 @@ def jpeg_structure(data: bytes) -> Structure | None:
     Less than 0.1 ms for 100 kB. It sees a cut-off file, foreign bytes, a hole; not a few changed bytes in a scan.
     """
     try:
-        return _walk(data) if data[:2] == b"\xff\xd8" else None
+        return _walk(data) if data[:2] == _SOI else None
     except (IndexError, struct.error):
         return None
 
@@ -137,50 +130,18 @@ def _starts_well(data: bytes, found: Structure) -> bool:
         return False
     end = found.scan_at + 2000
     if end >= len(data):
-        decoded = decode_pixels(data, 1, MAX_PIXELS)
-        return decoded is not None and not decoded.warning
-    height = min(found.height, 64)  # 2 kB are some rows of blocks; libjpeg would fill all others with grey
+        return isinstance(decode_pixels(data, 1, MAX_PIXELS), Decoded)
+    height = min(found.height, 64)  # 2 kB are some rows of blocks; more would be memory for nothing
     head = data[: found.height_at] + height.to_bytes(2, "big") + data[found.height_at + 2 : end]
-    return decode_pixels(head, 1, MAX_PIXELS) is not None
-
-
-def _is_complete(data: bytes, warning: str, max_side_px: int) -> bool:
-    """Whether a JPEG with a warning has all its pixels: damaged codes yes, a cut-off file no."""
-    if "remature end" not in warning:
-        return True
-    closed = decode_pixels(data + b"\xff\xd9", max_side_px, MAX_PIXELS)  # only the end marker may be missing
-    return closed is not None and not closed.warning
-
-
-def _orientation(data: bytes) -> int:
-    """EXIF's orientation, 1 (upright) where there is none or it is damaged."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # any fault of the metadata: the pixels decide whether the file can be used
-        return 1
-
-
-def _pillow_decode(data: bytes) -> Image.Image:
-    """Any other format, as an "L" or "RGB" image."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.height * image.width > MAX_PIXELS:
-                raise Unreadable(f"{image.width}×{image.height} px are more than {MAX_PIXELS}")
-            image.load()
-            if image.mode.startswith("I;16") or image.mode == "I":  # 16 bits of grey
-                return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-            return image.convert("L" if image.mode in ("1", "L") else "RGB")
-    except Unreadable:
-        raise
-    except UnidentifiedImageError:
-        raise Unreadable("no known image format") from None
-    except Exception as error:  # foreign bytes can fail in any of Pillow's parsers, in any way
-        raise Unreadable(f"{type(error).__name__}: {error}") from None
+    decoded = decode_pixels(head, 1, MAX_PIXELS)
+    return isinstance(decoded, Decoded) or decoded == _END_OF_FILE
 
 
 class _Decoded(NamedTuple):
-    """An image of height × width px, made smaller by `part` in the decoder; whether it is a JPEG without a fault."""
+    """An image of height × width px, made smaller by `part` in the decoder.
+
+    `sound`: a JPEG without a fault, as it is stored. All others are Pillow's, and upright.
+    """
 
     image: Image.Image
     height: int
@@ -193,14 +154,15 @@ def _decode(data: bytes, max_side_px: int) -> _Decoded:
     """Any image. Raises Unreadable."""
     if data.count(bytes((0xFF, _SOS))) > MAX_SCANS:
         raise Unreadable(f"more than {MAX_SCANS} scans")
-    decoded = decode_pixels(data, max_side_px, MAX_PIXELS) if data[:2] == b"\xff\xd8" else None
-    if decoded is None:
-        image = _pillow_decode(data)
-        return _Decoded(image, image.height, image.width, 1, False)
-    if not _is_complete(data, decoded.warning, max_side_px):
-        raise Unreadable(f"cut off ({decoded.warning})")
-    image = Image.fromarray(decoded.pixels.squeeze(2) if decoded.pixels.shape[2] == 1 else decoded.pixels)
-    return _Decoded(image, decoded.height, decoded.width, decoded.part, not decoded.warning)
+    if data[:2] == _SOI:
+        decoded = decode_pixels(data, max_side_px, MAX_PIXELS)
+        if isinstance(decoded, Decoded):
+            pixels = decoded.pixels.squeeze(2) if decoded.pixels.shape[2] == 1 else decoded.pixels
+            return _Decoded(Image.fromarray(pixels), decoded.height, decoded.width, decoded.part, True)
+        if decoded in (_END_OF_FILE, _END_OF_SEGMENT):  # of the second Pillow shows grey where pixels are missing
+            raise Unreadable(f"cut off ({decoded})")
+    image = upright_pixels(data)
+    return _Decoded(image, image.height, image.width, 1, False)
 
 
 def _stored(how: int, mode: int, height: int, width: int, data: bytes) -> Stored:
@@ -220,7 +182,8 @@ def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -
     markers leave a doubt, when all of it decodes without a warning.
     """
     found = jpeg_structure(data)
-    turn = _UPRIGHT.get(_orientation(data)) if found is None or found.has_app1 else None
+    may_turn = data[:2] == _SOI if found is None else found.has_app1
+    turn = UPRIGHT.get(jpeg_orientation(data)) if may_turn else None
     plain = found is not None and turn is None
     keep = plain and max(found[:2]) <= max_side_px and len(data) <= PAGE_BYTES
     if keep and not (decode_all or found.doubtful) and _starts_well(data, found):
@@ -239,7 +202,8 @@ def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -
         share = max_side_px / max(height, width)
         size = max(1, round(width * share)), max(1, round(height * share))
         image = image.resize(size, Image.Resampling.BICUBIC, (0, 0, width / part, height / part))
-    image = image if turn is None else image.transpose(turn)
+    if sound and turn is not None:
+        image = image.transpose(turn)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
     return _encoded(how, buffer.getvalue(), image.height, image.width)

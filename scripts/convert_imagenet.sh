@@ -5,7 +5,7 @@
 # downloaded, with ILSVRC2012_devkit_t12.tar.gz beside them (it knows the classes of the val images).
 # Images with a side above 500 px are resized to that (--max-side), JPEG quality 90 (--quality); the others are kept
 # byte for byte, after decoding each once to see that it is sound (--check quick looks at their start only: faster).
-# Interrupted, the same command goes on where it stopped. --out FOLDER puts the files elsewhere.
+# Interrupted, the same command continues where it stopped. --out FOLDER puts the files elsewhere.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -1,21 +1,25 @@
 """Conversions as a user runs them: what comes out, interrupted or not, and what a wrong input is told."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
-from pipeline import beton, beton_writer, convert
+from pipeline import beton, beton_writer, convert, store
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.sources import Source
@@ -54,6 +58,13 @@ def out(tmp_path) -> Path:
     return tmp_path / "out" / "set.beton"
 
 
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Workers are forked, as in a process of its own, where torch is not loaded: they inherit what a test replaces."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(convert.threading, "active_count", lambda: 1)
+
+
 # ---- what comes out ----
 
 
@@ -78,14 +89,22 @@ def test_real_images_round_trip(imagenet_sample, out):
                 assert max(opened.widths[sample], opened.heights[sample]) == 500
 
 
-def test_the_manifest(images, out):
+def test_the_manifest(images, out, capsys):
     drawn(images / "class_0" / "large.png", 1, 640)
+    drawn(images / "loose.jpg", 2)
+    for name in ("class_1/notes.txt", "class_1/more.txt", "@eaDir/thumb.jpg"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_text("no image")
     convert.main(ConvertConfig(out, images, workers=1, quality=80))
     manifest = json.loads(beton.manifest_path(out).read_text())
     assert manifest["images"] == 71 and manifest["classes"] == ["class_0", "class_1"]
     assert manifest["images_by_class"] == {"class_0": 36, "class_1": 35}
     assert manifest["settings"] == {"max_side_px": 500, "quality": 80, "check": "quick"}
     assert manifest["stored"] == {"kept": 70, "resized": 1, "recoded": 0, "raw": 0} and manifest["skipped"] == []
+    left_out = {".jpg beside the class folders": 1, ".txt": 2, "@eaDir/ beside the class folders": 1}
+    assert manifest["left_out"] == left_out
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.endswith("left out: " + ", ".join(f"{count} {what}" for what, count in left_out.items()))
     assert manifest["bytes"] == out.stat().st_size
     assert sorted(path.name for path in out.parent.iterdir()) == ["set.beton", "set.files.tsv", "set.manifest.json"]
 
@@ -125,6 +144,51 @@ def test_again_is_nothing_to_do(images, out, capsys):
     assert "nothing to do" in capsys.readouterr().out and out.stat().st_mtime_ns == before
 
 
+def as_source(kind: str, root: Path) -> Source:
+    """The images as a folder, as a tar keeps them (here one after the other in a file), or as pixels."""
+    source = convert.sources.open_source(root / "images")
+    if kind == "tar":
+        if not (root / "all.tar").exists():
+            (root / "all.tar").write_bytes(b"".join((source.where / name).read_bytes() for name in source.names))
+        sizes = np.array([(source.where / name).stat().st_size for name in source.names])
+        return replace(source, where=root / "all.tar", extents=np.stack([np.cumsum(sizes) - sizes, sizes], 1))
+    if kind == "pixels":
+        pixels = [np.array(Image.open(source.where / name).convert("RGB")) for name in source.names]
+        return replace(source, pixels=np.stack(pixels))
+    return source
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "pixels"])
+def test_images_that_changed_are_not_already_converted(images, out, capsys, kind):
+    """Of the same names and sizes. Where they lie does not matter, nor what a manifest of before did not note."""
+    root, config = images.parent, ConvertConfig(out, workers=1)
+    convert.convert(as_source(kind, root), out, config)
+    before = contents(out.parent)
+    shutil.copytree(root, root / "moved", ignore=shutil.ignore_patterns("out", "moved"))  # with their times
+    convert.convert(as_source(kind, root / "moved"), out, config)
+    what = "pixels" if kind == "pixels" else "size and time"
+    assert f"nothing to do (compared: names, settings, and {what} of 70 images)" in capsys.readouterr().out
+    if kind == "tar":
+        with open(root / "all.tar", "r+b") as file:
+            head = file.read(100)
+            file.seek(0)
+            file.write(head)
+    else:
+        drawn(images / "class_1" / "33.jpg", 1000)
+    with pytest.raises(UserError, match=rf"have changed since \({what} of 70 compared\); pass --fresh"):
+        convert.convert(as_source(kind, root), out, config)
+    assert contents(out.parent) == before
+    manifest = json.loads(beton.manifest_path(out).read_text())
+    del manifest["source"]["state_sha256"]
+    beton.manifest_path(out).write_text(json.dumps(manifest))
+    convert.convert(as_source(kind, root), out, config)
+    assert f"the {what} of its images were not yet noted" in capsys.readouterr().out
+    convert.convert(as_source(kind, root), out, replace(config, fresh=True))
+    after = contents(out.parent)
+    if kind == "tar":  # other times, and the same images: but for the manifest the same bytes
+        assert {name for name in after if after[name] != before[name]} == {"set.manifest.json"}
+
+
 def test_other_settings_do_not_replace_a_finished_file(images, out):
     convert.main(ConvertConfig(out, images, workers=1))
     with pytest.raises(UserError, match="quality 90, asked for is 50; pass --fresh"):
@@ -156,7 +220,7 @@ def test_mended_it_goes_on(images, out, tmp_path, capsys):
         convert.main(ConvertConfig(out, images, workers=1))
     path.write_bytes(content)
     convert.main(ConvertConfig(out, images, workers=1))
-    assert "going on after 51 of 70" in capsys.readouterr().err
+    assert "continuing after 51 of 70" in capsys.readouterr().err
     convert.main(ConvertConfig(tmp_path / "straight" / "set.beton", images, workers=1))
     assert contents(out.parent) == contents(tmp_path / "straight")
 
@@ -199,6 +263,49 @@ def test_nothing_readable(tmp_path, out):
     with pytest.raises(UserError, match="none of the 3 images"):
         convert.main(ConvertConfig(out, tmp_path / "images", workers=1, skip_unreadable=True))
     assert not out.exists()
+
+
+def test_memory_that_is_short_leaves_no_image_out(images, out, tmp_path, forked, monkeypatch):
+    (images / "class_1" / "33.jpg").unlink()
+    drawn(images / "class_1" / "33.png", 33)
+
+    before, parent = PngImageFile.load, os.getpid()
+
+    def load(image):
+        if os.getpid() != parent:
+            raise MemoryError
+        return before(image)
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    with pytest.raises(UserError, match=r"memory was too short for .*33\.png; .* fewer --workers"):
+        convert.main(ConvertConfig(out, images, workers=1, skip_unreadable=True))
+    monkeypatch.setattr(PngImageFile, "load", before)
+    convert.main(ConvertConfig(out, images, workers=1, skip_unreadable=True))
+    assert beton.open_beton(out).manifest["skipped"] == [] and len(beton.open_beton(out)) == 70
+    stop_after(monkeypatch, 7, MemoryError())
+    with pytest.raises(UserError, match="memory was too short after 7 of 70 images"):
+        convert.main(ConvertConfig(tmp_path / "other.beton", images, workers=1))
+
+
+def test_a_file_replaced_while_it_is_converted(images, out, forked, monkeypatch):
+    """Each file becomes another one when a worker has read it: what is written is what was read, and its digest."""
+    read = {path.read_bytes(): path for path in images.rglob("*.jpg")}
+    store_image, parent = store.store_image, os.getpid()
+
+    def store_and_replace(data, *settings):
+        stored = store_image(data, *settings)
+        if os.getpid() != parent:
+            read[data].write_bytes(bytes(len(data)))
+        return stored
+
+    monkeypatch.setattr(store, "store_image", store_and_replace)
+    convert.main(ConvertConfig(out, images, workers=2))
+    opened = beton.open_beton(out)
+    for sample, row in enumerate(beton.file_rows(opened)):
+        data = beton.jpeg_bytes(opened, sample).tobytes()
+        assert hashlib.sha256(data).hexdigest() == row[3] and read[data] == images / row[4]
+    with pytest.raises(UserError, match="have changed since"):
+        convert.main(ConvertConfig(out, images, workers=2))
 
 
 # ---- interruptions ----
@@ -291,7 +398,7 @@ def test_ctrl_c_ends_cleanly(many, straight, out):
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to parent and workers
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
-    assert "the same command goes on" in stderr and not out.exists()
+    assert "the same command continues" in stderr and not out.exists()
     assert run("--source", many, "--out", out).returncode == 0
     assert contents(out.parent) == straight
 
@@ -304,6 +411,29 @@ def test_settings_changed_midway_start_again(images, out, tmp_path, monkeypatch)
     monkeypatch.undo()
     convert.main(ConvertConfig(out, images, workers=1, max_side=24))
     convert.main(ConvertConfig(tmp_path / "straight" / "set.beton", images, workers=1, max_side=24))
+    assert contents(out.parent) == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("changed", ["other", "mended", "gone back in time"])
+def test_images_changed_midway_are_not_mixed(images, out, tmp_path, monkeypatch, capsys, changed):
+    """The result is that of the images as they are now, with all that was done before the first changed one kept."""
+    path, config = images / "class_0" / "22.jpg", ConvertConfig(out, images, workers=1, skip_unreadable=True)
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(content if changed != "mended" else content[:-100])
+    stop_after(monkeypatch, 40)
+    with pytest.raises(KeyboardInterrupt):
+        convert.main(config)
+    monkeypatch.undo()
+    if changed == "mended":
+        path.write_bytes(content)
+    else:
+        drawn(path, 5)
+    if changed == "gone back in time":  # as from an archive: older than what was there
+        os.utime(path, (0, times.st_mtime - 1000))
+    convert.main(config)
+    said = capsys.readouterr().err
+    assert "22.jpg has changed since" in said and "continuing after 11 of 70" in said
+    convert.main(replace(config, out=tmp_path / "straight" / "set.beton"))
     assert contents(out.parent) == contents(tmp_path / "straight")
 
 
@@ -340,7 +470,7 @@ def test_a_damaged_journal(images, out, tmp_path, monkeypatch, damage):
     assert contents(out.parent) == contents(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("step", range(7))
+@pytest.mark.parametrize("step", range(9))
 def test_killed_while_finishing(images, out, tmp_path, monkeypatch, step):
     """The last steps (tables, lists, names) one by one: nothing looks finished before its manifest is right."""
     steps = iter(range(100))
@@ -405,13 +535,26 @@ def test_the_predicted_size_is_about_right(imagenet_sample, out, monkeypatch):
     writer.close()
 
 
-def test_two_at_once(images, out):
-    identity = {"any": "one"}
+def test_two_at_once(images, out, monkeypatch):
+    """On a disk without file locks: the second is told who the first is; one that died is replaced at once."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
     out.parent.mkdir()
-    writer = beton_writer.BetonWriter(out, 70, identity)
-    with pytest.raises(UserError, match="another process is writing"):
+    writer = beton_writer.BetonWriter(out, 70, {"any": "one"})
+    with pytest.raises(UserError, match=rf"set\.beton is being written by process {os.getpid()} on "):
         convert.main(ConvertConfig(out, images, workers=1))
     writer.close()
+    child = os.fork()
+    if child == 0:
+        beton_writer.BetonWriter(out, 70, {"any": "one"})
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert out.with_suffix(".beton.writing").exists()
+    convert.main(ConvertConfig(out, images, workers=1))
+    assert len(list(out.parent.iterdir())) == 3
 
 
 # ---- verify ----

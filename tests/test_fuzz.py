@@ -1,17 +1,21 @@
 """Broken images: 1,200 mutated JPEGs. Each decodes to Pillow's very pixels or gives a status; nothing crashes, hangs or
-writes beside its buffer, and a loader ends with the image's name or yields whole batches. (Tables: test_beton.py.)
+writes beside its buffer, and a loader ends with the image's name or yields whole batches. Converted, each is refused or
+has Pillow's pixels, and all conversions give the same bytes. (Tables: test_beton.py.)
 """
 
 import io
 import shutil
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.beton import MODE_JPEG, open_beton
+from pipeline import convert as converting
+from pipeline.beton import MODE_JPEG, file_rows, jpeg_bytes, open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
@@ -21,6 +25,7 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 
 GUARD = 64  # bytes behind the pixels, which must stay as they are
 SLOWEST_S = 2.0
+STRICTER = ("cut off", "more than 500 scans")  # refused though Pillow shows something: grey, or a trap
 
 
 def jpeg(seed: int, height: int, width: int, **options) -> bytes:
@@ -108,6 +113,74 @@ def test_mutated_jpegs(handle, mutation):
         else:
             assert decode(handle, sound[seed], 40 + seed, 64 - seed)[0] == OK  # the next image does not suffer
     assert counts[OK] < 200
+
+
+def fault_after_a_warning(data, rng):
+    """Before the second scan of a progressive JPEG two foreign bytes, a warning, and a marker that is fatal."""
+    second = data.find(b"\xff\xda", data.find(b"\xff\xda") + 2)
+    at = data.rindex(b"\xff\xc4", 0, second)  # its table stands before it
+    return data[:at] + b"\0\0\xff\x64" + data[at:]
+
+
+def converted(images: Path, out: Path, capsys, **options) -> tuple[dict, dict, dict]:
+    """Name → (how, bytes) of what is stored, name → reason of what is skipped, and the files that were written."""
+    capsys.readouterr()
+    convert(ConvertConfig(out / "set.beton", images, skip_unreadable=True, **options))
+    lines = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line.startswith("skipped: ")]
+    reasons = {Path(line.split()[1]).name: line.partition(" (")[2] for line in lines}
+    opened = open_beton(out / "set.beton")
+    rows = file_rows(opened)
+    stored = {Path(row[4]).name: (row[2], jpeg_bytes(opened, i).tobytes()) for i, row in enumerate(rows)}
+    return stored, reasons, {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about what it sees
+def test_mutated_jpegs_converted(tmp_path, capsys, handle, monkeypatch):
+    """Against Pillow's verdict and bytes. Whatever the workers and however often, the same files come out."""
+    rng = np.random.default_rng(7)
+    sound = [jpeg(seed, 40 + seed, 64 - seed, progressive=seed % 2 == 1) for seed in range(20)]
+    decode(handle, sound[0], 40, 64)  # loads the compiled code, untimed below
+    files = {}
+    for number in range(300):
+        kinds = (flip_bits, zero_some, flip_bits, splice, flip_bits, MUTATIONS[number % len(MUTATIONS)])
+        mutation = kinds[number // 2 % len(kinds)] if number < 260 else fault_after_a_warning
+        seed = number % 20 if number < 260 else number % 20 | 1
+        files[f"{number:03d}.jpg"] = mutation(sound[seed], rng)
+    (tmp_path / "images" / "class").mkdir(parents=True)
+    for name, data in files.items():
+        (tmp_path / "images" / "class" / name).write_bytes(data)
+    monkeypatch.setattr(converting.threading, "active_count", lambda: 1)
+    for check, workers_of_runs in (("quick", (1, 2, 3, 1)), ("full", (2, 2))):
+        runs = []
+        for number, workers in enumerate(workers_of_runs):
+            out = tmp_path / f"{check}-{number}"
+            runs.append(converted(tmp_path / "images", out, capsys, workers=workers, check=check))
+            monkeypatch.delitem(sys.modules, "torch", raising=False)  # the first has a fork server, as beside torch
+        stored, reasons, _ = runs[0]
+        assert all(run == runs[0] for run in runs) and stored.keys() | reasons.keys() == files.keys()
+        for name, data in files.items():
+            expected = pillows(data)
+            if name in reasons:
+                assert expected is None or reasons[name].startswith(STRICTER), (name, reasons[name])
+                continue
+            how, kept = stored[name]
+            if how == "recoded":
+                buffer = io.BytesIO()
+                Image.fromarray(expected).save(buffer, "JPEG", quality=90, subsampling="4:2:0")
+                assert kept == buffer.getvalue(), name
+                continue
+            assert how == "kept" and kept == data
+            with Image.open(io.BytesIO(data)) as image:
+                status, pixels = decode(handle, data, image.height, image.width)
+            if status == OK:
+                assert np.array_equal(pixels, expected), name
+            else:  # what looks at the start alone has missed; the loader and --verify name it
+                assert check == "quick"
+        counts = np.unique([how for how, _ in stored.values()], return_counts=True)
+        assert len(reasons) > 80 and len(counts[0]) == 2 and counts[1].min() > 10
+        assert all(name in reasons for name in files if name >= "260")
+    small = [converted(tmp_path / "images", tmp_path / f"{w}", capsys, workers=w, max_side=24) for w in (1, 3)]
+    assert small[0] == small[1] and small[0][1].keys() == reasons.keys()  # resized, all of an image is decoded
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 30_000), (30_000, 1), (3, 65_500)])

@@ -10,6 +10,7 @@ from pipeline.beton import files_path, jpeg_bytes, open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
+from pipeline.disk import OneWriter
 from pipeline.shards import open_shards, pack_shards, stored_jpeg, verify_shards
 
 PER_SHARD = 7  # 48 images: six full shards and one of six images
@@ -71,7 +72,6 @@ def test_stopped_and_gone_on_with_the_bytes_are_the_same(beton, small_beton, tmp
 
     def write_some(source, ids, path):
         if len(written) == 3:
-            path.with_suffix(".tar.partial").write_bytes(b"half")
             raise KeyboardInterrupt
         written.append(path.name)
         write(source, ids, path)
@@ -146,6 +146,15 @@ def test_verify_names_the_changed_image(beton):
         file.write(b"?")
     with pytest.raises(UserError, match=f"1 changed images of 48 .*{beton.file_names()[17]}"):
         verify_shards(path)
+
+
+def test_two_at_once(beton):
+    with (
+        OneWriter(beton.path.with_name("train.shards.writing"), "them"),
+        pytest.raises(UserError, match=r"train\.shards\.json is being written by process"),
+    ):
+        pack_shards(beton, PER_SHARD)
+    pack_shards(beton, PER_SHARD)
 
 
 def test_the_disk_and_raw_pixels(beton, monkeypatch):

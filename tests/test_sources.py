@@ -12,9 +12,9 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from pipeline import constants, sources
+from pipeline import any_image, constants, folders, sources
 from pipeline.command import DATA, UserError
-from pipeline.sources import image_places, open_source, read_place, split_names
+from pipeline.sources import image_places, open_source, read_image, split_names
 
 
 def write(path: Path, content: bytes = b"x") -> None:
@@ -28,19 +28,36 @@ def write(path: Path, content: bytes = b"x") -> None:
 def test_order_is_by_class_then_by_name(tmp_path):
     for name in ("b/2.jpg", "b/10.JPEG", "a/z.png", "a/sub/k.jpg", "c/1.webp"):
         write(tmp_path / name)
-    for ignored in ("a/notes.txt", "a/.hidden.jpg", ".cache/1.jpg", "loose.jpg"):
+    for ignored in ("a/notes.txt", "a/.hidden.jpg", ".cache/1.jpg", "loose.jpg", "b/img.0001", "a/sub/Video.MP4"):
         write(tmp_path / ignored)
+    for of_a_system in ("@eaDir/x.jpg", "a/@eaDir/z.png", "b/__MACOSX/2.jpg", ".DS_Store", "a/._z.png"):
+        write(tmp_path / of_a_system)
     source = open_source(tmp_path)
     assert source.names == ["a/sub/k.jpg", "a/z.png", "b/10.JPEG", "b/2.jpg", "c/1.webp"]
     assert source.classes == ["a", "b", "c"] and source.labels.tolist() == [0, 0, 1, 1, 2]
     assert source.labels.dtype == np.int64
+    assert dict(source.left_out) == {
+        **{".txt": 1, "hidden": 2, "without suffix": 1, ".mp4": 1, "@eaDir/": 1, "__MACOSX/": 1},
+        **{f"{what} beside the class folders": 1 for what in (".cache/", ".jpg", "@eaDir/", "hidden")},
+    }
+
+
+def test_every_suffix_that_pillow_reads_here(tmp_path):
+    """Those of the formats that are read, whatever Pillow registers for them, but for films and floating point."""
+    Image.init()
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in any_image.FORMATS}
+    suffixes -= {".avifs", ".pfm", ".jpc"}
+    assert suffixes <= set(folders.SUFFIXES)
+    for suffix in suffixes:
+        write(tmp_path / "a" / f"1{suffix.upper()}")
+    assert len(open_source(tmp_path)) == len(suffixes)
 
 
 def test_bytes_are_the_files(imagenet_sample):
     source = open_source(imagenet_sample[0].parents[1])
     assert [source.where / name for name in source.names] == imagenet_sample
     for i in (0, 250, 499):
-        assert read_place(image_places(source, i, i + 1)[0]) == imagenet_sample[i].read_bytes()
+        assert read_image(image_places(source, i, i + 1)[0])[0] == imagenet_sample[i].read_bytes()
 
 
 def test_splits_of_a_folder(tmp_path):
@@ -50,6 +67,23 @@ def test_splits_of_a_folder(tmp_path):
     assert open_source(tmp_path, "val").names == ["a/2.jpg"]
     with pytest.raises(UserError, match="more than one possible split, found train and val"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["validation", "valid"])
+def test_other_names_of_val(tmp_path, name):
+    """They stand for val where there is train/ and no val/; what then is left beside the splits is counted."""
+    write(tmp_path / name / "a" / "2.jpg")
+    assert split_names(tmp_path) == []  # alone it is a class
+    write(tmp_path / "train" / "a" / "1.jpg")
+    for other in ("test/1.jpg", "labels.csv"):
+        write(tmp_path / other)
+    assert split_names(tmp_path) == ["train", "val"] and open_source(tmp_path, "val").names == ["a/2.jpg"]
+    for split in ("train", "val"):
+        expected = {"test/ beside the splits": 1, ".csv beside the splits": 1}
+        assert dict(open_source(tmp_path, split).left_out) == expected
+    write(tmp_path / "val" / "a" / "3.jpg")
+    assert open_source(tmp_path, "val").names == ["a/3.jpg"]
+    assert open_source(tmp_path, "train").left_out[f"{name}/ beside the splits"] == 1
 
 
 def test_a_split_that_is_not_there(tmp_path):
@@ -99,7 +133,7 @@ def test_names_that_are_no_utf8(tmp_path):
     with open(os.fsencode(tmp_path) + b"/cat/\xff.jpg", "wb") as file:
         file.write(b"content")
     source = open_source(tmp_path)
-    assert read_place(image_places(source, 0, 1)[0]) == b"content"
+    assert read_image(image_places(source, 0, 1)[0])[0] == b"content"
 
 
 # ---- ImageNet's own tar files ----
@@ -156,7 +190,7 @@ def test_tars_are_the_unpacked_folder(tars, split):
     assert packed.names == unpacked.names and packed.classes == unpacked.classes
     assert np.array_equal(packed.labels, unpacked.labels) and packed.labels.dtype == unpacked.labels.dtype
     for place, other in zip(image_places(packed, 0, 12), image_places(unpacked, 0, 12), strict=True):
-        assert read_place(place) == read_place(other)
+        assert read_image(place)[0] == read_image(other)[0]
 
 
 def test_the_val_tar_needs_the_devkit(tars):

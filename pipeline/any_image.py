@@ -1,0 +1,128 @@
+"""Any image file that Pillow reads → its pixels, upright, 8 bits a value.
+
+Of more than 8 bits a value the upper 8 are kept, where a value reaches a quarter of its range. Below that they would
+come out almost black: 10 or 12 bits in 16. These are refused, with the range found, and so are 32-bit and
+floating-point numbers, of which nothing says what is white.
+
+The pixels are those of `ImageOps.exif_transpose(Image.open(file)).convert("RGB")`, greyscale staying greyscale. Of
+several frames the first counts. A shortage of memory is no word about an image: MemoryError is raised, not Unreadable.
+"""
+
+import io
+import re
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow's own limit against decompression bombs
+
+# What is read, by content. Pillow hands PostScript, for one, to another program: such formats are not among them.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "PPM", "TIFF", "JPEG2000", "AVIF")
+
+_PHOTOMETRIC = 262  # of a TIFF: 0 where 0 is white
+_ORIENTATION = 0x0112
+UPRIGHT = {  # EXIF orientation → what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Unreadable(Exception):
+    """The bytes are not an image that can be stored; the text says why."""
+
+
+def _open(data: bytes) -> Image.Image:
+    """By content, whatever its name."""
+    return Image.open(io.BytesIO(data), formats=FORMATS)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 (upright) where there is none or it is damaged; of a TIFF 1 once Pillow has turned it."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except MemoryError:
+        raise
+    except Exception:  # any fault of the metadata: the pixels decide whether the file can be used
+        return 1
+
+
+def jpeg_orientation(data: bytes) -> int:
+    """The same of a JPEG, whose pixels need not be decoded for it."""
+    try:
+        with _open(data) as image:
+            return _orientation(image)
+    except MemoryError:
+        raise
+    except Exception:
+        return 1
+
+
+def upright_pixels(data: bytes) -> Image.Image:
+    """Any other format, as an upright "L" or "RGB" image; of several frames the first."""
+    pixels = 0
+    try:
+        with _open(data) as image:
+            pixels = image.height * image.width
+            if pixels > MAX_PIXELS:
+                raise Unreadable(f"{image.width}×{image.height} px are more than {MAX_PIXELS}")
+            bits = _deep_bits(image, data)
+            image.load()
+            turn = UPRIGHT.get(_orientation(image))
+            image = _eight_bits(image, bits)
+            return image if turn is None else image.transpose(turn)
+    except (Unreadable, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise Unreadable("no known image format") from None
+    except Exception as error:  # foreign bytes can fail in any of Pillow's parsers, in any way
+        _require_memory(pixels)
+        raise Unreadable(f"{type(error).__name__}: {error}") from None
+
+
+def _require_memory(pixels: int) -> None:
+    """Raises MemoryError where an image of so many pixels could not have been decoded.
+
+    A decoder that was refused memory calls the image broken, in the same words as for one that is.
+    """
+    np.empty((64 << 20) + 16 * pixels, np.uint8)  # more than any decoder takes; not touched, so it costs nothing
+
+
+def _deep_bits(image: Image.Image, data: bytes) -> int:
+    """How many bits a value of an opened image has, where Pillow says; 8 or more. It forgets that with loading."""
+    if image.format == "JPEG2000":
+        at = data.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the first component's depth is 38 bytes behind SIZ
+        return 16 if at >= 0 and (data[at + 42] & 127) + 1 > 8 else 8  # Pillow brings any depth to 16 bits
+    for tile in image.tile:
+        words = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        if tile[0].startswith("ppm") and len(words) > 1 and words[1] > 255:
+            return 16  # whatever the largest value
+        if found := re.search(r";(12|16|32)", str(words[0])):
+            return int(found[1])
+    return 8
+
+
+def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
+    """An "L" or "RGB" image of a loaded one, by the rule at the head of this file. Raises Unreadable."""
+    advice = "convert it to 8 bits"
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        low, high = image.getextrema()
+        kind = "floating-point" if image.mode == "F" else "whole"
+        raise Unreadable(f"{kind} numbers from {low:g} to {high:g}, of which nothing says what is white; {advice}")
+    if image.mode[0] == "I":
+        values = np.asarray(image)
+        if values.max() < 1 << (bits - 2) and values.any():
+            raise Unreadable(f"values from {values.min()} to {values.max()} in {bits} bits, almost black; {advice}")
+        if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:
+            raise Unreadable(f"{bits} bits in which 0 is white; {advice}")
+        return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    if bits > 8:  # Pillow has kept the upper 8
+        bands = zip(image.getbands(), image.split(), strict=True)
+        top = max(band.getextrema()[1] for name, band in bands if name not in "Aa")
+        if top < 64:
+            raise Unreadable(f"values below {256 * (top + 1)} in {bits} bits, almost black; {advice}")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")

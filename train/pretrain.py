@@ -27,7 +27,7 @@ from train.checkpoint import export_backbone
 from train.config import AMP, PretrainConfig, as_plain
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
-from train.initial import initial_backbone, start_heads_
+from train.initial import initial_network, start_heads_
 from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method
 from train.online_knn import OnlineKnn
@@ -66,11 +66,12 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     if config.cuda_graph:
         require_one_gpu(ranks)
     torch.manual_seed(config.seed)
-    backbone, features = initial_backbone(config)
+    backbone, features, theirs = initial_network(config)
     method = make_method(backbone, features, config)
     if config.init_from:
-        heads = "backbone and heads" if start_heads_(method, config.init_from) else "the backbone alone"
+        heads = "backbone and heads" if start_heads_(method, theirs) else "the backbone alone"
         say(ranks, f"{folder}: a new run begins with {heads} of {config.init_from}")
+    del theirs  # hundreds of MB
     method = method.to(ranks.device, memory_format=torch.channels_last)
     method = with_global_batch_norm(method, ranks.device)
     if config.checkpoint_activations:

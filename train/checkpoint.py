@@ -97,9 +97,10 @@ def earlier_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a process that was killed while writing a checkpoint left behind."""
-    for path in folder.glob(f".{CHECKPOINT}.*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    """Removes, at once, the GB that a process left behind which was killed while it wrote. For the only writer."""
+    for name in (CHECKPOINT, BACKBONE):
+        for path in folder.glob(f".{name}.*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
 def newest_checkpoint(folder: Path) -> Stored | None:
@@ -166,6 +167,21 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
             f"{path} is of another recipe ({found}); give this run its own folder with --run, "
             "make the flags equal, or start over with --resume never"
         )
+
+
+def refuse_other_images(state: dict, data: Path, dataset_sha256: str, path: Path) -> bool:
+    """Raises UserError where a checkpoint was trained on other images than those of `data`, which have that digest.
+
+    False where it does not tell, being older. The same images in another folder or format have the same digest.
+    """
+    theirs = state["backbone"].get("dataset_sha256", "")
+    if theirs and dataset_sha256 and theirs != dataset_sha256:
+        raise UserError(
+            f"{path} was trained on the images of {state['config']['data']} (digest {theirs[:12]}), and --data {data} "
+            f"holds other ones (digest {dataset_sha256[:12]}); point --data at the same images, give this run its own "
+            "folder with --run, or start over with --resume never"
+        )
+    return bool(theirs) or not dataset_sha256
 
 
 def export_backbone(folder: Path, backbone: nn.Module, info: BackboneInfo) -> None:

@@ -196,6 +196,7 @@ def start(folder: Path) -> multiprocessing.Process:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("training_forkserver")
 def test_two_trainings_of_one_run(tmp_path):
     """Started at the same moment, one of them ends and names the other; a third changes no byte; killed, it resumes."""

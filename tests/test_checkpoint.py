@@ -1,6 +1,11 @@
 """Checkpoints whole or absent, refused where they do not belong, and read back as backbones."""
 
+import hashlib
+import os
+import random
 import subprocess
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,14 +22,15 @@ from train.checkpoint import (
     CHECKPOINT,
     BackboneInfo,
     export_backbone,
-    file_sha256,
     load_backbone,
     read_checkpoint,
     refuse_other_recipe,
     save_checkpoint,
 )
 from train.config import NORMALIZATIONS, as_plain
-from train.initial import initial_backbone, start_heads_
+from train.content import content_sha256, parsed_tensor_file, read_once, read_state, tensor_file, write_state
+from train.foreign import find_resnet
+from train.initial import initial_network, start_heads_
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
 
@@ -42,6 +48,10 @@ def state_of(backbone: torch.nn.Module) -> dict:
         "optimizer": {},
         "scaler": {},
     }
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +79,7 @@ def test_a_run_folder_gives_its_backbone(tmp_path, backbone, picture):
     loaded, info = load_backbone(tmp_path)
     assert torch.equal(loaded(picture), backbone(picture))
     assert not loaded.training
-    assert info == replace(INFO, sha256=file_sha256(tmp_path / CHECKPOINT))
+    assert info == replace(INFO, sha256=sha256_of(tmp_path / CHECKPOINT))
 
 
 def test_export_loads_here_and_in_torchvision(tmp_path, picture):
@@ -102,29 +112,32 @@ def published_checkpoint(path: Path) -> BarlowTwins:
 
 
 def test_a_run_begins_with_a_published_checkpoint(tmp_path):
-    theirs = published_checkpoint(tmp_path / "checkpoint.pth")
-    config = replace(NARROW, init_from=tmp_path / "checkpoint.pth")
-    ours = BarlowTwins(*initial_backbone(config), config)
-    assert start_heads_(ours, config.init_from)
+    path = tmp_path / "checkpoint.pth"
+    theirs = published_checkpoint(path)
+    config = replace(NARROW, init_from=path)
+    backbone, features, heads = initial_network(config)
+    wider = replace(config, projector="24-24")
+    without_heads = BarlowTwins(*initial_network(wider)[:2], wider)
+    path.unlink()  # all of it is from one read
+    ours = BarlowTwins(backbone, features, config)
+    assert start_heads_(ours, heads)
     assert all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in ours.state_dict().items())
 
-    wider = replace(config, projector="24-24")
-    ours = BarlowTwins(*initial_backbone(wider), wider)
-    before = ours.projector[0].weight.clone()
-    assert not start_heads_(ours, config.init_from), "another width: the backbone alone"
-    assert torch.equal(ours.projector[0].weight, before)
-    assert torch.equal(ours.backbone.layer4[1].conv2.weight, theirs.backbone.layer4[1].conv2.weight)
+    before = without_heads.projector[0].weight.clone()
+    assert not start_heads_(without_heads, heads), "another width: the backbone alone"
+    assert torch.equal(without_heads.projector[0].weight, before)
+    assert torch.equal(without_heads.backbone.layer4[1].conv2.weight, theirs.backbone.layer4[1].conv2.weight)
 
     export_backbone(tmp_path, theirs.backbone, replace(INFO, stem="imagenet"))
-    alone = replace(config, init_from=tmp_path / BACKBONE)
-    assert torch.equal(initial_backbone(alone)[0].conv1.weight, theirs.backbone.conv1.weight)
-    assert not start_heads_(ours, alone.init_from)
+    backbone, _, heads = initial_network(replace(config, init_from=tmp_path / BACKBONE))
+    assert torch.equal(backbone.conv1.weight, theirs.backbone.conv1.weight)
+    assert not start_heads_(ours, heads)
 
 
 def test_a_run_does_not_begin_with_another_architecture(tmp_path):
     published_checkpoint(tmp_path / "checkpoint.pth")
     with pytest.raises(UserError, match="is resnet18 with the imagenet stem, this run is resnet18 with the small stem"):
-        initial_backbone(replace(NARROW, stem="small", init_from=tmp_path / "checkpoint.pth"))
+        initial_network(replace(NARROW, stem="small", init_from=tmp_path / "checkpoint.pth"))
 
 
 @pytest.mark.parametrize("layout", ["resnet50.pth", "full checkpoint", "other prefix", "without counters"])
@@ -207,3 +220,252 @@ def test_a_full_disk_leaves_the_checkpoint_before_untouched(tmp_path, backbone):
         assert [p.name for p in disk.iterdir()] == [CHECKPOINT]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+# ---- damage ----
+
+
+def changed(whole: bytes, kind: str, moments: random.Random) -> bytes:
+    """The same file with one bit flipped, or a run of bytes overwritten, left out, doubled, or swapped with another."""
+    data, at = bytearray(whole), moments.randrange(len(whole))
+    length = moments.randrange(1, 200)
+    if kind == "bit":
+        data[at] ^= 1 << moments.randrange(8)
+    elif kind == "overwritten":
+        data[at : at + length] = moments.choice([b"\0", b"\xff", moments.randbytes(1)]) * len(data[at : at + length])
+    elif kind == "moved":
+        part = bytes(data[at : at + length])
+        del data[at : at + length]
+        to = moments.randrange(len(data))
+        data[to:to] = part
+    else:
+        data[at : at + length] = b"" if kind == "left out" else data[at : at + length] * 2
+    return bytes(data)
+
+
+def small_state() -> dict:
+    torch.manual_seed(3)
+    weights = {
+        "model": {"backbone.w": torch.randn(40, 9), "n": torch.tensor(7)},
+        "optimizer": {"state": {0: [1.5, None]}},
+    }
+    return {"step": 40, "images": 100, "config": {"run": "r", "without": [], "amp": True}} | weights
+
+
+def checkpoint_file(folder: Path) -> Path:
+    save_checkpoint(folder, small_state())
+    return folder / CHECKPOINT
+
+
+def older_checkpoint_file(folder: Path) -> Path:
+    """As it was written before there was a digest: only the zip's checksums tell."""
+    torch.save({"format": "barlow-at-speed checkpoint", "version": 1, **small_state()}, folder / CHECKPOINT)
+    return folder / CHECKPOINT
+
+
+def foreign_file(folder: Path) -> Path:
+    torch.save({"state_dict": small_state()["model"], "epoch": 3}, folder / "theirs.pth")
+    return folder / "theirs.pth"
+
+
+def export_file(folder: Path) -> Path:
+    (folder / BACKBONE).write_bytes(tensor_file(small_state()["model"], {"backbone": "about"}))
+    return folder / BACKBONE
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        (checkpoint_file, read_checkpoint),
+        (older_checkpoint_file, read_checkpoint),
+        (foreign_file, lambda path: read_state(path)[0]),
+        (export_file, lambda path: parsed_tensor_file(read_once(path), path)),
+    ],
+)
+def test_damage_is_refused_or_changed_nothing(tmp_path, write, read):
+    path, moments = write(tmp_path), random.Random(0)
+    whole, expected = path.read_bytes(), bits(read(path))
+    refused = {}
+    for trial in range(240):
+        kind = ("bit", "bit", "overwritten", "left out", "doubled", "moved")[trial % 6]
+        path.write_bytes(changed(whole, kind, moments))
+        try:
+            assert bits(read(path)) == expected, (kind, trial)
+        except UserError as error:
+            assert str(path) in str(error)
+            refused[kind] = refused.get(kind, 0) + 1
+    assert min(refused.values()) > 5 and len(refused) == 5
+
+
+def bits(value):
+    """Nested plain values, tensors as type, shape and bytes."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), value.shape, value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {name: bits(item) for name, item in value.items()}
+    return [bits(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def test_the_digest_is_of_all_that_is_there(tmp_path):
+    """Written out by hand once; then whatever is different has another."""
+    by_hand = hashlib.sha256(b"dict 2\n'a'\nlist 2\n1\n'x'\n'b'\ntensor torch.int16 [2, 1]\n\x01\x00\x02\x01")
+    assert content_sha256({"b": torch.tensor([[1], [258]], dtype=torch.int16), "a": (1, "x")}) == by_hand.hexdigest()
+    floats = torch.tensor([1.0, 2.0])
+    others = [None, 0, 1, 1.0, True, "1", b"1", [], [1], [[1]], {}, {1: 1}, {"1": 1}, "list 0\n", floats, -floats]
+    others += [
+        floats.double(),
+        floats[:, None],
+        floats.view(torch.int32),
+        floats[:0],
+        [floats[0], floats[1]],
+        {"a": floats},
+    ]
+    assert len({content_sha256(value) for value in others}) == len(others)
+    assert content_sha256(torch.arange(6).view(2, 3).T) == content_sha256(torch.tensor([[0, 3], [1, 4], [2, 5]]))
+    state = {"weights": floats.bfloat16(), "nan": float("nan"), "nested": {0: [floats, None]}}
+    write_state(tmp_path / "state.pt", state)
+    assert bits(read_state(tmp_path / "state.pt")[0]["nested"]) == bits(state["nested"])
+
+
+def test_a_file_that_another_program_writes_to_is_not_read(tmp_path, monkeypatch):
+    import train.content
+
+    path, looks = checkpoint_file(tmp_path), []
+    whole = path.read_bytes()
+
+    def fstat(fd):
+        found = real(fd)
+        if not looks:  # after the first look the other program writes over it, as many bytes
+            path.write_bytes(whole[::-1])
+            os.utime(path, ns=(0, 1))
+        looks.append(fd)
+        return found
+
+    real = os.fstat
+    monkeypatch.setattr(train.content.os, "fstat", fstat)
+    with pytest.raises(UserError, match="while another program writes to it"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "none"])
+def test_what_a_training_replaces_meanwhile_is_read_whole(tmp_path, monkeypatch, links):
+    """Every backbone has the sha256 that the file with its weights had; none is missing at the moment of a rename."""
+    if not links:
+        monkeypatch.setattr("pipeline.disk.os.link", lambda *_: (_ for _ in ()).throw(PermissionError))
+    info = asdict(replace(INFO, arch="test_resnet", stem="imagenet"))
+    weights = {f"backbone.{name}": w for name, w in make_backbone("test_resnet")[0].state_dict().items()}
+    first, written, over = next(iter(weights)), {}, threading.Event()
+
+    def train() -> None:
+        step = 0
+        while not over.is_set():
+            step += 1
+            weights[first] = torch.full_like(weights[first], step)
+            state = {"config": {}, "backbone": info | {"step": step}, "step": step, "images": 1, "model": weights}
+            save_checkpoint(tmp_path, state, before=step - 1 or None, keep=2)
+            written[step] = sha256_of(tmp_path / CHECKPOINT)
+
+    writer = threading.Thread(target=train)
+    writer.start()
+    try:
+        while not written and writer.is_alive():
+            time.sleep(0.01)
+        found = [load_backbone(tmp_path) for _ in range(15)]
+    finally:
+        over.set()
+        writer.join()
+    assert len({info.step for _, info in found}) > 5, "the file was replaced between loads"
+    for backbone, info in found:
+        assert backbone.state_dict()[first.removeprefix("backbone.")].unique().tolist() == [info.step]
+        assert info.sha256 == written[info.step]
+
+
+def test_a_damaged_newest_checkpoint_of_a_run_is_passed_over(tmp_path, backbone, capsys):
+    save_checkpoint(tmp_path, state_of(backbone) | {"step": 30})
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    save_checkpoint(tmp_path, state_of(backbone), before=30, keep=2)
+    newest = bytearray((tmp_path / CHECKPOINT).read_bytes())
+    newest[len(newest) // 2] ^= 1  # in the middle of some weight
+    (tmp_path / CHECKPOINT).write_bytes(newest)
+    _, info = load_backbone(tmp_path)
+    assert info.sha256 == hashlib.sha256(whole).hexdigest()
+    assert "checkpoint.pt is damaged or missing; taken is checkpoint-00000030.pt of step 30" in capsys.readouterr().err
+    with pytest.raises(UserError, match="is damaged: its content is not the one"):
+        load_backbone(tmp_path / CHECKPOINT)
+
+
+# ---- several networks in one file, and networks with the parameters of another ----
+
+
+def resnet18_of(value: float, **others) -> dict:
+    """The state dict of a ResNet-18 whose weights are all one number, in a few bytes."""
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in torchvision.models.resnet18().state_dict().items()}
+    counters = {name: torch.tensor(0) for name in shapes if name.endswith("num_batches_tracked")}
+    return {name: torch.tensor(value).expand(shape) for name, shape in shapes.items()} | counters | others
+
+
+def below(prefix: str, weights: dict) -> dict:
+    return {prefix + name: w for name, w in weights.items()}
+
+
+ONE, TWO = resnet18_of(1.0), resnet18_of(2.0)
+SEVERAL = {
+    "MoCo": {"arch": "resnet18", "state_dict": below("module.encoder_k.", TWO) | below("module.encoder_q.", ONE)},
+    "BYOL": below("target_net.0.", TWO) | below("online_net.0.", ONE) | {"steps": 3},
+    "timm with EMA": {"state_dict_ema": TWO, "state_dict": ONE},
+    "DINO": {"teacher": below("backbone.", TWO), "student": below("module.backbone.", ONE), "epoch": 1},
+    "camel case": {"model": below("momentumEncoder.", TWO) | below("baseEncoder.", ONE)},
+    "nested": {"ema": {"model": {"trunk": TWO}}, "classy": {"model": {"trunk": ONE}, "lr": [0.1]}},
+}
+
+
+@pytest.mark.parametrize("layout", SEVERAL)
+def test_of_several_networks_the_trained_one_is_taken(tmp_path, capsys, layout):
+    path = tmp_path / "theirs.pth"
+    torch.save(SEVERAL[layout], path)
+    trained, info = load_backbone(path)
+    assert trained.layer4[1].conv2.weight.unique().tolist() == [1.0]
+    said = capsys.readouterr().err
+    assert f"taken is {info.key}, and --key takes another" in said
+    (other,) = (name for name in said.partition(" at ")[2].partition(";")[0].split(", ") if name != info.key)
+    for key in (other, *({"MoCo": ["encoder_k"], "DINO": ["teacher"]}.get(layout, []))):
+        average = find_resnet(SEVERAL[layout], path, key)
+        assert average.name == other and average.weights["layer4.1.conv2.weight"].unique().tolist() == [2.0]
+
+
+def test_where_the_rule_does_not_decide_the_file_is_refused(tmp_path):
+    path = tmp_path / "theirs.pth"
+    torch.save({"left": ONE, "right": TWO}, path)
+    with pytest.raises(UserError, match=r"several ResNets \(left, right\), .* choose one with --key"):
+        load_backbone(path)
+    assert load_backbone(path, "right")[1].key == "right"
+    with pytest.raises(UserError, match="--key middle names none: .* at left, right; choose one of these"):
+        load_backbone(path, "middle")
+    torch.save({"teacher": ONE}, path)
+    assert load_backbone(path)[1].key == "teacher", "the only one is no question"
+    save_checkpoint(tmp_path, small_state())
+    with pytest.raises(UserError, match="--key x chooses among several networks"):
+        load_backbone(tmp_path, "x")
+
+
+def test_a_network_that_only_looks_like_a_resnet_is_refused(tmp_path):
+    """timm's anti-aliased networks have a ResNet's parameters, and squeeze-and-excitation has more."""
+    blurred = {n: torch.tensor(0.0).expand(w.shape) for n, w in timm.create_model("resnetblur18").state_dict().items()}
+    with_counters = {n: torch.tensor(0) if n.endswith("num_batches_tracked") else w for n, w in blurred.items()}
+    files = {
+        "resnetblur18-84f4748f.pth": with_counters,
+        "model_best.pth.tar": {"arch": "resnetblur18", "state_dict": with_counters},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(UserError, match="is resnetblur18 by its name or content"):
+            load_backbone(tmp_path / name)
+    torch.save(with_counters, tmp_path / "pytorch_model.bin")
+    assert load_backbone(tmp_path / "pytorch_model.bin")[1].arch == "resnet18", "nothing tells"
+    (tmp_path / "config.json").write_text('{"architecture": "resnetblur18"}')
+    with pytest.raises(UserError, match="is resnetblur18 by its name or content"):
+        load_backbone(tmp_path / "pytorch_model.bin")
+    torch.save({"m": resnet18_of(1.0, **{"layer1.0.se.fc1.weight": torch.ones(2)})}, tmp_path / "se.pth")
+    with pytest.raises(UserError, match=r"below m stands another network, with layer1\.0\.se\.fc1\.weight"):
+        load_backbone(tmp_path / "se.pth")

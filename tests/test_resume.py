@@ -2,8 +2,10 @@
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.command import UserError
 from tests.oracles_train import SyntheticLoader
 from train.cards import resolved
 from train.checkpoint import read_checkpoint
@@ -169,24 +172,59 @@ KILLS, SIXTY = 20, {"epochs": 12, "checkpoint_every_steps": 2, "keep": 3}
 
 def run_to_be_killed(folder: Path) -> None:
     """The run in a process of its own, on a slow disk."""
-    import train.checkpoint
+    import pipeline.disk
     import train.runlog
 
     def slow_fsync(descriptor: int) -> None:
         time.sleep(0.01)
         fsync(descriptor)
 
-    fsync, train.checkpoint.os.fsync = os.fsync, slow_fsync
+    fsync, pipeline.disk.os.fsync = os.fsync, slow_fsync
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     torch.set_num_threads(1)
     train.runlog.RUNS = folder
-    sys.exit(run(folder / "cut", SlowLoader(), **SIXTY))
+    try:
+        sys.exit(run(folder / "cut", SlowLoader(), **SIXTY))
+    except UserError as error:
+        (folder / f"refused-{os.getpid()}").write_text(str(error))
+        sys.exit(2)
 
 
 def start(folder: Path) -> multiprocessing.Process:
     process = multiprocessing.get_context("forkserver").Process(target=run_to_be_killed, args=(folder,))
     process.start()
     return process
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("training_forkserver")
+def test_two_trainings_of_one_run(tmp_path):
+    """Started at the same moment, one of them ends and names the other; a third changes no byte; killed, it resumes."""
+    first = [start(tmp_path), start(tmp_path)]
+    multiprocessing.connection.wait([process.sentinel for process in first], timeout=60)
+    (lost,) = (process for process in first if not process.is_alive())
+    (writer,) = (process for process in first if process is not lost)
+    os.kill(writer.pid, signal.SIGSTOP)  # alive, and it writes nothing while we look
+    try:
+        named = f"the run {tmp_path / 'cut'} is being written by process {writer.pid} on "
+        lost.join()
+        assert lost.exitcode == 2 and named in (tmp_path / f"refused-{lost.pid}").read_text()
+        before = files_of(tmp_path / "cut")
+        with pytest.raises(UserError, match=re.escape(named)):
+            run(tmp_path / "cut", **SIXTY)
+        with pytest.raises(UserError, match=re.escape(named)):
+            run(tmp_path / "cut", **SIXTY | {"seed": 1, "resume": "never"})
+        assert files_of(tmp_path / "cut") == before
+    finally:
+        writer.kill()
+        writer.join()
+    assert run(tmp_path / "cut", **SIXTY) == EXIT_FINISHED
+    assert read_checkpoint(tmp_path / "cut" / "checkpoint.pt")["step"] == 60
+    assert not (tmp_path / "cut" / ".writer").exists()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def kill_somewhere(process: multiprocessing.Process, folder: Path, in_a_write: bool, wait_s: float) -> None:

@@ -14,7 +14,8 @@ from pipeline.command import UserError
 from pipeline.order import epoch_order
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks
-from train.runlog import RunLog, describe_run, keep_lines_before, open_run_folder, plot_loss
+from train.plots import plot_loss
+from train.runlog import RunLog, describe_run, keep_lines_before, open_run_folder
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 IMAGES = 40
@@ -53,8 +54,15 @@ def test_a_resumed_run_keeps_only_what_it_does_not_write_again(tmp_path):
     path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"ste')
     keep_lines_before(path, 4)
     assert path.read_text() == '{"step": 2}\n{"step": 4}\n'
-    keep_lines_before(tmp_path / "none.jsonl", 4)
-    assert not (tmp_path / "none.jsonl").exists()
+    others = '{"note": "été", "loss": null}\n{"step": null}\n'
+    path.write_text(
+        others + '{"step": 2, "loss": 0.1}\n{"st{"step": 3}\n17\n{"step": 4}\n{"step": 5}\n', encoding="utf-8"
+    )
+    keep_lines_before(path, 4)
+    assert (
+        path.read_text()
+        == r'{"note": "\u00e9t\u00e9", "loss": null}' + '\n{"step": null}\n{"step": 2, "loss": 0.1}\n{"step": 4}\n'
+    )
 
 
 def test_weights_and_biases_gets_the_same_lines(tmp_path, monkeypatch):
@@ -174,8 +182,20 @@ def test_an_impossible_folder(tmp_path):
 
 
 def test_picture(tmp_path):
+    """A curve for each number that some line has; what is null, torn or without an epoch is left out."""
     values = {"loss": 1.0, "diagonal_mean": 0.5, "off_diagonal_rms": 0.1}
-    text = "".join(json.dumps({"step": s, "epoch": s / 2, **values}) + "\n" for s in range(3))
-    (tmp_path / "metrics.jsonl").write_text(text)
-    plot_loss(tmp_path)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    full = [{"step": s, "epoch": s / 2, **values} for s in range(3)]
+    holes = [
+        {"step": 1, "epoch": 0.5, "knn_top1": 9.0},
+        {"note": "x"},
+        {"step": 2, "epoch": 1.0, "loss": None},
+        *full[2:],
+    ]
+    widths = []
+    for lines in (full, holes, [{"epoch": 0.5, "loss": 2.0}], [{"epoch": 1.0, "loss": None}], []):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epo')
+        (tmp_path / "loss.png").unlink(missing_ok=True)
+        plot_loss(tmp_path)
+        png = (tmp_path / "loss.png").read_bytes() if (tmp_path / "loss.png").exists() else None
+        widths.append(png and Image.open(io.BytesIO(png)).width // 440)
+    assert widths == [3, 4, 1, None, None]

@@ -2,21 +2,28 @@
 
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import train.runstate
 from pipeline.command import UserError
+from pipeline.disk import OneWriter
+from pipeline.shards import open_stored
+from tests.evaluation import write_split
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, STEPS, TINY, Killed, StoppingLoader, bits, end_of, run
 from train.cards import resolved
-from train.checkpoint import earlier_checkpoints, newest_checkpoint, read_checkpoint, save_checkpoint
+from train.checkpoint import earlier_checkpoints, load_backbone, newest_checkpoint, read_checkpoint, save_checkpoint
 from train.config import as_plain
+from train.pretrain import main
+from train.run_data import dataset_sha256
 from train.runstate import RunState, on_cpu
 
 
@@ -100,10 +107,11 @@ def test_killed_between_the_two_renames(tmp_path):
     with pytest.raises(Killed):
         run(tmp_path / "cut", StoppingLoader(12))
     os.replace(tmp_path / "cut" / "checkpoint.pt", tmp_path / "cut" / "checkpoint-00000010.pt")
-    (tmp_path / "cut" / ".checkpoint.pt.123.tmp").write_bytes(b"half")
+    for name in ("checkpoint.pt", "backbone.safetensors"):
+        (tmp_path / "cut" / f".{name}.123.tmp").write_bytes(b"half")
     assert run(tmp_path / "cut") == 0
     assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
-    assert not list((tmp_path / "cut").glob(".checkpoint*"))
+    assert not list((tmp_path / "cut").glob(".*"))
 
 
 def test_nothing_but_damaged_ones_is_an_error(tmp_path):
@@ -213,3 +221,53 @@ def test_flags_of_checkpoints_are_no_part_of_the_recipe(tmp_path):
     before = as_plain(resolved(replace(TINY, run=str(tmp_path / "r"), epochs=1)))
     assert run(tmp_path / "r", epochs=1, keep=7, checkpoint_every_steps=3, checkpoint_every_minutes=1.0) == 0
     assert read_checkpoint(tmp_path / "r" / "checkpoint.pt")["config"] == before
+
+
+def test_a_run_that_another_process_took_over_writes_no_more(tmp_path):
+    """It stood still for so long that another one took it for dead."""
+    writer = OneWriter(tmp_path / ".writer", "the run r", beating=False)
+    state, _ = state_of(tmp_path)
+    state.writer = writer
+    state.save(1)
+    state.finish()
+    writer.lost = True
+    assert state.failed, "the step that is under way is the last"
+    state.save(2)
+    with pytest.raises(UserError, match="another process took over the run r"):
+        state.finish()
+    assert steps(tmp_path) == [1]
+
+
+def test_a_run_resumes_on_its_own_images_alone(tmp_path, capsys):
+    """The digest decides: other pixels under the same names are others, the same ones elsewhere are not."""
+    labels = np.arange(16) % 2
+    for name, seed in (("own", 1), ("other", 2)):
+        write_split(tmp_path / name / "train.beton", labels, ["a", "b"], seed)
+    shutil.copytree(tmp_path / "own", tmp_path / "moved")
+
+    def trained(data: str, folder: str = "r", epochs: int = 2) -> int:
+        config = replace(
+            TINY, data=tmp_path / data, run=str(tmp_path / folder), global_batch=8, epochs=epochs, workers=1
+        )
+        with pytest.raises(SystemExit) as end:
+            main(config)
+        return end.value.code
+
+    assert trained("own", epochs=2) == 0
+    digests = {name: dataset_sha256(open_stored(tmp_path / name / "train.beton")) for name in ("own", "other", "moved")}
+    assert digests["own"] == digests["moved"] != digests["other"]
+    assert load_backbone(tmp_path / "r")[1].dataset_sha256 == digests["own"]
+    assert load_backbone(tmp_path / "r" / "backbone.safetensors")[1].dataset_sha256 == digests["own"]
+    before = (tmp_path / "r" / "checkpoint.pt").read_bytes()
+    with pytest.raises(UserError) as refused:
+        main(replace(TINY, data=tmp_path / "other", run=str(tmp_path / "r"), global_batch=8, epochs=2, workers=1))
+    for part in (f"/own (digest {digests['own'][:12]})", f"/other holds other ones (digest {digests['other'][:12]})"):
+        assert part in str(refused.value)
+    assert (tmp_path / "r" / "checkpoint.pt").read_bytes() == before
+    assert trained("moved") == 0
+    assert "it is taken on trust" not in capsys.readouterr().err
+    state = read_checkpoint(tmp_path / "r" / "checkpoint.pt")
+    del state["backbone"]["dataset_sha256"]  # as it was before
+    save_checkpoint(tmp_path / "r", state)
+    assert trained("own") == 0
+    assert "is from before checkpoints named their images; it is taken on trust" in capsys.readouterr().err

@@ -16,7 +16,9 @@ import torch.multiprocessing
 from torch import nn
 
 from pipeline.command import UserError
+from pipeline.disk import OneWriter
 from tests.oracles_train import SyntheticLoader, barlow_loss_torch
+from train.agreement import only_writer, require_same_start
 from train.batchnorm import CrossRankBatchNorm
 from train.cards import resolved
 from train.checkpoint import read_checkpoint
@@ -104,6 +106,30 @@ def run_without_disk(folder: Path, ranks: Ranks) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def end_of_start(ranks: Ranks, begin) -> str:
+    """How a start ends on this rank."""
+    try:
+        begin()
+        return "begun"
+    except (UserError, SystemExit) as end:
+        return f"{type(end).__name__} {end}"
+
+
+def started_alike(ranks: Ranks, images: str = "", **flags) -> str:
+    config = replace(TINY, data=Path(f"/{ranks.rank}"), workers=ranks.rank, **flags)  # which may differ
+    return end_of_start(ranks, lambda: require_same_start(ranks, config, images))
+
+
+def asked_for(folder: Path, ranks: Ranks) -> str:
+    """The right to write a run: taken by the test's process; and left behind by another machine, watched in vain."""
+
+    def begin():
+        with only_writer(folder, ranks) as writer:
+            assert (writer is not None) == (ranks.rank == 0)
+
+    return end_of_start(ranks, begin)
+
+
 def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
     """Everything a rank is asked, in one process: starting one costs more than all of it."""
     os.environ |= {
@@ -113,9 +139,12 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
+    import pipeline.disk
+    import train.agreement
     import train.runlog
 
     train.runlog.RUNS = folder
+    pipeline.disk.WATCH_S, train.agreement.ASK_S = 0.5, 0.1
     ranks = start_ranks()
     x = torch.tensor([float(rank + 1)], requires_grad=True)
     total = sum_over_ranks(x)
@@ -131,6 +160,11 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "float32": smooth_run(folder / "float32", ranks),
         "recomputed": run(folder / "recomputed", ranks, torch.float64, checkpoint_activations=True),
         "no disk": run_without_disk(folder / "full", ranks),
+        "alike": started_alike(ranks, "same", seed=3),
+        "other flags": started_alike(ranks, "same", seed=min(rank, 1), lr_weights=0.5 if rank else 0.25),
+        "other images": started_alike(ranks, "a" * 64 if rank else "b" * 64),
+        "taken": asked_for(folder / "taken", ranks),
+        "left": asked_for(folder / "left", ranks),
         "signalled": run(folder / "signalled", ranks, torch.float64, SignalledLoader),
     }
     torch.save(found, folder / f"rank{rank}.pt")
@@ -145,7 +179,11 @@ def several(request, tmp_path_factory, training_forkserver) -> tuple[int, Path, 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (request.param, port, folder)
-    torch.multiprocessing.start_processes(one_rank, arguments, nprocs=request.param, start_method="forkserver")
+    for name in ("taken", "left"):
+        (folder / name).mkdir()
+    (folder / "left" / ".writer").write_text('{"pid": 1, "host": "elsewhere", "since": "then", "machine": "other"}')
+    with OneWriter(folder / "taken" / ".writer", "it"):
+        torch.multiprocessing.start_processes(one_rank, arguments, nprocs=request.param, start_method="forkserver")
     found = [torch.load(folder / f"rank{rank}.pt") for rank in range(request.param)]
     return request.param, folder, found
 
@@ -252,3 +290,24 @@ def test_no_rank_waits_for_one_that_could_not_write(several):
     _, _, (first, *others) = several
     assert first["no disk"].startswith("UserError could not write")
     assert all(rank["no disk"] == "SystemExit 2" for rank in others)
+
+
+def test_ranks_with_other_flags_or_images_do_not_begin(several):
+    _, _, (first, *others) = several
+    ranks = "rank 1" if len(others) == 1 else "ranks 1, 2, 3"
+    assert all(rank["alike"] == "begun" for rank in (first, *others))
+    sentence = f"--lr-weights is 0.25 on rank 0 and 0.5 on {ranks}; --seed is 0 on rank 0 and 1 on {ranks}"
+    assert first["other flags"].startswith("UserError the ranks were not started alike: ")
+    assert all(part in first["other flags"] for part in sentence.split("; "))
+    assert f"images of --data is {'b' * 12} on rank 0 and {'a' * 12} on {ranks};" in first["other images"]
+    assert all(rank[name] == "SystemExit 2" for rank in others for name in ("other flags", "other images"))
+
+
+def test_all_ranks_end_where_another_process_writes_the_run(several):
+    _, folder, (first, *others) = several
+    assert first["taken"].startswith(
+        f"UserError the run {folder / 'taken'} is being written by process {os.getpid()} on"
+    )
+    assert all(rank["taken"] == "SystemExit 2" for rank in others)
+    assert all(rank["left"] == "begun" for rank in (first, *others)), "its writer gave no sign of life"
+    assert not list((folder / "taken").iterdir()) and not list((folder / "left").iterdir())

@@ -10,17 +10,16 @@ plain dict that `torch.load(weights_only=True)` accepts:
     step                updates done; with the seed in `config` it decides every later batch and view
     images              size of the training set, which decides the order of samples
     model, optimizer, scaler    state dicts
+    content_sha256      the digest of all of the above, which train/content.py checks
 """
 
 import hashlib
-import io
 import json
-import re
+import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 
@@ -28,10 +27,13 @@ from pipeline.command import UserError
 from pipeline.disk import TEMPORARY, write_whole
 from pipeline.spec import Normalization
 from train.config import recipe
-from train.model import make_backbone, torchvision_resnets
+from train.content import DamagedFile, MissingFile, parsed_tensor_file, read_once, read_state, tensor_file, write_state
+from train.foreign import find_resnet
+from train.model import make_backbone
 
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
 CHECKPOINT, BACKBONE = "checkpoint.pt", "backbone.safetensors"
+LOOKS = 5  # at a run folder whose files a training replaces meanwhile
 NO_ROOM = "make room there or put the run elsewhere with --run, then start the same command again"
 
 
@@ -39,8 +41,10 @@ NO_ROOM = "make room there or put the run elsewhere with --run, then start the s
 class BackboneInfo:
     """What an evaluation needs to know of a backbone. `step` and `epochs` are 0 where the file does not tell.
 
-    data     folder or .beton file it was trained on, "" where the file does not tell
-    sha256   of the file it was read from, so that a number can name its checkpoint
+    data             folder or .beton file it was trained on, "" where the file does not tell
+    dataset_sha256   digest of the images it was trained on (train/run_data.py), "" where the file does not tell
+    sha256           of the file it was read from, so that a number can name its checkpoint
+    key              its place in somebody else's file (train/foreign.py), "" in a file of ours
     """
 
     arch: str
@@ -52,23 +56,34 @@ class BackboneInfo:
     seed: int = 0
     step: int = 0
     epochs: int = 0
+    dataset_sha256: str = ""
     sha256: str = ""
+    key: str = ""
 
 
-class DamagedFile(UserError):
-    """A file that is there and cannot be read: cut short, or not what its name says."""
+class Stored(NamedTuple):
+    """A checkpoint that was read: the dict, where it stood, and the sha256 of the bytes that it was read from."""
+
+    state: dict
+    path: Path
+    sha256: str
+
+
+class Network(NamedTuple):
+    """A backbone, what is known of it, and the weights beside it in its file, by the names of a method's parts."""
+
+    backbone: nn.Module
+    info: BackboneInfo
+    heads: dict[str, torch.Tensor]
 
 
 def save_checkpoint(folder: Path, state: dict, before: int | None = None, keep: int = 1) -> None:
     """Writes `checkpoint.pt`; the one that was there, if it is that of step `before`, is kept under that step.
 
-    Of all checkpoints the `keep` newest stay. The state is serialized in memory first: a full disk cannot break it
-    midway. Raises UserError like `write_whole`.
+    Of all checkpoints the `keep` newest stay. Raises UserError like `write_whole`.
     """
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, **state}, buffer)
     keep_as = folder / f"checkpoint-{before:08d}.pt" if before is not None and keep > 1 else None
-    write_whole(folder / CHECKPOINT, buffer.getbuffer(), keep_as, NO_ROOM)
+    write_state(folder / CHECKPOINT, {"format": FORMAT, "version": VERSION, **state}, keep_as, NO_ROOM)
     own = f"checkpoint-{state['step']:08d}.pt"
     earlier = earlier_checkpoints(folder)
     later = [path for path in earlier if path.name >= own]  # of a run that this one started over
@@ -82,50 +97,64 @@ def earlier_checkpoints(folder: Path) -> list[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a process that was killed while writing a checkpoint left behind."""
-    for path in folder.glob(f".{CHECKPOINT}.*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+    """Removes, at once, the GB that a process left behind which was killed while it wrote. For the only writer."""
+    for name in (CHECKPOINT, BACKBONE):
+        for path in folder.glob(f".{name}.*{TEMPORARY}"):
+            path.unlink(missing_ok=True)
 
 
-def newest_checkpoint(folder: Path) -> tuple[dict, Path] | None:
-    """The newest checkpoint of a run that can be read, and its path; None where there is none at all.
+def newest_checkpoint(folder: Path) -> Stored | None:
+    """The newest checkpoint of a run that can be read; None where there is none at all.
 
-    Passes over damaged ones. Raises UserError where all are damaged, or one is of another version.
+    Passes over damaged ones, and looks again where a training that runs replaced those that it saw. Raises UserError
+    where all are damaged, or one is of another version.
     """
-    damaged = None
-    for path in (folder / CHECKPOINT, *earlier_checkpoints(folder)):
-        if path.exists():
+    for _ in range(LOOKS):
+        damaged, replaced = None, False
+        for path in _newest_first(folder):
             try:
-                return read_checkpoint(path), path
+                return read_stored(path)
+            except MissingFile:
+                replaced = replaced or path.name != CHECKPOINT
             except DamagedFile as error:
                 damaged = damaged or error
+        if not replaced:
+            break
     if damaged:
         raise damaged
     return None
 
 
+def _newest_first(folder: Path):
+    """Lists the earlier ones once the newest was not there: it may have become one of them at that moment."""
+    yield folder / CHECKPOINT
+    yield from earlier_checkpoints(folder)
+
+
 def read_checkpoint(path: Path) -> dict:
     """The dict in a checkpoint of ours, tensors on the CPU. Raises UserError for anything else."""
-    state = _load(path)
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    return read_stored(path).state
+
+
+def read_stored(path: Path) -> Stored:
+    """A checkpoint of ours and the sha256 of its file, from one read. Raises UserError for anything else."""
+    state, sha256 = read_state(path)
+    if not _is_ours(state):
         raise UserError(f"{path} is not a checkpoint of this program; give a run folder or its {CHECKPOINT}")
-    if state["version"] != VERSION:
+    _require_version(state, path)
+    return Stored(state, path, sha256)
+
+
+def _is_ours(state) -> bool:
+    return isinstance(state, dict) and state.get("format") == FORMAT
+
+
+def _require_version(state: dict, path: Path) -> None:
+    if state.get("version") != VERSION:
         raise UserError(
-            f"{path} has checkpoint version {state['version']}, this program reads version {VERSION}; "
+            f"{path} has checkpoint version {state.get('version')}, this program reads version {VERSION}; "
             "use the program version that wrote it"
         )
-    return state
-
-
-def _load(path: Path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}; give a run folder or a checkpoint file") from None
-    except Exception as error:  # torch.load tells of a broken file in half a dozen types
-        reason = str(error).split("\n")[0].split(". ")[0]
-        text = f"{path} cannot be read as a checkpoint ({reason}); it may be damaged or incomplete"
-        raise DamagedFile(text) from error
 
 
 def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> None:
@@ -140,6 +169,21 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
         )
 
 
+def refuse_other_images(state: dict, data: Path, dataset_sha256: str, path: Path) -> bool:
+    """Raises UserError where a checkpoint was trained on other images than those of `data`, which have that digest.
+
+    False where it does not tell, being older. The same images in another folder or format have the same digest.
+    """
+    theirs = state["backbone"].get("dataset_sha256", "")
+    if theirs and dataset_sha256 and theirs != dataset_sha256:
+        raise UserError(
+            f"{path} was trained on the images of {state['config']['data']} (digest {theirs[:12]}), and --data {data} "
+            f"holds other ones (digest {dataset_sha256[:12]}); point --data at the same images, give this run its own "
+            "folder with --run, or start over with --resume never"
+        )
+    return bool(theirs) or not dataset_sha256
+
+
 def export_backbone(folder: Path, backbone: nn.Module, info: BackboneInfo) -> None:
     """Writes `backbone.safetensors`: torchvision's and timm's own names, the info as metadata.
 
@@ -147,40 +191,63 @@ def export_backbone(folder: Path, backbone: nn.Module, info: BackboneInfo) -> No
     `timm.create_model("resnet50", num_classes=0, checkpoint_path=path)`.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    write_whole(
-        folder / BACKBONE, safetensors.torch.save(tensors, {"backbone": json.dumps(asdict(info))}), advice=NO_ROOM
-    )
+    write_whole(folder / BACKBONE, tensor_file(tensors, {"backbone": json.dumps(asdict(info))}), advice=NO_ROOM)
 
 
-def load_backbone(path: str | Path) -> tuple[nn.Module, BackboneInfo]:
+def load_backbone(path: str | Path, key: str = "") -> tuple[nn.Module, BackboneInfo]:
     """The backbone of a run folder or file, in eval mode on the CPU: a module (B, 3, H, W) → (B, features).
 
     Files: our checkpoint.pt and backbone.safetensors; the published Barlow Twins resnet50.pth and checkpoint.pth;
-    any state dict of a torchvision ResNet, under whatever prefix. Raises UserError for everything else.
+    any state dict of a torchvision ResNet, under whatever prefix, and `key` for one of several (train/foreign.py says
+    how). Of a run folder it is the newest checkpoint that is not damaged. The file is read once: weights, info and
+    sha256 are of the same bytes. Raises UserError for everything else.
     """
+    network = read_network(path, key)
+    return network.backbone, network.info
+
+
+def read_network(path: str | Path, key: str = "") -> Network:
+    """`load_backbone`, and the weights of what stands beside the backbone, {} where the file has none."""
     path = Path(path).expanduser()
     if path.is_dir():
-        path = path / CHECKPOINT
-    if path.suffix == ".safetensors":
-        weights, info = _read_safetensors(path)
+        content, path, sha256 = _newest_or_refuse(path)
+        about = None
+    elif path.suffix == ".safetensors":
+        data = read_once(path)
+        content, about = parsed_tensor_file(data, path)
+        sha256 = hashlib.sha256(data).hexdigest()
     else:
-        state = _load(path)
-        if isinstance(state, dict) and state.get("format") == FORMAT:
-            state = read_checkpoint(path)
-            weights, info = _weights_below(state["model"], "backbone."), _info(state["backbone"])
-        else:
-            weights, info = _foreign_resnet(state, path)
+        (content, sha256), about = read_state(path), None
+
+    if key and (_is_ours(content) or (about and "backbone" in about)):
+        raise UserError(
+            f"--key {key} chooses among several networks of a file, {path} is of a run and has one backbone"
+        )
+    if _is_ours(content):
+        _require_version(content, path)
+        weights, info = _weights_below(content["model"], "backbone."), _info(content["backbone"])
+        heads = {name: weight for name, weight in content["model"].items() if not name.startswith("backbone.")}
+    elif about and "backbone" in about:
+        weights, info, heads = content, _info(json.loads(about["backbone"])), {}
+    else:
+        place = find_resnet(content, path, key)
+        weights, info, heads = place.weights, BackboneInfo(place.arch, place.stem, key=place.name), place.heads
     backbone, features = make_backbone(info.arch, info.stem)
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the architecture it names, {info.arch} ({info.stem} stem)") from error
-    return backbone.eval(), replace(info, features=features, sha256=file_sha256(path))
+    return Network(backbone.eval(), replace(info, features=features, sha256=sha256), heads)
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _newest_or_refuse(folder: Path) -> Stored:
+    newest = newest_checkpoint(folder)
+    if newest is None:
+        raise MissingFile(f"there is no checkpoint {folder / CHECKPOINT}; give a run folder or a checkpoint file")
+    if newest.path.name != CHECKPOINT:
+        text = f"note: {folder / CHECKPOINT} is damaged or missing; taken is {newest.path.name} of step"
+        print(text, newest.state["step"], file=sys.stderr, flush=True)
+    return newest
 
 
 def _weights_below(weights: dict, prefix: str) -> dict:
@@ -191,40 +258,3 @@ def _info(plain: dict) -> BackboneInfo:
     known = {f.name: plain[f.name] for f in fields(BackboneInfo) if f.name in plain}
     pixels = plain["normalization"]
     return BackboneInfo(**known | {"normalization": Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))})
-
-
-def _read_safetensors(path: Path) -> tuple[dict, BackboneInfo]:
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            plain = (file.metadata() or {}).get("backbone")
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no plain dict)
-    except FileNotFoundError:
-        raise UserError(f"there is no file {path}; give a run folder or a checkpoint file") from None
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} cannot be read as safetensors ({error}); it may be damaged or incomplete") from error
-    return (weights, _info(json.loads(plain))) if plain else _foreign_resnet(weights, path)
-
-
-def _foreign_resnet(state, path: Path) -> tuple[dict, BackboneInfo]:
-    """A ResNet in somebody else's state dict: found by its first convolution, told apart by names and shapes."""
-    for key in ("model", "state_dict"):
-        state = state.get(key, state) if isinstance(state, dict) else state
-    names = [name for name in state if re.search(r"(^|\.)conv1\.weight$", name)] if isinstance(state, dict) else []
-    prefix = min(names, key=len, default="").removesuffix("conv1.weight")
-    weights = _weights_below(state, prefix) if names else {}
-    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
-    stem = "small" if names and weights["conv1.weight"].shape[-1] == 3 else "imagenet"
-    candidates = sorted(torchvision_resnets(), key=lambda arch: arch != "resnet50")  # the usual one first
-    for arch in candidates if "layer4.0.conv1.weight" in weights else ():
-        with torch.device("meta"):
-            expected = make_backbone(arch, stem)[0].state_dict()
-        if _shapes(weights) == _shapes(expected):
-            return {name: weights.get(name, torch.tensor(0)) for name in expected}, BackboneInfo(arch, stem)
-    raise UserError(
-        f"{path} holds no ResNet known to torchvision; give a run folder, its checkpoint, "
-        "or a state dict with torchvision's parameter names"
-    )
-
-
-def _shapes(weights: dict) -> dict:
-    return {name: tensor.shape for name, tensor in weights.items() if not name.endswith("num_batches_tracked")}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from pipeline.command import UserError
+from pipeline.disk import write_whole
 from pipeline.order import shuffled_batches
 from train.config import PretrainConfig, order_blocks
 from train.distributed import Ranks, say
@@ -32,8 +33,8 @@ def note_lost_step(config: PretrainConfig, ids: np.ndarray, step: int) -> str:
     ids = samples_of_step(config, ids, step)
     path = Path(config.run) / f"lost-step-{step + 1}.txt"
     try:
-        path.write_text("".join(f"{sample}\n" for sample in ids))
-    except OSError:
+        write_whole(path, "".join(f"{sample}\n" for sample in ids))
+    except UserError:
         path = "(not written)"
     first = ", ".join(map(str, ids[:4]))
     return f"its {len(ids)} images, {first}, …, are listed in {path}"

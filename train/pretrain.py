@@ -20,22 +20,26 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.command import run_command
+from pipeline.disk import OneWriter
 from pipeline.loader import make_loader
+from pipeline.shards import open_stored
+from train.agreement import only_writer, require_same_start
 from train.batchnorm import with_global_batch_norm
 from train.cards import chosen_preset, resolved
 from train.checkpoint import export_backbone
 from train.config import AMP, PretrainConfig, as_plain
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
-from train.initial import initial_backbone, start_heads_
+from train.initial import initial_network, start_heads_
 from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method
 from train.online_knn import OnlineKnn
+from train.plots import plot_loss
 from train.recompute import recompute_blocks, run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
-from train.run_data import loader_config
-from train.runlog import RunLog, describe_run, open_run_folder, plot_loss
-from train.runstate import RunState, backbone_info
+from train.run_data import dataset_sha256, loader_config, train_beton
+from train.runlog import RunLog, describe_run, open_run_folder
+from train.runstate import RunState
 from train.schedule import lr_share
 from train.watchdog import Watchdog
 
@@ -50,9 +54,11 @@ def main(config: PretrainConfig) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False
     ranks = start_ranks(2 * config.timeout_minutes)  # the watchdog speaks first
     try:
+        images = dataset_sha256(open_stored(train_beton(config.data)))
+        require_same_start(ranks, config, images)
         loader = make_loader(loader_config(config, ranks))
         try:
-            code = train(config, ranks, loader)
+            code = train(config, ranks, loader, images)
         finally:
             loader.close()
     finally:
@@ -60,17 +66,29 @@ def main(config: PretrainConfig) -> None:
     sys.exit(code)
 
 
-def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
-    """Trains from wherever the run stands to its end, or to a signal; returns the exit code."""
+def train(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str = "") -> int:
+    """Trains from wherever the run stands to its end, or to a signal; returns the exit code.
+
+    `images_sha256` is the digest of the loader's dataset, "" where there is none to compare.
+    """
     folder = Path(config.run)
     if config.cuda_graph:
         require_one_gpu(ranks)
+    open_run_folder(folder)
+    with only_writer(folder, ranks) as writer:
+        return train_alone(config, ranks, loader, images_sha256, writer)
+
+
+def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str, writer: OneWriter | None) -> int:
+    """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
+    folder = Path(config.run)
     torch.manual_seed(config.seed)
-    backbone, features = initial_backbone(config)
+    backbone, features, theirs = initial_network(config)
     method = make_method(backbone, features, config)
     if config.init_from:
-        heads = "backbone and heads" if start_heads_(method, config.init_from) else "the backbone alone"
+        heads = "backbone and heads" if start_heads_(method, theirs) else "the backbone alone"
         say(ranks, f"{folder}: a new run begins with {heads} of {config.init_from}")
+    del theirs  # hundreds of MB
     method = method.to(ranks.device, memory_format=torch.channels_last)
     method = with_global_batch_norm(method, ranks.device)
     if config.checkpoint_activations:
@@ -81,10 +99,10 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
     scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
 
     # These three, the step and the seed are the whole state: order and views are functions of seed and step.
-    state = RunState(config, ranks, {"model": method, "optimizer": optimizer, "scaler": scaler}, features, loader)
+    parts = {"model": method, "optimizer": optimizer, "scaler": scaler}
+    state = RunState(config, ranks, parts, features, loader, dataset_sha256=images_sha256, writer=writer)
     start_step = state.resume()
     stop_step = config.epochs * loader.steps_per_epoch
-    open_run_folder(folder)
     if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
         state.save(0)
         state.finish()
@@ -158,7 +176,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader) -> int:
         knn.report(log, wait=True)
 
     if ranks.rank == 0:
-        export_backbone(folder, method.backbone, backbone_info(config, features, stop_step))
+        export_backbone(folder, method.backbone, state.info(stop_step))
         plot_loss(folder)
     return EXIT_FINISHED
 

@@ -2,7 +2,7 @@
 
     config.json     the whole configuration         env.json      versions and devices of the last start
     metrics.jsonl   one line every --log-every steps, means over those steps; one with each nearest-neighbour accuracy
-    tensorboard/    the same numbers and pictures   loss.png      loss and what shows a collapse; at the end
+    tensorboard/    the same numbers and pictures
 
 Reading a number from a GPU waits for it. So the metrics stay on the device, are copied out without waiting when a
 line is due, and are written once the copy has arrived, a step or two later. A loss that is no number shows then;
@@ -22,11 +22,13 @@ import torch
 from tqdm import tqdm
 
 from pipeline.command import RUNS, UserError
-from pipeline.disk import write_whole
+from pipeline.disk import append_line, read_lines, write_whole
+from train.checkpoint import NO_ROOM
 from train.config import as_plain
 from train.distributed import Ranks, say, total
 from train.guard import note_lost_step
 
+METRICS = "metrics.jsonl"
 PICTURED = 8  # images whose views are shown
 # Metrics of a collapse: below which value it is one, and what a healthy run has. See train/methods/contract.py.
 COLLAPSED = {"embedding_spread": (0.1, "about 1"), "effective_dimensions": (1.2, "well above 2")}
@@ -76,18 +78,16 @@ class RunLog:
 
     def __init__(self, config, ranks: Ranks, start_step: int, stop_step: int, steps_per_epoch: int, ids):
         folder = Path(config.run)
-        self.active, self.ranks = ranks.rank == 0, ranks
-        self.config, self.log_every = config, config.log_every
+        self.active, self.ranks, self.config = ranks.rank == 0, ranks, config
         self.steps_per_epoch, self.stop_step, self.ids = steps_per_epoch, stop_step, ids
-        self.device, self.pending, self.said_collapse = ranks.device, None, False
+        self.pending, self.said_collapse = None, False
         self._start_interval()
         if not self.active:
             return
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
 
-        self.folder = folder
-        keep_lines_before(folder / "metrics.jsonl", start_step)
-        self.file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed in close)
+        self.lines = folder / METRICS
+        keep_lines_before(self.lines, start_step)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
         self.wandb = start_wandb(config) if config.wandb else None
         interval = 0.5 if sys.stderr.isatty() else 10
@@ -112,7 +112,7 @@ class RunLog:
         this rank that stand in for others; every rank calls this, and a line has the sum of all.
         """
         self.substituted += substituted
-        due = (step + 1) % self.log_every == 0 or step + 1 == self.stop_step
+        due = (step + 1) % self.config.log_every == 0 or step + 1 == self.stop_step
         if due and self.config.on_bad_image == "substitute":
             self.substituted = total(self.ranks, self.substituted)
         if not self.active:
@@ -145,7 +145,7 @@ class RunLog:
             **({"skipped_steps": self.skipped} if self.config.on_nan == "skip" else {}),
             **({"substituted_images": self.substituted} if self.config.on_bad_image == "substitute" else {}),
         }
-        cuda = self.device.type == "cuda"
+        cuda = self.ranks.device.type == "cuda"
         values = torch.stack(list(self.rows.values()))
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=cuda)
         host.copy_(values, non_blocking=True)
@@ -164,7 +164,7 @@ class RunLog:
         values = dict(zip(self.names, host.double().mean(0).tolist(), strict=True))
         # Where fp16's scaler left a step out, its gradient was no number: null in JSON.
         line = line | {name: value if math.isfinite(value) else None for name, value in values.items()} | speed
-        self.file.write(json.dumps(line) + "\n")
+        self._append(line)
         for name, value in line.items():
             if value is not None:
                 self._to_board("add_scalar", name, value, line["step"])
@@ -175,6 +175,9 @@ class RunLog:
         )
         self._refuse_lost_loss(steps, host)
         self._name_collapse(values)
+
+    def _append(self, line: dict) -> None:
+        append_line(self.lines, json.dumps(line), durable=False, advice=NO_ROOM)
 
     def _name_collapse(self, values: dict[str, float]) -> None:
         """Says so once when the embeddings have shrunk to a point or a line."""
@@ -215,7 +218,7 @@ class RunLog:
     def note_accuracy(self, step: int, values: dict[str, float]) -> None:
         """Writes a line of its own for what was measured of the weights after `step` updates."""
         line = {"step": step, "epoch": step / self.steps_per_epoch} | values
-        self.file.write(json.dumps(line) + "\n")
+        self._append(line)
         for name, value in values.items():
             self._to_board("add_scalar", name, value, step)
         if self.wandb:  # which takes no step that lies behind
@@ -244,7 +247,6 @@ class RunLog:
     def close(self) -> None:
         if self.active:
             self.bar.close()
-            self.file.close()
             self._to_board("close")
             if self.wandb:
                 self.wandb.finish()
@@ -266,40 +268,10 @@ def start_wandb(config):
 
 
 def keep_lines_before(path: Path, step: int) -> None:
-    """Drops the lines that a resumed run writes again: those after the step it starts at, and a torn last one."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text().splitlines():
-        try:
-            if json.loads(text)["step"] <= step:
-                kept.append(text + "\n")
-        except json.JSONDecodeError:
-            break
-    write_whole(path, "".join(kept))
+    """Drops the lines that a resumed run writes again, those after the step it starts at, and torn ones.
 
-
-def plot_loss(folder: Path) -> None:
-    """Draws loss.png from metrics.jsonl."""
-    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    if not lines:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    titles = {"loss": "loss", "diagonal_mean": "mean of C's diagonal", "off_diagonal_rms": "RMS of C off the diagonal"}
-    titles |= {"embedding_spread": "spread of embeddings", "effective_dimensions": "effective dimensions"}
-    titles |= {"knn_top1": "kNN top-1, %"}
-    titles = {name: title for name, title in titles.items() if any(line.get(name) is not None for line in lines)}
-    figure, axes = pyplot.subplots(1, len(titles), figsize=(4 * len(titles), 3.5), layout="constrained")
-    for axis, (name, title) in zip(axes, titles.items(), strict=True):
-        axis.plot(
-            *zip(*((line["epoch"], line[name]) for line in lines if line.get(name) is not None), strict=True),
-            linewidth=1.2,
-        )
-        axis.set(title=title, xlabel="epoch")
-        axis.grid(alpha=0.3)
-    figure.savefig(folder / "loss.png", dpi=110)
-    pyplot.close(figure)
+    Afterwards there is a file, if an empty one.
+    """
+    lines = read_lines(path) if path.exists() else []
+    kept = [line for line in lines if not (isinstance(line.get("step"), int | float) and line["step"] > step)]
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 
 from pipeline.command import UserError
+from pipeline.disk import OneWriter
 from train.checkpoint import (
     CHECKPOINT,
     BackboneInfo,
     newest_checkpoint,
+    refuse_other_images,
     refuse_other_recipe,
     remove_leftovers,
     save_checkpoint,
@@ -29,7 +31,7 @@ from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import Ranks, largest, say
 
 
-def backbone_info(config: PretrainConfig, features: int, step: int) -> BackboneInfo:
+def backbone_info(config: PretrainConfig, features: int, step: int, dataset_sha256: str) -> BackboneInfo:
     return BackboneInfo(
         arch=config.arch,
         stem=config.stem,
@@ -40,6 +42,7 @@ def backbone_info(config: PretrainConfig, features: int, step: int) -> BackboneI
         seed=config.seed,
         step=step,
         epochs=config.epochs,
+        dataset_sha256=dataset_sha256,
     )
 
 
@@ -69,9 +72,23 @@ class RunState:
     """`parts` are what has state_dict and load_state_dict, by name: model, optimizer, scaler.
 
     As a context it lets a write under way end, also where an error ends the run; the second Ctrl-C waits for nothing.
+
+        dataset_sha256   of the images, which a checkpoint must share with the run that resumes it; "" where unknown
+        writer           rank 0's right to write the folder, asked for before each checkpoint
     """
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks, parts: dict, features: int, loader):
+    def __init__(
+        self,
+        config: PretrainConfig,
+        ranks: Ranks,
+        parts: dict,
+        features: int,
+        loader,
+        *,
+        dataset_sha256: str = "",
+        writer: OneWriter | None = None,
+    ):
+        self.dataset_sha256, self.writer = dataset_sha256, writer
         self.config, self.ranks, self.parts, self.features = config, ranks, parts, features
         self.images, self.steps_per_epoch = loader.images, loader.steps_per_epoch
         self.folder = Path(config.run)
@@ -80,17 +97,20 @@ class RunState:
 
     def resume(self) -> int:
         """Loads the newest good checkpoint, where there is one and --resume allows it; returns its step, else 0."""
-        step, found = 0, newest_checkpoint(self.folder) if self.config.resume == "auto" else None
+        step, mark, found = 0, 0, newest_checkpoint(self.folder) if self.config.resume == "auto" else None
         if found:
-            saved, path = found
+            saved, path, sha256 = found
             refuse_other_recipe(saved, as_plain(self.config), self.images, path)
+            if not refuse_other_images(saved, self.config.data, self.dataset_sha256, path):
+                text = "is from before checkpoints named their images; it is taken on trust that they are those of"
+                say(self.ranks, f"note: {path} {text} {self.config.data}")
             if path.name != CHECKPOINT:
                 say(self.ranks, f"note: {self.folder / CHECKPOINT} is damaged or missing; going on from {path.name}")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
-            step = saved["step"]
+            step, mark = saved["step"], int(sha256[:15], 16)
             self.on_disk = step if path.name == CHECKPOINT else None
-        if largest(self.ranks, step) != step or -largest(self.ranks, -step) != step:
+        if largest(self.ranks, mark) != mark or -largest(self.ranks, -mark) != mark:
             raise UserError(f"the ranks see different checkpoints in {self.folder}; put it on a disk that all share")
         if self.ranks.rank == 0:
             remove_leftovers(self.folder)
@@ -109,7 +129,7 @@ class RunState:
         self._join()
         if self.error:
             return
-        about = {"config": as_plain(self.config), "backbone": asdict(backbone_info(self.config, self.features, step))}
+        about = {"config": as_plain(self.config), "backbone": asdict(self.info(step))}
         parts = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
         if self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
@@ -118,8 +138,13 @@ class RunState:
         self.thread.start()
         self.since = time.monotonic()
 
+    def info(self, step: int) -> BackboneInfo:
+        """What a file says of the backbone after `step` updates."""
+        return backbone_info(self.config, self.features, step, self.dataset_sha256)
+
     def _write(self, content: dict) -> None:
         try:
+            self._require_writer()
             refuse_lost_weights(content["model"], content["step"])
             save_checkpoint(self.folder, content, self.on_disk, self.config.keep)
             self.on_disk = content["step"]
@@ -130,14 +155,20 @@ class RunState:
         if self.thread:
             self.thread.join()
 
+    def _require_writer(self) -> None:
+        if self.writer is not None:
+            self.writer.require()
+
     @property
     def failed(self) -> bool:
-        return self.error is not None
+        """Whether this rank must end: a checkpoint could not be written, or another process took the run over."""
+        return self.error is not None or (self.writer is not None and self.writer.lost)
 
     def finish(self) -> None:
         """Waits until the last checkpoint is written. Called by all ranks: where it could not be, every one ends."""
         self._join()
         if largest(self.ranks, int(self.failed)):
+            self._require_writer()
             raise self.error or SystemExit(2)
 
     def __enter__(self) -> "RunState":

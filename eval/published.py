@@ -7,6 +7,8 @@ the published architecture. Everything else is shown with a remark that says wha
 import statistics
 from dataclasses import dataclass
 
+from pipeline.constants import IMAGENET_LIST_IMAGES
+
 BARLOW_TWINS = "Zbontar 2021"
 MMSELFSUP = "MMSelfSup's Barlow Twins model card (barlowtwins_resnet50_8xb256-coslr-300e_in1k)"
 SOLO_LEARN = "da Costa 2022 (solo-learn), CIFAR-10 table"
@@ -29,6 +31,7 @@ class Published:
     values    name among the `values` of our results → the published number
     protocol  our protocol with exactly the published settings; "" where we have none
     similar   beginnings of our protocols that may stand beside it, without a difference
+    resolution_px   side of its views
     remark    what differs even where the protocol's settings are the published ones
     """
 
@@ -43,6 +46,7 @@ class Published:
     dataset: str = "ImageNet"
     arch: str = "resnet50"
     fraction: float | None = 1.0
+    resolution_px: int = 224
     remark: str = ""
 
 
@@ -79,9 +83,7 @@ def _mmselfsup(what, values, protocol, remark=""):
 
 def _transfer(what, value, protocol, dataset):
     source = f"{BARLOW_TWINS}, table 3"
-    return Published(
-        "Transfer, linear", "barlow_twins", what, value, source, 1000, protocol, dataset=dataset, fraction=None
-    )
+    return Published("Transfer, linear", "barlow_twins", what, value, source, 1000, protocol, dataset=dataset)
 
 
 def _detection(what, values, protocol, dataset):
@@ -153,6 +155,7 @@ PUBLISHED = (
         similar=("linear",),
         dataset="CIFAR-10",
         arch="resnet18",
+        resolution_px=32,
     ),
     Published(
         "CIFAR-10, ResNet-18",
@@ -164,17 +167,43 @@ PUBLISHED = (
         similar=("knn",),
         dataset="CIFAR-10",
         arch="resnet18",
+        resolution_px=32,
     ),
 )
 
-# How a result's own record tells a dataset, whatever its folder is called: classes and validation images.
-# Sources: ILSVRC 2012; CIFAR-10; Places205 (Zhou 2014); iNaturalist 2018 (Van Horn 2018).
-SIZES = {"ImageNet": (1000, 50_000), "CIFAR-10": (10, 10_000), "Places205": (205, 20_500), "iNat18": (8142, 24_426)}
+# Classes, validation images and training images. By the first two a result's own record tells some datasets, whatever
+# their folders are called; the protocols of the others name theirs, and of COCO only images with an object train.
+# Sources: ILSVRC 2012; CIFAR-10; Places205 (Zhou 2014); iNaturalist 2018 (Van Horn 2018); PASCAL VOC; COCO 2017.
+SIZES = {
+    "ImageNet": (1000, 50_000, 1_281_167),
+    "CIFAR-10": (10, 10_000, 50_000),
+    "Places205": (205, 20_500, 2_448_873),
+    "iNat18": (8142, 24_426, 437_513),
+    "VOC07": (20, 4952, 5011),
+    "VOC07+12": (20, 4952, 16_551),
+    "COCO": (80, 5000, 117_266),
+}
+NAMED_BY_PROTOCOL = ("VOC07", "VOC07+12", "COCO")
 
 
 def on_dataset(result: dict, dataset: str) -> bool:
-    """Whether a result was measured on a published dataset; the others' protocols name theirs."""
-    return dataset not in SIZES or (result["classes"], result["val_images"]) == SIZES[dataset]
+    """Whether a result was measured on a published dataset, or on a part of it with all of its validation images."""
+    return dataset in NAMED_BY_PROTOCOL or (result["classes"], result["val_images"]) == SIZES[dataset][:2]
+
+
+def other_images(published: Published, result: dict) -> list[str]:
+    """What is not the published choice of images."""
+    _, val_images, train_images = SIZES[published.dataset]
+    remarks = []
+    if published.fraction in (0.01, 0.1):
+        percent = round(100 * published.fraction)
+        train_images = IMAGENET_LIST_IMAGES[percent]
+        if result["split"] != f"imagenet-{percent}percent":
+            remarks.append(f"other labelled images than SimCLR's {percent} % ({result['split']})")
+    for what, expected in (("train_images", train_images), ("val_images", val_images)):
+        if result[what] != expected:
+            remarks.append(f"{result[what]} {what.replace('_', ' ')}, not {expected}")
+    return remarks
 
 
 def matching(published: Published, results: list[dict]) -> list[dict]:
@@ -200,7 +229,7 @@ def matching(published: Published, results: list[dict]) -> list[dict]:
         return []
 
     def same(r: dict) -> tuple:
-        return r["checkpoint_sha256"], r["protocol"], r["changed"], r["dataset_sha256"]
+        return r["checkpoint_sha256"], r.get("key", ""), r["protocol"], r["changed"], r["dataset_sha256"]
 
     by_seed = {one["seed"]: one for r in chosen if same(r) == same(chosen[-1]) for one in single_seeds(r)}
     return list(by_seed.values())
@@ -208,42 +237,45 @@ def matching(published: Published, results: list[dict]) -> list[dict]:
 
 def single_seeds(result: dict) -> list[dict]:
     """A result as one a seed: of several seeds, the line's details hold each one's values."""
-    seeds = result.get("details", {}).get("seeds") or [result["values"] | {"seed": result["seed"]}]
+    seeds = result["details"].get("seeds") or [result["values"] | {"seed": result["seed"]}]
     return [result | {"seed": s["seed"], "values": s, "seconds": result["seconds"] / len(seeds)} for s in seeds]
 
 
-def compare(published: Published, results: list[dict]) -> Comparison:
-    """`results`: the lines of some runs' results.jsonl, oldest first, each with the `method` that made its encoder."""
-    found = matching(published, results)
+def compare(published: Published, found: list[dict], name_checkpoint: bool) -> Comparison:
+    """A published row and our results that belong in it, one a seed; `name_checkpoint`: with whose they are."""
     if not found:
         return Comparison(published)
     last, count = found[-1], len(found)
     means = [statistics.fmean(r["values"][key] for r in found) for key in published.values]
     spreads = [statistics.stdev(r["values"][key] for r in found) if count > 1 else None for key in published.values]
+    differs = [last["arch"]] if last["arch"] != published.arch else []
+    changed = {k: v for k, v in last["changed"].items() if (k, v) != ("resolution_px", published.resolution_px)}
+    if changed:
+        differs.append("modified: " + ", ".join(f"{key} {value}" for key, value in changed.items()))
+    if last["protocol"].removesuffix("-modified") != published.protocol:
+        differs.append("another protocol than the published one")
+    differs += other_images(published, last) + ([published.remark] if published.remark else [])
     remarks = [f"pretrained for {last['epochs']} epochs"] if last["epochs"] else []
-    if last["arch"] != published.arch:
-        remarks.append(last["arch"])
-    if last["protocol"] != published.protocol:
-        changed = ", ".join(f"{key} {value}" for key, value in last["changed"].items())
-        remarks.append(f"modified: {changed}" if changed else "another protocol than the published one")
-    remarks += [published.remark] if published.remark else []
-    comparable = (last["protocol"], last["arch"], "") == (published.protocol, published.arch, published.remark)
+    remarks += [f"step {last['step']}, checkpoint {last['checkpoint_sha256'][:8]}"] if name_checkpoint else []
     return Comparison(
         published,
         " / ".join(f"{m:.2f}" + (f" ± {s:.2f}" if s is not None else "") for m, s in zip(means, spreads, strict=True)),
-        " / ".join(f"{m - p:+.2f}" for m, p in zip(means, published.values.values(), strict=True)) * comparable,
+        " / ".join(f"{m - p:+.2f}" for m, p in zip(means, published.values.values(), strict=True)) * (not differs),
         last["protocol"],
         ", ".join(str(r["seed"]) for r in found),
         sum(r["seconds"] for r in found),
-        "; ".join(remarks),
+        "; ".join(remarks + differs),
     )
 
 
 def comparisons(results: list[dict]) -> dict[str, list[Comparison]]:
-    """Every published row with ours, by table, in the order above."""
+    """Every published row with ours, by table, in the order above. `results`: the lines of some runs' results.jsonl,
+    oldest first, each with the `method` that made its encoder. Rows of several checkpoints name theirs."""
+    found = [(published, matching(published, results)) for published in PUBLISHED]
+    checkpoints = {r["checkpoint_sha256"] for _, ours in found for r in ours}
     tables: dict[str, list[Comparison]] = {}
-    for published in PUBLISHED:
-        tables.setdefault(published.table, []).append(compare(published, results))
+    for published, ours in found:
+        tables.setdefault(published.table, []).append(compare(published, ours, len(checkpoints) > 1))
     return tables
 
 

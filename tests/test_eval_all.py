@@ -5,8 +5,9 @@ import json
 import pytest
 
 from eval.features import open_encoder
-from eval.subject import append_line, read_results
+from eval.subject import read_results
 from pipeline.command import UserError
+from pipeline.disk import append_line
 from scripts import eval_all
 from scripts.eval_all import EvalAllConfig, main
 from tests.evaluation import write_dataset, write_run

@@ -17,10 +17,9 @@ from eval.features import (
     describe_features,
     extract_features,
     features_of,
-    keep_features,
     open_encoder,
-    read_features,
 )
+from eval.kept import keep_features, read_features
 from eval.subject import open_subject
 from pipeline.beton import open_beton
 from pipeline.command import UserError

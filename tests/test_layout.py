@@ -23,7 +23,7 @@ train.methods.contract train.methods.barlow_twins train.methods.barlow_ablations
 train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicreg train.methods.choose train.lars
 train.run_data train.schedule train.knn_vote train.checkpoint train.initial train.runstate train.recompute train.guard
 train.watchdog train.runlog train.online_knn train.recorded train.pretrain
-eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
+eval.kept eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
 eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer
 eval.detection_data eval.detection_model eval.detection_scores eval.detection_train eval.detection
 eval.published eval.summary eval.charts eval.page eval.correlation eval.neighbours eval.report

@@ -130,6 +130,24 @@ def test_seeds_are_trainings_of_their_own(run):
     assert "top1_std" not in alone[0]["values"] and alone[0]["changed"] == result["changed"]
 
 
+def test_every_seed_begins_with_the_same_weights(run, data, monkeypatch):
+    """A training replaces the checkpoint while the first seed is fine-tuned; the second begins as the first did."""
+    starts, before = [], open_encoder(run)
+
+    def replaced(model, *args, **more):
+        starts.append({name: w.clone() for name, w in model.backbone.state_dict().items()})
+        history = fit(model, *args, **more)
+        write_run(run, data, seed=1, step=21)
+        return history
+
+    monkeypatch.setattr(semisup, "fit", replaced)
+    result = main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1, batch=20, lr_backbone=0.02, seeds=2))
+    assert result["checkpoint_sha256"] == before.info.sha256 != open_encoder(run).info.sha256 and result["step"] == 9
+    for start in starts:
+        assert all(torch.equal(start[name], w) for name, w in before.module.state_dict().items())
+    assert [one["split"] for one in result["details"]["seeds"]] == [f"balanced-0.2-seed{seed}" for seed in (0, 1)]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -119,7 +119,7 @@ def test_done_before_means_the_same_images_weights_and_settings(tmp_path, capsys
 
     def states() -> list[str]:
         main(config)
-        return [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines()]
+        return [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("knn")]
 
     for other in ({"resolution": 16}, {"feature_type": "float16"}, {"shots": 30}, {"features": "random", "seed": 1}):
         knn.main(knn.KnnConfig(checkpoint=run, **other))

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from eval import features as features_module
 from eval import subject as subject_module
 from eval.features import features_of, open_encoder
 from eval.knn import KnnConfig, main
@@ -20,6 +22,7 @@ from pipeline.beton import open_beton
 from pipeline.command import UserError
 from pipeline.disk import append_line
 from tests.evaluation import AT_SIDE, write_dataset, write_run
+from train.checkpoint import BackboneInfo, load_backbone
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -182,6 +185,25 @@ def test_a_missing_run_is_exit_code_2_and_one_line(entry, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "nowhere" in done.stderr and ("pretrain.py" in done.stderr or "eval/knn.py" in done.stderr)
+
+
+def test_the_network_of_a_file_is_chosen_and_recorded(run, monkeypatch):
+    """Two networks of one file have the same sha256: --key reaches the file, the line and the kept features."""
+
+    @dataclass(frozen=True)
+    class Keyed(BackboneInfo):
+        key: str = ""
+
+    def load(path, key=""):
+        module, info = load_backbone(path)
+        torch.nn.init.normal_(next(module.parameters()), std=len(key))
+        return module, Keyed(**vars(info) | {"key": key})
+
+    monkeypatch.setattr(features_module, "load_backbone", load)
+    results = [main(KnnConfig(checkpoint=run, key=key)) for key in ("encoder_q", "encoder", "encoder_q")]
+    assert [r["key"] for r in results] == ["encoder_q", "encoder", "encoder_q"]
+    assert results[0]["values"] != results[1]["values"] and results[0]["values"] == results[2]["values"]
+    assert len(list((run / "features").iterdir())) == 4
 
 
 def test_a_moved_dataset_says_so(run, data, tmp_path):

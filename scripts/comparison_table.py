@@ -117,7 +117,7 @@ def table(values: dict, rows: str) -> str:
     for name in names:
         cells, seeds = [], set()
         for protocol in protocols:
-            found = values[protocol][name]
+            found = values[protocol].get(name, {})
             seeds |= set(found)
             spread = f" ± {interval(list(found.values())):.2f}" if len(found) > 1 else ""
             cells.append(f"{np.mean(list(found.values())):.2f}{spread}" if found else "–")

@@ -21,6 +21,7 @@ from pathlib import Path
 import tyro
 
 from eval.charts import bars, line_chart, scatter
+from eval.comparison import comparison_markdown, comparisons, duration
 from eval.correlation import SHOWN_VIEWS, Correlation, config_from, correlate
 from eval.neighbours import (
     SHOWN,
@@ -34,7 +35,7 @@ from eval.neighbours import (
     vote,
 )
 from eval.page import matrix_picture, page, paragraph, picture, readable, section, table
-from eval.published import comparison_markdown, comparisons, duration, method_title, published_text
+from eval.published import method_title, published_text
 from eval.subject import read_results
 from eval.summary import (
     EXPLANATION,

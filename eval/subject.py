@@ -28,9 +28,9 @@ from train.run_data import dataset_sha256
 RESULTS = "results.jsonl"
 SHARED_SETTINGS = {"resolution_px": 224, "feature_type": "float32"}  # of every published protocol
 # What this program reads of a result's line, and of which type it is.
+TEXTS = ("protocol", "metric", "encoder", "arch", "checkpoint", "checkpoint_sha256", "time", "dataset", "split")
 NEEDED = {
-    **dict.fromkeys(("protocol", "metric", "encoder", "arch", "checkpoint", "checkpoint_sha256", "time"), str),
-    **dict.fromkeys(("dataset", "split"), str),
+    **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(("value", "seconds", "epochs"), (int, float)),
     **dict.fromkeys(("step", "resolution_px", "train_images", "val_images", "classes", "seed"), int),
     **dict.fromkeys(("values", "details", "dataset_sha256", "settings", "changed"), dict),

@@ -26,7 +26,7 @@ train.watchdog train.runlog train.online_knn train.recorded train.pretrain
 eval.kept eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
 eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer
 eval.detection_data eval.detection_model eval.detection_scores eval.detection_train eval.detection
-eval.published eval.summary eval.charts eval.page eval.correlation eval.neighbours eval.report
+eval.published eval.comparison eval.summary eval.charts eval.page eval.correlation eval.neighbours eval.report
 """.split()
 ENTRIES = {"pipeline.convert", "pipeline.preview", "train.pretrain"} | {
     f"eval.{name}"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from eval.published import PUBLISHED, comparison_markdown, comparisons, duration, published_text
+from eval.comparison import comparison_markdown, comparisons, duration
+from eval.published import PUBLISHED, published_text
 
 # Copied by hand from the papers' and model cards' tables.
 NUMBERS = """

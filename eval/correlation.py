@@ -1,7 +1,8 @@
 """What the loss saw: both views of some training images, and the cross-correlation matrix of their embeddings.
 
-The views are those of the run's own first batches. The network is the checkpoint's, with its projector, in
-evaluation mode; every embedding dimension is then normalized over all the images taken, as the loss does.
+The views are those of the run's own first batches, by the loader of train/run_data.py. The network is the
+checkpoint's, with its projector, in evaluation mode; every embedding dimension is then normalized over all the images
+taken, as the loss does.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,8 +13,10 @@ import torch
 
 from pipeline.command import UserError
 from pipeline.loader import make_loader
-from pipeline.spec import Normalization
-from train.checkpoint import CHECKPOINT, read_checkpoint
+from pipeline.order import steps_per_epoch
+from pipeline.shards import SUFFIX as SHARDS
+from pipeline.spec import LoaderConfig, Normalization
+from train.checkpoint import CHECKPOINT, file_sha256, read_checkpoint
 from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.methods.barlow_twins import cross_correlation
@@ -29,9 +32,14 @@ SHOWN_VIEWS = 8
 
 @dataclass(frozen=True)
 class Correlation:
-    """pairs: [(view 1, view 2)] as (H, W, 3) uint8; matrix (D, D) float32; images: how many it is made of."""
+    """pairs: [(view 1, view 2)] as (H, W, 3) uint8; matrix (D, D) float32; images: how many it is made of.
+
+    checkpoint_sha256, step     of the network
+    """
 
     method: str
+    checkpoint_sha256: str
+    step: int
     pairs: list[tuple[np.ndarray, np.ndarray]]
     matrix: np.ndarray
     images: int
@@ -56,15 +64,34 @@ def config_from(plain: dict) -> PretrainConfig:
     return PretrainConfig(**plain | {"data": Path(plain["data"]), "without": tuple(plain.get("without", ()))})
 
 
-def load_method(run: Path) -> tuple[torch.nn.Module, PretrainConfig]:
-    """The whole pretrained network of a run folder, in evaluation mode on the CPU. Raises UserError."""
-    state = read_checkpoint(run / CHECKPOINT)
+def read_state(run: Path) -> tuple[dict, str]:
+    """The newest state of a run folder, and its file's sha256. Raises UserError."""
+    return read_checkpoint(run / CHECKPOINT), file_sha256(run / CHECKPOINT)
+
+
+def load_method(state: dict) -> tuple[torch.nn.Module, PretrainConfig]:
+    """The whole pretrained network of a run's state, in evaluation mode on the CPU. Raises UserError."""
     if not state["config"]:
-        raise UserError(f"{run / CHECKPOINT} does not tell how it was trained, so its projector cannot be rebuilt")
+        raise UserError("the checkpoint does not tell how it was trained, so its projector cannot be rebuilt")
     config = config_from(state["config"])
     method = make_method(*make_backbone(config.arch, config.stem), config)
     method.load_state_dict(state["model"])
     return method.eval(), config
+
+
+def shown_loader_config(config: PretrainConfig, device: torch.device) -> LoaderConfig:
+    """What loads the run's images, in its order and with its views, on this machine and a few at a time.
+
+    The run's flags of where and how fast do not count here; only shards need the decoder that can read them.
+    """
+    loading = loader_config(config, Ranks(0, 1, device, None))
+    return replace(
+        loading,
+        global_batch=min(BATCH, loading.global_batch),
+        backend="dali" if loading.data.name.endswith(SHARDS) else "ffcv",
+        views_on="auto",
+        workers=0,
+    )
 
 
 def shown_pixels(view: torch.Tensor, normalization: Normalization) -> np.ndarray:
@@ -77,15 +104,18 @@ def shown_pixels(view: torch.Tensor, normalization: Normalization) -> np.ndarray
 @torch.no_grad()
 def correlate(run: Path) -> Correlation:
     """Embeds the views of at most IMAGES images of the run's first batches. Raises UserError where that cannot be."""
-    method, config = load_method(run)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    state, sha256 = read_state(run)
+    method, config = load_method(state)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method.to(device, memory_format=torch.channels_last)
-    loading = loader_config(config, Ranks(0, 1, torch.device(device), None))
-    loading = replace(loading, global_batch=min(BATCH, loading.global_batch))  # the same images, a few at a time
-    most = IMAGES_LARGE_ON_CPU if device == "cpu" and config.resolution >= LARGE_PX else IMAGES
+    loading = shown_loader_config(config, device)
+    large_on_cpu = device.type == "cpu" and loading.resolution_at(0) >= LARGE_PX
     loader, embeddings, pairs = make_loader(loading), ([], []), []
     try:
-        for batch in loader.batches(0, max(1, min(most, loader.images) // loading.global_batch)):
+        # The run's first epoch leaves out what does not fill one of its own batches.
+        seen = steps_per_epoch(loader.images, config.global_batch) * config.global_batch
+        images = min(IMAGES_LARGE_ON_CPU if large_on_cpu else IMAGES, seen)
+        for batch in loader.batches(0, images // loading.global_batch):
             for kept, view in zip(embeddings, batch.views, strict=True):
                 kept.append(method.projector(method.backbone(view)).float())
             if not pairs:
@@ -94,6 +124,8 @@ def correlate(run: Path) -> Correlation:
     finally:
         loader.close()
     z1, z2 = (torch.cat(parts) for parts in embeddings)
-    # A dimension that never varies has no correlation: it stays 0 instead of becoming no number.
+    if not (z1.isfinite().all() and z2.isfinite().all()):
+        raise UserError("the embeddings are not all finite numbers: the run has diverged")
+    # A dimension that never varies has no correlation: it stays 0 instead of being divided by 0.
     z1, z2 = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-6) for z in (z1, z2))
-    return Correlation(config.method, pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))
+    return Correlation(config.method, sha256, state["step"], pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))

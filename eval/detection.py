@@ -11,15 +11,17 @@ Protocol detection-coco: the 1× schedule, 90,000 iterations with steps after 60
 pycocotools' AP of boxes and masks on val2017. The schedules are Zbontar 2021's, the rest is MoCo's: see
 eval/detection_model.py, also for what differs from Detectron2.
 
-Started again, the same command goes on from its last checkpoint, <run>/detection-<task>/checkpoint.pt; SIGTERM and
-Ctrl-C write one first. The detections stay beside it, in COCO's results form.
+Started again, the same command continues from its last checkpoint, <run>/detection-<task>/checkpoint.pt; SIGTERM and
+Ctrl-C write one first. The detections stay beside it, in COCO's results form. One such training at a time writes there.
 """
 
+import contextlib
 import json
 import pickle
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -31,14 +33,15 @@ from eval.detection_model import detectron2_weights, make_detector
 from eval.detection_scores import coco_scores, voc_scores
 from eval.detection_train import Schedule, Training, detect, take_precise_statistics, train
 from eval.features import Encoder, open_encoder
-from eval.subject import encoder_facts, protocol_name, require_positive, write_result
+from eval.subject import encoder_facts, protocol_name, require_positive, result_folder, write_result
 from eval.supervised import milestones_for
 from pipeline.command import DATA, RUNS, UserError, run_command
-from pipeline.disk import write_whole
+from pipeline.disk import OneWriter, write_whole
 from train.batchnorm import with_global_batch_norm
-from train.distributed import Ranks, say, start_ranks, stop_ranks
+from train.distributed import Ranks, largest, say, start_ranks, stop_ranks
 
 EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
+WRITER = ".writer"  # in the folder: says which process writes there
 PROTOCOLS = {
     "voc": {
         "train": "VOC2007 trainval+VOC2012 trainval",
@@ -73,6 +76,9 @@ class DetectionConfig:
     """Which dataset and protocol."""
     checkpoint: Path = RUNS / "latest"
     """A run folder, or a checkpoint file: ours, or a torchvision ResNet's state dict."""
+    key: str = ""
+    """Which network of a file that holds several: the beginning of its parameters' names. Empty: the one that the rule
+    in train/checkpoint.py chooses."""
     data: Path | None = None
     """VOCdevkit with VOC2007 (and VOC2012), or COCO's folder. None: data/VOCdevkit or data/coco."""
     features: Literal["encoder", "random"] = "encoder"
@@ -140,13 +146,15 @@ def scores_of(task: str, split: Split, detections: list[dict]) -> dict[str, floa
 
 def export(config: DetectionConfig) -> None:
     """Writes the backbone for Detectron2."""
-    weights = detectron2_weights(open_encoder(config.checkpoint.expanduser()).module)
+    weights = detectron2_weights(open_encoder(config.checkpoint.expanduser(), key=config.key).module)
     write_whole(config.export_detectron2, pickle.dumps(weights))
     print(f"{config.export_detectron2}: {len(weights['model'])} tensors in Detectron2's layout")
 
 
-def make_training(config: DetectionConfig, ranks: Ranks, encoder: Encoder, images: Split, folder: Path) -> Training:
-    """The detector with its schedule, gone on from its checkpoint where there is one. Raises UserError."""
+def make_training(
+    config: DetectionConfig, ranks: Ranks, encoder: Encoder, images: Split, folder: Path, writer: OneWriter | None
+) -> Training:
+    """The detector with its schedule, continued from its checkpoint where there is one. Raises UserError."""
     settings = chosen_settings(config, images)
     if settings["batch"] % ranks.world_size:
         raise UserError(f"--batch {settings['batch']} cannot be shared by {ranks.world_size} ranks; give a multiple")
@@ -167,56 +175,105 @@ def make_training(config: DetectionConfig, ranks: Ranks, encoder: Encoder, image
     detector = with_global_batch_norm(detector.to(ranks.device), ranks.device)
     about = settings | {"task": config.task, "seed": config.seed, "encoder": encoder.info.sha256}
     about |= {"images": images.sha256()}
-    training = Training(detector, schedule, ranks, config.workers, folder / "checkpoint.pt", about)
+    training = Training(detector, schedule, ranks, config.workers, folder / "checkpoint.pt", about, writer)
     training.resume()
     return training
 
 
-def measure(config: DetectionConfig, ranks: Ranks) -> int:
-    """Trains, tests and records; returns the exit code."""
+@contextlib.contextmanager
+def only_writer(ranks: Ranks, folder: Path) -> Iterator[OneWriter | None]:
+    """The right to write in a folder, held by rank 0. Where another process has it, all ranks end with exit code 2:
+    rank 0 by the UserError that names that process."""
+    writer, refused = None, None
+    if ranks.rank == 0:
+        try:
+            folder.mkdir(exist_ok=True)
+            writer = OneWriter(folder / WRITER, f"the evaluation in {folder}")
+        except (UserError, OSError) as error:
+            refused = error if isinstance(error, UserError) else UserError(f"{folder} cannot be made: {error.strerror}")
+    if largest(ranks, int(refused is not None)):
+        raise refused or SystemExit(2)
+    with writer or contextlib.nullcontext():
+        yield writer
+
+
+def require_one_checkpoint(ranks: Ranks, sha256: str) -> None:
+    """All ranks end where they read different files: a training replaced the checkpoint between their reads."""
+    number = int(sha256[:15], 16)
+    if largest(ranks, number) != number or -largest(ranks, -number) != number:
+        text = "the ranks read different checkpoints, because a training writes there; wait for it or name another file"
+        raise UserError(text) if ranks.rank == 0 else SystemExit(2)
+
+
+def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
+    """Trains, tests and records; returns the result on rank 0, or the exit code where a signal stopped it."""
     started = time.monotonic()
     require_positive("checkpoint-every", config.checkpoint_every)
     checkpoint = config.checkpoint.expanduser()
-    encoder = open_encoder(checkpoint, random_seed=config.seed if config.features == "random" else None)
+    random_seed = config.seed if config.features == "random" else None
+    encoder = open_encoder(checkpoint, random_seed=random_seed, key=config.key)
+    require_one_checkpoint(ranks, encoder.info.sha256)
     train_split, test_split = open_splits(config)
-    run = checkpoint.resolve() if checkpoint.is_dir() else checkpoint.resolve().parent
+    run = result_folder(checkpoint)
     folder = run / f"detection-{config.task}"
-    folder.mkdir(exist_ok=True)
-    training = make_training(config, ranks, encoder, train_split, folder)
-    say(ranks, f"{folder}: from iteration {training.iteration}, {len(train_split)} images")
-    masks = config.task == "coco"
-    images = DetectionImages(train_split.records, masks, config.task == "voc", config.seed)
-    if asked := train(training, images, config.checkpoint_every):
-        say(ranks, f"stopped after iteration {training.iteration}; the same command goes on from there")
-        return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_REQUEUE
-    take_precise_statistics(training, images)
-    detections = detect(training, test_split, masks)
-    if ranks.rank == 0:
+    with only_writer(ranks, folder) as writer:
+        training = make_training(config, ranks, encoder, train_split, folder, writer)
+        say(ranks, f"{folder}: from iteration {training.iteration}, {len(train_split)} images")
+        masks = config.task == "coco"
+        images = DetectionImages(train_split.records, masks, config.task == "voc", config.seed)
+        if asked := train(training, images, config.checkpoint_every):
+            say(ranks, f"stopped after iteration {training.iteration}; the same command continues from there")
+            return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_REQUEUE
+        take_precise_statistics(training, images)
+        detections = detect(training, test_split, masks)
+        if ranks.rank != 0:
+            return None
+        writer.require()
         write_whole(folder / "detections.json", json.dumps(detections))
-        values = scores_of(config.task, test_split, detections)
-        settings = {name: training.about[name] for name in PROTOCOLS[config.task]}
-        protocol, changed = protocol_name(NAMES[config.task], PROTOCOLS[config.task], settings)
-        result = {"protocol": protocol, "metric": "AP", "value": values["AP"], "values": values, "details": {}}
-        result |= encoder_facts(encoder, config.checkpoint)
-        digests = {"train": training.about["images"], "val": test_split.sha256()}
-        result |= {"dataset": test_split.name, "dataset_sha256": digests, "fraction": None, "split": train_split.name}
-        result |= {"train_images": len(train_split), "val_images": len(test_split)}
-        result |= {"classes": len(train_split.classes), "seed": config.seed, "settings": settings, "changed": changed}
-        result |= {"world_size": ranks.world_size, "seconds": round(time.monotonic() - started, 2)}
-        write_result(run, result)
-    return 0
+        result = result_of(config, training, encoder, (train_split, test_split), detections)
+        return write_result(run, result | {"seconds": round(time.monotonic() - started, 2)})
 
 
-def main(config: DetectionConfig) -> None:
+def result_of(
+    config: DetectionConfig, training: Training, encoder: Encoder, splits: tuple[Split, Split], detections: list[dict]
+) -> dict:
+    """What a result's line says, but how long it took."""
+    train_split, test_split = splits
+    values = scores_of(config.task, test_split, detections)
+    settings = {name: training.about[name] for name in PROTOCOLS[config.task]}
+    protocol, changed = protocol_name(NAMES[config.task], PROTOCOLS[config.task], settings)
+    return {
+        "protocol": protocol,
+        "metric": "AP",
+        "value": values["AP"],
+        "values": values,
+        "details": {},
+        **encoder_facts(encoder, config.checkpoint),
+        "dataset": test_split.name,
+        "dataset_sha256": {"train": training.about["images"], "val": test_split.sha256()},
+        "fraction": None,
+        "split": train_split.name,
+        "train_images": len(train_split),
+        "val_images": len(test_split),
+        "classes": len(train_split.classes),
+        "seed": config.seed,
+        "settings": settings,
+        "changed": changed,
+        "world_size": training.ranks.world_size,
+    }
+
+
+def main(config: DetectionConfig) -> dict | None:
     if config.export_detectron2:
         return export(config)
     ranks = start_ranks()
     try:
-        code = measure(config, ranks)
+        made = measure(config, ranks)
     finally:
         stop_ranks()
-    if code:
-        sys.exit(code)
+    if isinstance(made, int):
+        sys.exit(made)
+    return made
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def open_voc(root: Path, years_and_sets: list[tuple[str, str]]) -> Split:
         listing = folder / "ImageSets" / "Main" / f"{part}.txt"
         if not listing.is_file():
             raise UserError(f"{listing} is missing; --data expects the folder VOCdevkit with {year} inside")
-        names = listing.read_text().split()
+        names = listing.read_text("utf-8", "surrogateescape").split()
         if not names:
             raise UserError(f"{listing} lists no image; unpack {year} again")
         found = [_voc_record(folder, name, len(records) + i) for i, name in enumerate(names, 1)]
@@ -135,7 +135,7 @@ def open_coco(root: Path, part: str) -> Split:
     """COCO's `part`, such as "train2017"; categories are renumbered from 1 in the order of their ids."""
     path = root / "annotations" / f"instances_{part}.json"
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
         images, objects, categories = (content[key] for key in ("images", "annotations", "categories"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing; --data expects COCO's folder with annotations/ and {part}/") from None

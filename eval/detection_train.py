@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from eval.detection_data import DetectionImages, Split, training_keys
 from pipeline.command import UserError
-from pipeline.disk import write_whole
+from pipeline.disk import OneWriter, write_whole
 from train.distributed import Ranks, StopRequest
 
 FORMAT, VERSION = "barlow-at-speed detection", 1
@@ -76,16 +76,30 @@ def moved(images: list, targets: list, device: torch.device) -> tuple[list, list
 
 
 class Training:
-    """A detector and its optimizer after `iteration` updates. `about` is what a checkpoint must share with its run."""
+    """A detector and its optimizer after `iteration` updates. `about` is what a checkpoint must share with its run.
 
-    def __init__(self, detector: nn.Module, schedule: Schedule, ranks: Ranks, workers: int, path: Path, about: dict):
+    `writer` is rank 0's right to write the checkpoint; without one nobody else is expected to.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        schedule: Schedule,
+        ranks: Ranks,
+        workers: int,
+        path: Path,
+        about: dict,
+        writer: OneWriter | None = None,
+    ):
         self.detector, self.schedule, self.ranks, self.workers = detector, schedule, ranks, workers
-        self.path, self.about = path, about
+        self.path, self.about, self.writer = path, about, writer
         self.optimizer, self.iteration = make_optimizer(detector), 0
 
     def save(self) -> None:
         """Writes the checkpoint, on rank 0, whole or not at all."""
         if self.ranks.rank == 0:
+            if self.writer:
+                self.writer.require()
             state = {"format": FORMAT, "version": VERSION, "about": self.about, "iteration": self.iteration}
             state |= {"model": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
             buffer = io.BytesIO()
@@ -93,7 +107,7 @@ class Training:
             write_whole(self.path, buffer.getbuffer())
 
     def resume(self) -> None:
-        """Goes on from the checkpoint, where there is one. Raises UserError for another run's, or a damaged one."""
+        """Continues from the checkpoint, where there is one. Raises UserError for another run's, or a damaged one."""
         if not self.path.is_file():
             return
         try:

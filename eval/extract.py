@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from eval.features import cache_entry, centre_loader_config, feature_parts, read_features
+from eval.features import cache_entry, centre_loader_config, feature_parts
+from eval.kept import read_features
 from eval.subject import SubjectConfig, open_subject
 from pipeline.command import UserError, run_command
 

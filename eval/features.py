@@ -7,36 +7,33 @@
 A large set is extracted in parts of whole batches, each kept as it is done: an interrupted extraction goes on, and
 eval/extract.py shares the parts among ranks. Parts do not change a batch, and so not a bit.
 
-The hash covers everything that decides the numbers: the checkpoint's sha256, the dataset's digest, the ids, the
-view, the type. The same description stands inside the file and is compared on reading, so that features of
-another checkpoint are never used, however a file came to its name.
+The hash covers everything that decides the numbers: the checkpoint's sha256, which of its networks, the dataset's
+digest, the ids, the view, the type. The same description stands inside the file and is compared on reading, so that
+features of another checkpoint are never used, however a file came to its name (eval/kept.py).
 """
 
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from eval.kept import FEATURES_VERSION, keep_features, read_features
 from pipeline.beton import Beton
 from pipeline.command import UserError
-from pipeline.disk import write_whole
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
 from train.checkpoint import BackboneInfo, load_backbone
 from train.model import make_backbone
 from train.run_data import dataset_sha256
 
-FEATURES_VERSION = 1  # of the cache: raise it when the same description would give other numbers
+KINDS = ("raw pixels", "untrained", "trained")  # what an Encoder can be, as tables list them
 EXTRACT_BATCH = 128  # at 224 px; more where the images are smaller, so that a batch is as much work
 EXTRACT_BATCH_MOST = 256
 PART_BATCHES = 128  # of one part: some seconds of a GPU, minutes of a CPU
@@ -57,19 +54,25 @@ class Encoder:
 
 
 def open_encoder(
-    checkpoint: Path, pixels: bool = False, random_seed: int | None = None, resolution_px: int | None = None
+    checkpoint: Path,
+    pixels: bool = False,
+    random_seed: int | None = None,
+    resolution_px: int | None = None,
+    key: str = "",
 ) -> Encoder:
     """The encoder of a run folder or checkpoint file, on this rank's GPU where there is one.
 
-    With `pixels` the checkpoint only says how large the views are and how they are normalized; with `random_seed`
-    also which architecture gets random weights. `resolution_px` replaces the views' side. Raises UserError.
+    The file is opened once: `info.sha256` is of the very bytes whose weights these are. An evaluation calls this once,
+    because a training may replace the file at any time. With `pixels` the checkpoint only says how large the views are
+    and how they are normalized; with `random_seed` also which architecture gets random weights. `resolution_px`
+    replaces the views' side; `key` names one of several networks in the file. Raises UserError.
     """
     if not checkpoint.exists():
         raise UserError(
             f"there is no checkpoint at {checkpoint}; make one with `torchrun train/pretrain.py`, "
             "or point --checkpoint at a run folder or a checkpoint file"
         )
-    module, info = load_backbone(checkpoint)
+    module, info = load_backbone(checkpoint, key) if key else load_backbone(checkpoint)
     info = replace(info, resolution_px=resolution_px or info.resolution_px)
     kind = "untrained" if info.data and info.step == 0 else "trained"
     if pixels:
@@ -87,8 +90,18 @@ def random_encoder(info: BackboneInfo, seed: int) -> tuple[nn.Module, BackboneIn
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module, _ = make_backbone(info.arch, info.stem)
+    return module, replace(info, step=0, epochs=0, seed=seed, sha256=random_sha256(info, seed))
+
+
+def random_sha256(info: BackboneInfo, seed: int) -> str:
+    """What a result calls the random weights of an architecture in place of a checkpoint's sha256."""
     named = f"random weights of {info.arch}, {info.stem} stem, seed {seed}"
-    return module, replace(info, step=0, epochs=0, seed=seed, sha256=hashlib.sha256(named.encode()).hexdigest())
+    return hashlib.sha256(named.encode()).hexdigest()
+
+
+def network_key(info: BackboneInfo) -> str:
+    """Which of several networks in its file an encoder is, "" where there is one."""
+    return getattr(info, "key", "")
 
 
 def extract_batch(resolution_px: int) -> int:
@@ -140,11 +153,14 @@ def describe_features(encoder: Encoder, beton: Beton, config: LoaderConfig, dtyp
     return {
         "version": FEATURES_VERSION,
         "checkpoint_sha256": encoder.info.sha256,
+        "key": network_key(encoder.info),
         "arch": encoder.info.arch,
         "stem": encoder.info.stem,
         "dataset_sha256": dataset_sha256(beton),
         "ids_sha256": "all" if config.ids is None else hashlib.sha256(config.ids.astype("<i8").tobytes()).hexdigest(),
-        "view": asdict(config.views) | {"resolution_px": config.resolution_px, "loader": config.backend},
+        "view": asdict(config.views),
+        "resolution_px": config.resolution_px,
+        "loader": config.backend,
         "normalization": [list(config.normalization.mean), list(config.normalization.std)],
         "dtype": str(dtype).removeprefix("torch."),
         "batch": config.global_batch,
@@ -212,30 +228,3 @@ def feature_parts(
             if len(starts) > 1 or world_size > 1:
                 keep_features(part_path, own, part)
         yield part
-
-
-def read_features(path: Path, description: str) -> torch.Tensor | None:
-    """Kept features, None where there are none. Raises UserError for a file whose content is something else's."""
-    if not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("description")
-            features = file.get_tensor("features") if found == description else None
-    except safetensors.SafetensorError as error:
-        print(f"{path} is damaged ({error}): extracting the features again", file=sys.stderr, flush=True)
-        return None
-    if features is None:
-        raise UserError(
-            f"{path} holds features of another checkpoint, dataset or view than its name says; delete it and run again"
-        )
-    return features
-
-
-def keep_features(path: Path, description: str, features: torch.Tensor) -> None:
-    """Writes a file that is there whole or not at all. Where the disk does not take it, says so and goes on."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, safetensors.torch.save({"features": features}, {"description": description}))
-    except (OSError, UserError) as error:
-        print(f"features not kept in {path.parent} ({error}): the next evaluation extracts them again", file=sys.stderr)

@@ -1,22 +1,24 @@
 """What kept features show: a map of them, the nearest training images of some others, the accuracy of each class.
 
-Nothing is extracted here: the features are those that eval/knn.py or eval/linear.py kept in the run folder.
+Nothing is extracted and no checkpoint opened here: the features are those that eval/knn.py or eval/linear.py kept in
+the run folder, of the very checkpoint and dataset that a result of theirs names.
 """
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from eval.features import Encoder, cache_entry, centre_loader_config, open_encoder, read_features
+from eval.kept import find_features
 from eval.splits import Dataset, open_dataset
 from eval.summary import newest_of_encoder
 from pipeline.beton import Beton
 from pipeline.command import DATA, UserError
-from train.checkpoint import CHECKPOINT
 from train.knn_vote import inverse_lengths, knn_votes, label_ranks, nearest
+from train.run_data import dataset_sha256
 
 MAP_IMAGES, MAP_CLASSES = 600, 10
 QUERIES, SHOWN = 6, 8  # images whose neighbours are shown, and how many of them
@@ -24,47 +26,81 @@ VOTERS = 20  # the k of the headline nearest-neighbour accuracy
 MULTIPLICATIONS = {"cpu": 6e10, "cuda": 5e13}  # a few seconds' worth of similarities
 CHUNK = 256
 FEWEST_A_CLASS = 5
+EQUAL = 1e-10  # a mean squared distance of unit-length features below this is float32's rounding
 
 
 @dataclass(frozen=True)
 class KeptFeatures:
-    """A run's encoder, the dataset, and features of its splits, (N, D) and (M, D) of the type they were kept in."""
+    """Features of a dataset's splits, (N, D) and (M, D) of the type they were kept in, and a result made of them."""
 
-    encoder: Encoder
+    result: dict
     dataset: Dataset
     val: torch.Tensor
     train: torch.Tensor | None
 
 
 def kept_features(run: Path, results: list[dict], data: Path | None = None) -> KeptFeatures:
-    """What the run's evaluations kept, of the encoder of its newest result. `data` None: what it was trained on.
+    """What the evaluations kept of the checkpoint of the run's newest result. `data` None: what it was measured on.
 
-    Raises UserError where there is no checkpoint, no dataset or no features of its val part.
+    Raises UserError where there is no such result, no dataset, or no features of its val part.
     """
     newest = newest_of_encoder(results)
-    checkpoint = run if newest is None or (run / CHECKPOINT).exists() else Path(newest["checkpoint"])
-    encoder = open_encoder(checkpoint)
-    if newest:
-        encoder = replace(encoder, info=replace(encoder.info, resolution_px=newest["resolution_px"]))
-    dataset = open_dataset(data or Path(encoder.info.data or DATA / "imagenet"))
-    val = _kept(encoder, dataset.val, run)
+    own = [r for r in results if newest and of_checkpoint(r) == of_checkpoint(newest)]
+    own = [r for r in own if r["protocol"].startswith(("knn", "linear"))]
+    if not own:
+        raise UserError("there is no kNN or linear result, whose features are shown; `python eval/knn.py` measures one")
+    result = own[-1]
+    dataset = open_dataset(data or data_of(run, result))
+    digests = {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)}
+    if data is None and digests != result["dataset_sha256"]:
+        raise UserError(
+            f"{dataset.train.path.parent} has other images than {result['protocol']} was measured on; "
+            "name those with --data, or measure again"
+        )
+    val = _kept(run, result, dataset.val)
     if val is None:
         raise UserError(
-            f"no features of {dataset.val.path} are kept in {run}; `python eval/knn.py --checkpoint {checkpoint}` "
-            "keeps them"
+            f"no features of {dataset.val.path} are kept in {run}; `python eval/knn.py --checkpoint "
+            f"{result['checkpoint']}` keeps them"
         )
-    return KeptFeatures(encoder, dataset, val, _kept(encoder, dataset.train, run))
+    return KeptFeatures(result, dataset, val, _kept(run, result, dataset.train))
 
 
-def _kept(encoder: Encoder, beton: Beton, run: Path) -> torch.Tensor | None:
+def of_checkpoint(result: dict) -> tuple[str, str]:
+    """Which network a result is of: the file's digest and which of its networks."""
+    return result["checkpoint_sha256"], result.get("key", "")
+
+
+def data_of(run: Path, result: dict) -> Path:
+    """Where a result's images are; older results do not say, but the run's configuration does."""
+    if "data" in result:
+        return Path(result["data"])
+    try:
+        return Path(json.loads((run / "config.json").read_text("utf-8"))["data"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return DATA / "imagenet"
+
+
+def _kept(run: Path, result: dict, beton: Beton) -> torch.Tensor | None:
     """Features of a whole split, of whatever type and loader."""
-    for dtype in (torch.float32, torch.float16):
-        for backend in ("ffcv", "torch", "dali"):
-            config = centre_loader_config(encoder, beton.path, None, backend, 0)
-            kept = read_features(*cache_entry(encoder, beton, run / "features", config, dtype))
-            if kept is not None:
-                return kept
-    return None
+    sha256, key = of_checkpoint(result)
+    return find_features(
+        run / "features",
+        checkpoint_sha256=sha256,
+        key=key,
+        dataset_sha256=dataset_sha256(beton),
+        ids_sha256="all",
+        resolution_px=result["resolution_px"],
+    )
+
+
+def refuse_equal(rows: torch.Tensor) -> None:
+    """Raises UserError for unit-length features (n, D) that are the same up to rounding.
+
+    No image is then nearer than another, and t-SNE divides by their deviation of 0 and crashes the process.
+    """
+    if (rows - rows.mean(0)).square().sum(1).mean() < EQUAL:
+        raise UserError(f"the features of all {len(rows)} validation images are equal: the encoder has collapsed")
 
 
 def embedding_map(kept: KeptFeatures) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -83,7 +119,9 @@ def embedding_map(kept: KeptFeatures) -> tuple[np.ndarray, np.ndarray, list[str]
     ids = np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])
     if len(ids) < 10:
         raise UserError(f"{len(ids)} validation images are too few for a map of their features")
-    rows = normalize(kept.val[torch.from_numpy(ids)].float(), dim=1).numpy()
+    rows = normalize(kept.val[torch.from_numpy(ids)].float(), dim=1)
+    refuse_equal(rows)
+    rows = rows.numpy()
     with threadpool_limits(1):  # so few rows: waking the other threads takes longer, on a busy machine three times
         rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
         tsne = TSNE(perplexity=min(30, len(ids) / 4), init="pca", max_iter=500, random_state=0)
@@ -107,9 +145,10 @@ def vote(kept: KeptFeatures) -> Vote:
     train, val = kept.train, kept.val
     if train is None:
         raise UserError("features of the training images are not kept; `python eval/knn.py` without --fraction does so")
-    device = kept.encoder.device
-    most = max(QUERIES, int(MULTIPLICATIONS[device.split(":")[0]] / train.numel()))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    most = max(QUERIES, int(MULTIPLICATIONS[device] / train.numel()))
     queries = np.unique(np.linspace(0, len(val) - 1, min(most, len(val))).round().astype(np.int64))
+    refuse_equal(normalize(val[torch.from_numpy(queries)].float(), dim=1))
     train, scale = train.to(device), inverse_lengths(train).to(device)
     labels = torch.from_numpy(kept.dataset.train.labels).to(device)
     own = torch.from_numpy(kept.dataset.val_labels[queries]).to(device)

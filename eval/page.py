@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -71,6 +72,11 @@ svg .p{fill:var(--accent)}
 .bars i{display:block;height:100%;background:var(--accent)}
 .bars em{font-style:normal;text-align:right;font-variant-numeric:tabular-nums}
 """
+
+
+def readable(text: str) -> str:
+    """Text that can be written as UTF-8: what a name has of other bytes is shown as the replacement character."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def page(title: str, parts: Sequence[str]) -> str:

@@ -1,10 +1,8 @@
-"""The published numbers, each with what it was measured by, and our results laid beside them.
+"""The published numbers, each with what it was measured by, and how many images their datasets have.
 
-A difference is given only where ours was measured by exactly the published protocol on the published dataset with
-the published architecture. Everything else is shown with a remark that says what differs.
+eval/comparison.py lays our results beside them.
 """
 
-import statistics
 from dataclasses import dataclass
 
 BARLOW_TWINS = "Zbontar 2021"
@@ -29,6 +27,7 @@ class Published:
     values    name among the `values` of our results → the published number
     protocol  our protocol with exactly the published settings; "" where we have none
     similar   beginnings of our protocols that may stand beside it, without a difference
+    resolution_px   side of its views
     remark    what differs even where the protocol's settings are the published ones
     """
 
@@ -43,19 +42,7 @@ class Published:
     dataset: str = "ImageNet"
     arch: str = "resnet50"
     fraction: float | None = 1.0
-    remark: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A published row and ours as text; "" where there is none."""
-
-    published: Published
-    ours: str = ""
-    difference: str = ""
-    protocol: str = ""
-    seeds: str = ""
-    seconds: float | None = None
+    resolution_px: int = 224
     remark: str = ""
 
 
@@ -79,9 +66,7 @@ def _mmselfsup(what, values, protocol, remark=""):
 
 def _transfer(what, value, protocol, dataset):
     source = f"{BARLOW_TWINS}, table 3"
-    return Published(
-        "Transfer, linear", "barlow_twins", what, value, source, 1000, protocol, dataset=dataset, fraction=None
-    )
+    return Published("Transfer, linear", "barlow_twins", what, value, source, 1000, protocol, dataset=dataset)
 
 
 def _detection(what, values, protocol, dataset):
@@ -153,6 +138,7 @@ PUBLISHED = (
         similar=("linear",),
         dataset="CIFAR-10",
         arch="resnet18",
+        resolution_px=32,
     ),
     Published(
         "CIFAR-10, ResNet-18",
@@ -164,87 +150,23 @@ PUBLISHED = (
         similar=("knn",),
         dataset="CIFAR-10",
         arch="resnet18",
+        resolution_px=32,
     ),
 )
 
-# How a result's own record tells a dataset, whatever its folder is called: classes and validation images.
-# Sources: ILSVRC 2012; CIFAR-10; Places205 (Zhou 2014); iNaturalist 2018 (Van Horn 2018).
-SIZES = {"ImageNet": (1000, 50_000), "CIFAR-10": (10, 10_000), "Places205": (205, 20_500), "iNat18": (8142, 24_426)}
-
-
-def on_dataset(result: dict, dataset: str) -> bool:
-    """Whether a result was measured on a published dataset; the others' protocols name theirs."""
-    return dataset not in SIZES or (result["classes"], result["val_images"]) == SIZES[dataset]
-
-
-def matching(published: Published, results: list[dict]) -> list[dict]:
-    """Our newest results that belong in a row, one a seed, all of one checkpoint and one setting.
-
-    A result that the published settings made is preferred to a newer one of modified settings.
-    """
-
-    def fits(r: dict) -> bool:
-        name = r["protocol"].removesuffix("-modified")
-        return (
-            (name == published.protocol or name.startswith(published.similar))
-            and r["encoder"] == "trained"
-            and r["method"] == published.method
-            and (published.fraction is None or r["fraction"] == published.fraction)
-            and on_dataset(r, published.dataset)
-            and all(key in r["values"] for key in published.values)
-        )
-
-    found = [r for r in results if fits(r)]
-    chosen = [r for r in found if r["protocol"] == published.protocol and r["arch"] == published.arch] or found
-    if not chosen:
-        return []
-
-    def same(r: dict) -> tuple:
-        return r["checkpoint_sha256"], r["protocol"], r["changed"], r["dataset_sha256"]
-
-    by_seed = {one["seed"]: one for r in chosen if same(r) == same(chosen[-1]) for one in single_seeds(r)}
-    return list(by_seed.values())
-
-
-def single_seeds(result: dict) -> list[dict]:
-    """A result as one a seed: of several seeds, the line's details hold each one's values."""
-    seeds = result.get("details", {}).get("seeds") or [result["values"] | {"seed": result["seed"]}]
-    return [result | {"seed": s["seed"], "values": s, "seconds": result["seconds"] / len(seeds)} for s in seeds]
-
-
-def compare(published: Published, results: list[dict]) -> Comparison:
-    """`results`: the lines of some runs' results.jsonl, oldest first, each with the `method` that made its encoder."""
-    found = matching(published, results)
-    if not found:
-        return Comparison(published)
-    last, count = found[-1], len(found)
-    means = [statistics.fmean(r["values"][key] for r in found) for key in published.values]
-    spreads = [statistics.stdev(r["values"][key] for r in found) if count > 1 else None for key in published.values]
-    remarks = [f"pretrained for {last['epochs']} epochs"] if last["epochs"] else []
-    if last["arch"] != published.arch:
-        remarks.append(last["arch"])
-    if last["protocol"] != published.protocol:
-        changed = ", ".join(f"{key} {value}" for key, value in last["changed"].items())
-        remarks.append(f"modified: {changed}" if changed else "another protocol than the published one")
-    remarks += [published.remark] if published.remark else []
-    comparable = (last["protocol"], last["arch"], "") == (published.protocol, published.arch, published.remark)
-    return Comparison(
-        published,
-        " / ".join(f"{m:.2f}" + (f" ± {s:.2f}" if s is not None else "") for m, s in zip(means, spreads, strict=True)),
-        " / ".join(f"{m - p:+.2f}" for m, p in zip(means, published.values.values(), strict=True)) * comparable,
-        last["protocol"],
-        ", ".join(str(r["seed"]) for r in found),
-        sum(r["seconds"] for r in found),
-        "; ".join(remarks),
-    )
-
-
-def comparisons(results: list[dict]) -> dict[str, list[Comparison]]:
-    """Every published row with ours, by table, in the order above."""
-    tables: dict[str, list[Comparison]] = {}
-    for published in PUBLISHED:
-        tables.setdefault(published.table, []).append(compare(published, results))
-    return tables
+# Classes, validation images and training images. By the first two a result's own record tells some datasets, whatever
+# their folders are called; the protocols of the others name theirs, and of COCO only images with an object train.
+# Sources: ILSVRC 2012; CIFAR-10; Places205 (Zhou 2014); iNaturalist 2018 (Van Horn 2018); PASCAL VOC; COCO 2017.
+SIZES = {
+    "ImageNet": (1000, 50_000, 1_281_167),
+    "CIFAR-10": (10, 10_000, 50_000),
+    "Places205": (205, 20_500, 2_448_873),
+    "iNat18": (8142, 24_426, 437_513),
+    "VOC07": (20, 4952, 5011),
+    "VOC07+12": (20, 4952, 16_551),
+    "COCO": (80, 5000, 117_266),
+}
+NAMED_BY_PROTOCOL = ("VOC07", "VOC07+12", "COCO")
 
 
 def published_text(published: Published) -> str:
@@ -254,28 +176,3 @@ def published_text(published: Published) -> str:
 def method_title(published: Published) -> str:
     title = METHOD_TITLES.get(published.method, published.method)
     return f"{title}, {published.epochs} epochs" if published.epochs else title
-
-
-def duration(seconds: float | None) -> str:
-    """12 s, 3.4 min, 2.1 h."""
-    if seconds is None:
-        return ""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def comparison_markdown(results: list[dict]) -> str:
-    """Every published table as Markdown, one row a published number, ours beside it."""
-    head = "| method | evaluation | ours | published | difference | protocol | seeds | time | remark |"
-    parts = []
-    for table, rows in comparisons(results).items():
-        lines = [f"### {table}", "", head, "|" + "---|" * 9]
-        for c in rows:
-            p = c.published
-            first = (method_title(p), p.what, c.ours or "not measured", published_text(p), c.difference or "–")
-            lines.append("| " + " | ".join((*first, c.protocol, c.seeds, duration(c.seconds), c.remark)) + " |")
-        sources = "; ".join(dict.fromkeys(c.published.source for c in rows))
-        parts.append("\n".join([*lines, "", f"Published: {sources}."]))
-    return "\n\n".join(parts)

@@ -5,12 +5,13 @@
 
 Prints the table of results and writes report.md and report.html to the last run. Both hold every published table
 with ours beside it; the page also has training curves, views, the correlation matrix, a map of the features, nearest
-neighbours and the accuracy of each class. A part whose data are missing is left out with a sentence that says why.
-The page is one file that needs no network.
+neighbours and the accuracy of each class. A part whose data are missing is left out with a sentence that says why, and
+every part says of which checkpoint it is. The page is one file that needs no network.
 """
 
 import html
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from pathlib import Path
 import tyro
 
 from eval.charts import bars, line_chart, scatter
+from eval.comparison import comparison_markdown, comparisons, duration
 from eval.correlation import SHOWN_VIEWS, Correlation, config_from, correlate
 from eval.neighbours import (
     SHOWN,
@@ -32,8 +34,8 @@ from eval.neighbours import (
     shown_queries,
     vote,
 )
-from eval.page import matrix_picture, page, paragraph, picture, section, table
-from eval.published import comparison_markdown, comparisons, duration, method_title, published_text
+from eval.page import matrix_picture, page, paragraph, picture, readable, section, table
+from eval.published import method_title, published_text
 from eval.subject import read_results
 from eval.summary import (
     EXPLANATION,
@@ -45,6 +47,7 @@ from eval.summary import (
     table_cells,
 )
 from pipeline.command import RUNS, UserError, run_command
+from pipeline.disk import read_lines, write_whole
 from pipeline.loader_torch import decode_pil
 from train.methods.barlow_ablations import is_ablated
 
@@ -80,8 +83,8 @@ class ReportConfig:
 def method_of(run: Path, otherwise: str) -> str:
     """The pretraining method that a run folder tells; an ablation of one is another method."""
     try:
-        config = config_from(json.loads((run / "config.json").read_text()))
-    except (OSError, ValueError, KeyError):
+        config = config_from(json.loads((run / "config.json").read_text("utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
         return otherwise
     changed = (config.method == "barlow_twins" and is_ablated(config)) or config.without
     return config.method + (", ablated" if changed else "")
@@ -100,9 +103,8 @@ def with_code(text: str) -> str:
     return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text, quote=False))
 
 
-def heading(run: Path, results: list[dict], method: str) -> str:
-    """The run's name and what it is."""
-    r = newest_of_encoder(results) or results[-1]
+def heading(run: Path, r: dict, method: str) -> str:
+    """The run's name, and what its newest result is of."""
     facts = [method.replace("_", " "), r["arch"], f"{r['epochs']} epochs, step {r['step']}" if r["epochs"] else ""]
     facts += [f"{r['resolution_px']} px", f"checkpoint {r['checkpoint_sha256'][:12]}", f"measured {r['time'][:10]}"]
     return f"<h1>{html.escape(run.resolve().name)}</h1>" + paragraph(" · ".join(filter(None, facts)), "soft")
@@ -145,37 +147,51 @@ def beside_published(results: list[dict]) -> str:
     return "".join(parts)
 
 
+def is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
 def curves(run: Path) -> str:
-    """Every number of metrics.jsonl over the epochs."""
+    """Every number of metrics.jsonl over the epochs. A step that fp16 skipped has null in place of some."""
     path = run / "metrics.jsonl"
-    text = path.read_text() if path.is_file() else ""
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    lines = [line for line in (read_lines(path) if path.is_file() else []) if is_number(line.get("epoch"))]
     if not lines:
         raise UserError(f"{path} has no line: this run was not trained here, or for no step")
-    names = [name for name in lines[0] if name not in ("step", "epoch")]
-    epochs = [line["epoch"] for line in lines]
-    drawn = [
-        line_chart(CURVES.get(n, n), "epoch", epochs, [line.get(n, float("nan")) for line in lines]) for n in names
-    ]
-    return f'<div class="grid">{"".join(f"<div class=card>{chart}</div>" for chart in drawn)}</div>'
+    names = dict.fromkeys(name for line in lines for name in line if name not in ("step", "epoch"))
+    points = {n: [(line["epoch"], line[n]) for line in lines if is_number(line.get(n))] for n in names}
+    drawn = [line_chart(CURVES.get(n, n), "epoch", *zip(*found, strict=True)) for n, found in points.items() if found]
+    cards = "".join(f"<div class=card>{chart}</div>" for chart in drawn)
+    said = f"The run's own record, to step {lines[-1].get('step')}."
+    lost = [CURVES.get(n, n) for n, found in points.items() if not found]
+    said += f" Nowhere finite: {', '.join(lost)}." if lost else ""
+    return f'<div class="grid">{cards}</div>' + paragraph(said, "soft")
 
 
-def views(c: Correlation) -> str:
+def whose(shown: dict, c: Correlation | None = None) -> str:
+    """Of which checkpoint a part is: of the one of the result `shown`, or what the correlation was made with."""
+    own = f" Checkpoint {shown['checkpoint_sha256'][:12]}, step {shown['step']}."
+    if c is None or c.checkpoint_sha256 == shown["checkpoint_sha256"]:
+        return own
+    return f" Checkpoint {c.checkpoint_sha256[:12]}, step {c.step}. The results are of another:{own}"
+
+
+def views(c: Correlation, shown: dict) -> str:
     pairs = "".join(
         f'<div class="pair">{picture(one, f"image {i}, view 1")}{picture(two, f"image {i}, view 2")}</div>'
         for i, (one, two) in enumerate(c.pairs, 1)
     )
     said = f"{SHOWN_VIEWS} images of the run's first batch, view 1 beside view 2, as the network saw them."
+    said += whose(shown, c)
     return f'<div class="pictures">{pairs}</div>' + paragraph(said, "soft")
 
 
-def matrix(c: Correlation) -> str:
+def matrix(c: Correlation, shown: dict) -> str:
     d = min(SHOWN_DIMENSIONS, len(c.matrix))
     said = (
         f"Cross-correlation of the two views' embeddings over {c.images} training images: mean of the diagonal "
         f"{c.diagonal_mean:.3f}, RMS off it {c.off_diagonal_rms:.4f} (independent numbers would give "
         f"{c.images**-0.5:.4f}). Shown: the first {d} of {len(c.matrix)} dimensions, blue above 0, orange below."
-    )
+    ) + whose(shown, c)
     drawn = matrix_picture(c.matrix[:d, :d], "cross-correlation matrix")
     return f'<figure class="matrix">{drawn}<figcaption>{html.escape(said)}</figcaption></figure>'
 
@@ -186,8 +202,9 @@ def feature_map(kept: KeptFeatures) -> str:
     said = f"t-SNE of the features of {len(places)} validation images" + (
         f" of {len(names)} of the {of} classes." if of > len(names) else "."
     )
+    said += whose(kept.result)
     drawn = scatter(places.tolist(), labels.tolist(), names)
-    return f'<figure class="map card">{drawn}<figcaption>{said}</figcaption></figure>'
+    return f'<figure class="map card">{drawn}<figcaption>{html.escape(said)}</figcaption></figure>'
 
 
 def neighbours(kept: KeptFeatures, found: Vote) -> str:
@@ -208,6 +225,7 @@ def neighbours(kept: KeptFeatures, found: Vote) -> str:
             figures.append(shown(train, int(row), f"{classes[train.labels[row]]} {similarity:.2f}", kind))
         rows.append(f'<div class="row">{"".join(figures)}</div>')
     said = f"A validation image, then the {SHOWN} training images with the most similar features, and their cosine."
+    said += whose(kept.result)
     return "".join(rows) + paragraph(said, "soft")
 
 
@@ -220,20 +238,22 @@ def classes_accuracy(kept: KeptFeatures, found: Vote) -> str:
         half = MOST_CLASSES // 2
         said += f"; the {half} best and the {half} worst of {len(accuracy)} classes"
         accuracy = accuracy[:half] + accuracy[-half:]
-    return bars(*zip(*accuracy, strict=True)) + paragraph(f"{said}.", "soft")
+    said += "." + whose(kept.result)
+    return bars(*zip(*accuracy, strict=True)) + paragraph(said, "soft")
 
 
 def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows) -> str:
     """The whole page about the last run."""
     run = config.runs[-1]
     plain, own = [r for _, r in results], [r for where, r in results if where == run]
-    parts = [heading(run, own or plain, method_of(run, config.method))]
+    shown = newest_of_encoder(own or plain) or (own or plain)[-1]
+    parts = [heading(run, shown, method_of(run, config.method))]
     parts.append(or_sentence("Results", lambda: measured(rows)))
     parts.append(section("Beside the published numbers", beside_published(plain)))
     parts.append(or_sentence("Training", lambda: curves(run)))
     try:
         c = correlate(run)
-        parts += [section("Both views", views(c)), section("Correlation matrix", matrix(c))]
+        parts += [section("Both views", views(c, shown)), section("Correlation matrix", matrix(c, shown))]
     except UserError as error:
         parts.append(section("Views and correlation matrix", paragraph(f"Left out: {error}.", "absent")))
     try:
@@ -261,11 +281,12 @@ def main(config: ReportConfig) -> None:
         )
     rows = newest_cells(results)
     summary = summary_markdown(rows) if rows else "No kNN, linear or semi-supervised result yet."
-    print(summary)
     beside = comparison_markdown([result for _, result in results])
-    (config.runs[-1] / "report.md").write_text(f"{summary}\n\n## Beside the published numbers\n\n{beside}\n")
-    (config.runs[-1] / "report.html").write_text(make_page(config, results, rows))
-    print(f"{config.runs[-1] / 'report.html'} and report.md hold the rest", file=sys.stderr)
+    run = config.runs[-1]
+    write_whole(run / "report.md", readable(f"{summary}\n\n## Beside the published numbers\n\n{beside}\n"))
+    write_whole(run / "report.html", readable(make_page(config, results, rows)))
+    print(readable(summary))
+    print(f"{run / 'report.html'} and report.md hold the rest", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ weight decay; random crops and flips. On ImageNet and subsets of its classes the
 and 10 % lists, elsewhere a seeded class-balanced share (eval/splits.py).
 """
 
+import copy
 import statistics
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from torch import nn
 
@@ -59,8 +60,9 @@ class FineTuned(nn.Module):
         return self.heads(self.backbone(images))
 
 
-def fine_tune(config: SemisupConfig, subject: Subject) -> dict[str, float]:
+def fine_tune(subject: Subject) -> dict[str, float]:
     """Trains encoder and classifier, and returns the scores. The subject's encoder is changed."""
+    config = subject.config
     batch = images_per_step(subject, {key: getattr(config, key) for key in SETTINGS})
     if batch < 2:
         raise UserError(f"--batch {config.batch} leaves {batch} image a step, at least 2 are needed for batch norm")
@@ -104,14 +106,15 @@ def main(config: SemisupConfig) -> dict:
         raise UserError("--features pixels has no weights to fine-tune; use eval/linear.py --cached --features pixels")
     for flag in ("validate_every", "seeds"):
         require_positive(flag.replace("_", "-"), getattr(config, flag))
-    first, scores, splits = None, [], []
+    first, scores, splits = open_subject(config, config.fraction), [], []
+    # The file may hold another step's weights by the time a seed is through, so that they are kept here.
+    pretrained = copy.deepcopy(first.encoder.module.state_dict())
     for seed in range(config.seed, config.seed + config.seeds):
         if config.seeds > 1:
             print(f"seed {seed}", file=sys.stderr)
-        one = replace(config, seed=seed)
-        subject = open_subject(one, config.fraction)  # anew: the last training has changed the encoder
-        first = first or subject
-        scores.append(fine_tune(one, subject))
+        subject = first.with_seed(seed, config.fraction)
+        subject.encoder.module.load_state_dict(pretrained)
+        scores.append(fine_tune(subject))
         splits.append(subject.subset.name)
     settings = {key: getattr(config, key) for key in SETTINGS}
     seeds = [{"seed": config.seed + i, "split": splits[i], **score} for i, score in enumerate(scores)]

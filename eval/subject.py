@@ -1,11 +1,13 @@
 """What every evaluation begins and ends with: the encoder and dataset its flags name, and the line it leaves.
 
 A result is one JSON line in `<run folder>/results.jsonl`, and on stdout. Every line carries its protocol's name;
-with any of the protocol's settings changed the name ends in "-modified" and `changed` says which.
+with any of the protocol's settings changed the name ends in "-modified" and `changed` says which. Two settings belong
+to every protocol: views of 224 px and features kept as float32. So a number of CIFAR-10, at 32 px, is a modified one.
+(The decoder is recorded as `loader` and not compared: no published protocol names one, and the CPU's agree bit for
+bit. Normalization is the encoder's own. The share of labels is a value of its own, `fraction`.)
 """
 
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -15,14 +17,25 @@ from typing import Literal
 
 import torch
 
-from eval.features import Encoder, centre_loader_config, features_of, open_encoder
+from eval.features import KINDS, Encoder, centre_loader_config, features_of, network_key, open_encoder
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from pipeline.command import DATA, RUNS, UserError
+from pipeline.disk import append_line, read_lines
 from pipeline.loader import Loader, make_loader
 from pipeline.spec import SUPERVISED_VIEW, LoaderConfig
 from train.run_data import dataset_sha256
 
 RESULTS = "results.jsonl"
+SHARED_SETTINGS = {"resolution_px": 224, "feature_type": "float32"}  # of every published protocol
+# What this program reads of a result's line, and of which type it is.
+TEXTS = ("protocol", "metric", "encoder", "arch", "checkpoint", "checkpoint_sha256", "time", "dataset", "split")
+NEEDED = {
+    **dict.fromkeys(TEXTS, str),
+    **dict.fromkeys(("value", "seconds", "epochs"), (int, float)),
+    **dict.fromkeys(("step", "resolution_px", "train_images", "val_images", "classes", "seed"), int),
+    **dict.fromkeys(("values", "details", "dataset_sha256", "settings", "changed"), dict),
+    "fraction": (int, float, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,9 @@ class SubjectConfig:
     checkpoint: Path = RUNS / "latest"
     """A run folder, or a file: checkpoint.pt, backbone.safetensors, Barlow Twins' published resnet50.pth or
     checkpoint.pth, or any state dict of a torchvision ResNet (self-supervised or supervised)."""
+    key: str = ""
+    """Which network of a file that holds several: the beginning of its parameters' names, such as
+    module.encoder_q. Empty: the one that the rule in train/checkpoint.py chooses."""
     data: Path | None = None
     """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
     shots: int = 0
@@ -40,11 +56,13 @@ class SubjectConfig:
     """What to evaluate: the encoder, or, as controls, its architecture with random weights (of --seed) and the raw
     pixels of its centre views (at most 32 px)."""
     resolution: int | None = None
-    """Side of the views, px. None: what the encoder was trained at, 224 where its file does not tell."""
+    """Side of the views, px. None: what the encoder was trained at, 224 where its file does not tell. Published
+    protocols have 224: at another side the result's name ends in "-modified"."""
     out: Path | None = None
     """Folder for the result and the kept features. None: the run folder, or the one that --checkpoint lies in."""
     feature_type: Literal["float32", "float16"] = "float32"
-    """Type in which a frozen encoder's features are kept; float16 halves the disk they take."""
+    """Type in which a frozen encoder's features are kept; float16 halves the disk they take, and is a modified
+    protocol."""
     loader: Literal["ffcv", "torch", "dali"] = "ffcv"
     """Which data path: the fast one, the PIL/torchvision reference, or NVIDIA DALI as decoder."""
     workers: int = 0
@@ -71,6 +89,11 @@ class Subject:
     def with_subset(self, subset: Subset) -> "Subject":
         """The same evaluation on other training images."""
         return replace(self, subset=subset)
+
+    def with_seed(self, seed: int, fraction: float) -> "Subject":
+        """The same encoder and dataset with another seed, which may choose other training images."""
+        config = replace(self.config, seed=seed)
+        return replace(self, config=config, subset=chosen_subset(config, self.dataset, fraction))
 
     def train_labels(self) -> torch.Tensor:
         """Labels of the labelled share, (n,) int64, on the encoder's device."""
@@ -123,11 +146,14 @@ def open_subject(config: SubjectConfig, fraction: float) -> Subject:
     started = time.monotonic()
     encoder, run = open_encoder_and_run(config)
     dataset = open_dataset(config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet"))
+    return Subject(config, encoder, dataset, chosen_subset(config, dataset, fraction), run, started)
+
+
+def chosen_subset(config: SubjectConfig, dataset: Dataset, fraction: float) -> Subset:
+    """The labelled share that the flags name. Raises UserError."""
     if config.shots:
-        subset = shot_subset(dataset.train, config.shots, config.seed)
-    else:
-        subset = labelled_subset(dataset.train, fraction, config.seed)
-    return Subject(config, encoder, dataset, subset, run, started)
+        return shot_subset(dataset.train, config.shots, config.seed)
+    return labelled_subset(dataset.train, fraction, config.seed)
 
 
 def open_encoder_and_run(config: SubjectConfig) -> tuple[Encoder, Path]:
@@ -136,14 +162,19 @@ def open_encoder_and_run(config: SubjectConfig) -> tuple[Encoder, Path]:
         require_positive("resolution", config.resolution)
     checkpoint = config.checkpoint.expanduser()
     random_seed = config.seed if config.features == "random" else None
-    encoder = open_encoder(checkpoint, config.features == "pixels", random_seed, config.resolution)
-    checkpoint = checkpoint.resolve()
-    run = config.out.expanduser() if config.out else checkpoint if checkpoint.is_dir() else checkpoint.parent
+    encoder = open_encoder(checkpoint, config.features == "pixels", random_seed, config.resolution, config.key)
+    run = config.out.expanduser() if config.out else result_folder(checkpoint)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {run} cannot be made ({error.strerror}); name a folder that can be written") from None
     return encoder, run
+
+
+def result_folder(checkpoint: Path) -> Path:
+    """Where the results of a run folder or a checkpoint file go, if no other place is named."""
+    checkpoint = checkpoint.expanduser().resolve()
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 
 def require_positive(flag: str, value: int) -> None:
@@ -176,11 +207,13 @@ def record_result(
 ) -> dict:
     """Prints the result and appends it to the run folder's results.jsonl in one write; returns it.
 
-    `metric` names the one of `values` (plain numbers) that is the headline; `details` is what else there is to
-    say, such as every point of a sweep. Raises UserError where the folder cannot be written.
+    `published` and `settings` are this protocol's own; those of SHARED_SETTINGS come from the subject. `metric` names
+    the one of `values` (plain numbers) that is the headline; `details` is what else there is to say, such as every
+    point of a sweep. Raises UserError where the folder cannot be written.
     """
-    protocol, changed = protocol_name(protocol, published, settings)
-    dataset = subject.dataset
+    info, dataset = subject.encoder.info, subject.dataset
+    settings = settings | {"resolution_px": info.resolution_px, "feature_type": subject.config.feature_type}
+    protocol, changed = protocol_name(protocol, published | SHARED_SETTINGS, settings)
     result = {
         "protocol": protocol,
         "metric": metric,
@@ -189,6 +222,7 @@ def record_result(
         "details": details or {},
         **encoder_facts(subject.encoder, subject.config.checkpoint),
         "dataset": dataset.name,
+        "data": str(dataset.train.path),
         "dataset_sha256": {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)},
         "fraction": None if subject.config.shots else fraction,
         "split": subject.subset.name,
@@ -216,43 +250,52 @@ def encoder_facts(encoder: Encoder, checkpoint: Path) -> dict:
         "resolution_px": info.resolution_px,
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": info.sha256,
+        "key": network_key(info),
+        "normalization": [list(info.normalization.mean), list(info.normalization.std)],
         "device": torch.cuda.get_device_name() if encoder.device != "cpu" else "cpu",
     }
 
 
 def write_result(run: Path, result: dict) -> dict:
-    """Prints a result, with the time before it, and appends it to the run folder's results.jsonl; returns it."""
+    """Appends a result, with the time before it, to the run folder's results.jsonl, and prints it; returns it.
+
+    It is printed even where the folder does not take it, which raises UserError.
+    """
     result = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **result}
     line = json.dumps(result, allow_nan=False)
-    print(line, flush=True)
-    append_line(run / RESULTS, line)
+    advice = "the result printed above was not kept: make room there and run again, or keep the printed line"
+    try:
+        append_line(run / RESULTS, line, advice=advice)
+    finally:
+        print(line, flush=True)
     return result
 
 
-def append_line(path: Path, line: str) -> None:
-    """Appends one line in one write, so that evaluations running at once do not mix theirs."""
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, line.encode() + b"\n")
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise UserError(
-            f"the result printed above could not be added to {path} ({error.strerror}); "
-            "make the run folder writable and run again, or keep the printed line"
-        ) from error
-
-
 def read_results(run: Path) -> list[dict]:
-    """The results of a run folder, oldest first. Raises UserError where there are none."""
+    """The results of a run folder, oldest first. Raises UserError where there are none.
+
+    A line that is no result, or lacks what this program reads, is named and passed over.
+    """
     path = run / RESULTS
     if not path.is_file():
         raise UserError(f"{path} is missing; measure this run first, for example with `python eval/knn.py`")
     results = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            results.append(json.loads(line))
-        except ValueError:
-            print(f"{path}, line {number} is no result and was left out: {line[:60]!r}", file=sys.stderr)
+    for line in read_lines(path):
+        wrong = [name for name, kind in NEEDED.items() if name not in line or not isinstance(line[name], kind)]
+        wrong += [] if wrong or line["encoder"] in KINDS else ["encoder"]
+        if wrong:
+            what = line.get("protocol", "without a protocol")
+            print(f"note: {path}: a line ({what}) lacks {', '.join(wrong)}, and is left out", file=sys.stderr)
+        else:
+            results.append(with_shared_settings(line))
     return results
+
+
+def with_shared_settings(result: dict) -> dict:
+    """A line from before SHARED_SETTINGS were compared, as it would be written today."""
+    if "feature_type" not in result or "resolution_px" in result["settings"]:
+        return result  # detection has none of them
+    shared = {name: result[name] for name in SHARED_SETTINGS}
+    changed = result["changed"] | {name: value for name, value in shared.items() if value != SHARED_SETTINGS[name]}
+    name = result["protocol"].removesuffix("-modified") + "-modified" * bool(changed)
+    return result | {"protocol": name, "changed": changed, "settings": result["settings"] | shared}

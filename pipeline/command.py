@@ -1,5 +1,6 @@
 """What every entry point shares: the user's errors, the command line, the places things are kept."""
 
+import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,8 @@ def run_command(config_type: type, main: Callable, default=None) -> None:
     An unknown or malformed flag is exit code 2 as well (tyro's). Anything else keeps its traceback:
     it is a fault of ours, not of the user's.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a C locale's: what it cannot show must not end a program
+        sys.stdout.reconfigure(errors="replace")
     config = tyro.cli(config_type, description=sys.modules["__main__"].__doc__, default=default)
     try:
         main(config)

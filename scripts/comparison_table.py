@@ -4,9 +4,11 @@
     python scripts/comparison_table.py --rows ablation --out runs/ablate-cifar10-demo RUN [RUN ...]
 
 scripts/compare_methods.sh and scripts/ablate.sh make the runs. Writes table.md and plot.png into --out. With several
-seeds a value is the mean with its 95 % interval (Student's t).
+seeds a value is the mean with its 95 % interval (Student's t). A column is a protocol with its changed settings, on one
+dataset; of each run only the checkpoint of its last step counts.
 """
 
+import io
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ import numpy as np
 import tyro
 from scipy import stats
 
+from eval.subject import RESULTS, read_results
 from pipeline.command import UserError, run_command
+from pipeline.disk import write_whole
 
 # Linear top-1 on ImageNet after 300 epochs. Source: Zbontar 2021, tables 5 and 6; batch sizes: Barlow Twins, issue 7.
 PAPER = {
@@ -59,20 +63,44 @@ def row_name(run: Path, config: dict, rows: str) -> str:
     )
 
 
+def results_of_last_step(run: Path) -> list[dict]:
+    """A run's results of its trained encoder: those of the checkpoint of the latest step that has any."""
+    trained = [r for r in read_results(run) if r["encoder"] == "trained"]
+    last = max(trained, key=lambda r: (r["step"], r["time"]), default=None)
+    return [r for r in trained if r["checkpoint_sha256"] == last["checkpoint_sha256"]]
+
+
+def column_name(result: dict) -> str:
+    """The protocol with what was changed of it: "knn-mmselfsup, resolution_px 32"; of a share of the labels, which."""
+    facts = [f"{name} {value}" for name, value in result["changed"].items()]
+    if result["fraction"] != 1:
+        facts.append(f"fraction {result['fraction']}" if result["fraction"] else f"{result['train_images']} images")
+    return ", ".join([result["protocol"].removesuffix("-modified"), *facts])
+
+
 def collect(runs: tuple[Path, ...], rows: str) -> dict[str, dict[str, dict[int, float]]]:
-    """{protocol: {row: {seed: newest value in percent}}}."""
+    """{column: {row: {seed: newest value in percent}}}. Raises UserError where a column would mix what cannot be
+    compared."""
     values: dict = defaultdict(lambda: defaultdict(dict))
+    datasets, taken = {}, {}
     for run in runs:
-        for name in ("results.jsonl", "config.json"):
+        for name in (RESULTS, "config.json"):
             if not (run / name).is_file():
                 raise UserError(
                     f"{run / name} is missing; make it with scripts/compare_methods.sh or scripts/ablate.sh"
                 )
-        config = json.loads((run / "config.json").read_text())
-        for line in (run / "results.jsonl").read_text().splitlines():
-            result = json.loads(line)
-            if result["encoder"] == "trained":
-                values[result["protocol"]][row_name(run, config, rows)][config["seed"]] = result["value"]
+        config = json.loads((run / "config.json").read_text("utf-8"))
+        row = row_name(run, config, rows), config["seed"]
+        if taken.setdefault(row, run) != run:
+            raise UserError(f"{taken[row]} and {run} are both {row[0]} with seed {row[1]}; leave one of them out")
+        for result in results_of_last_step(run):
+            column, data = column_name(result), result["dataset_sha256"]
+            if datasets.setdefault(column, (data, run))[0] != data:
+                raise UserError(
+                    f"{column} was measured on other images in {run} than in {datasets[column][1]}; "
+                    "measure both on the same, or make a table of each"
+                )
+            values[column][row[0]][row[1]] = result["value"]
     return values
 
 
@@ -89,7 +117,7 @@ def table(values: dict, rows: str) -> str:
     for name in names:
         cells, seeds = [], set()
         for protocol in protocols:
-            found = values[protocol][name]
+            found = values[protocol].get(name, {})
             seeds |= set(found)
             spread = f" ± {interval(list(found.values())):.2f}" if len(found) > 1 else ""
             cells.append(f"{np.mean(list(found.values())):.2f}{spread}" if found else "–")
@@ -117,8 +145,10 @@ def plot(values: dict, path: Path) -> None:
         axis.margins(y=0.12)
         axis.set(title=protocol, ylabel="top-1, %")
         axis.tick_params(axis="x", rotation=90 if many else 20)
-    figure.savefig(path, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     pyplot.close(figure)
+    write_whole(path, drawn.getvalue())
 
 
 def main(config: TableConfig) -> None:
@@ -127,7 +157,7 @@ def main(config: TableConfig) -> None:
         raise UserError("no run has a result of a trained encoder; evaluate one with eval/knn.py first")
     config.out.mkdir(parents=True, exist_ok=True)
     text = table(values, config.rows)
-    (config.out / "table.md").write_text(text + "\n")
+    write_whole(config.out / "table.md", text + "\n")
     plot(values, config.out / "plot.png")
     print(text)
 

@@ -3,24 +3,28 @@
     bash scripts/eval_all.sh RUN            RUN: a run folder, or a checkpoint file
     bash scripts/eval_all.sh RUN --plan     only what would run, and what is missing
 
-A result that results.jsonl has already, of the same checkpoint, protocol, labels and dataset, is not measured again: a
-stopped call goes on. An evaluation that fails is named and the others go on; the exit code is then 1.
+A result that results.jsonl has already is not measured again, so that a stopped call continues: one of the same
+checkpoint, dataset (both by digest), protocol, settings, side of the views, labels and seed. An evaluation that fails
+is named and the others follow; the exit code is then 1.
 """
 
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
 
 from eval import detection, heads, knn, linear, report, semisup, svm, transfer
-from eval.features import open_encoder
-from eval.subject import RESULTS, SubjectConfig, read_results
+from eval.features import network_key, open_encoder, random_sha256
+from eval.splits import open_dataset
+from eval.subject import RESULTS, SubjectConfig, read_results, result_folder
 from pipeline.command import DATA, REPO, UserError, run_command
 from pipeline.sources import voc_root
+from train.checkpoint import BackboneInfo
+from train.run_data import dataset_sha256
 
 # Dataset under --data-root → what to fetch and where it goes.
 WANTED = {
@@ -49,6 +53,8 @@ class EvalAllConfig:
 
     run: tyro.conf.Positional[Path]
     """A run folder or a checkpoint file; the results go into the folder."""
+    key: str = ""
+    """Which network of a file that holds several, as for every evaluation."""
     data: Path | None = None
     """For the ImageNet protocols. None: the data the encoder was trained on, else imagenet under --data-root."""
     data_root: Path = DATA
@@ -67,39 +73,49 @@ class EvalAllConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: its name, what it runs, with what, its protocol, and its dataset's name in WANTED."""
+    """One evaluation: its name, what it runs, with what, its protocol, and its dataset's name in WANTED.
+
+    settings    those of the protocol that it changes, as a result names them
+    """
 
     name: str
     main: Callable
     config: SubjectConfig | detection.DetectionConfig
     protocol: str
     needs: str = "imagenet"
+    settings: dict = field(default_factory=dict)
 
 
 def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
     """Everything there is, in the order from minutes to days."""
-    run, root = config.run.expanduser(), config.data_root.expanduser()
-    shared = {"checkpoint": run, "data": data, "workers": config.workers}
+    run, root = config.run, config.data_root.expanduser()
+    shared = {"checkpoint": run, "key": config.key, "data": data, "workers": config.workers}
     short = {"epochs": 1} if config.small else {}
-    fewer = {"costs": (1.0,), "low_shot_k": (1,), "samples": 1} if config.small else {}
 
     def linear_job(name: str, recorded: str, **flags) -> Job:
-        return Job(name, linear.main, linear.LinearConfig(**shared, **short, **flags), recorded)
+        settings = linear.LinearConfig(**shared, **short, **flags)
+        return Job(name, linear.main, settings, recorded, settings=short)
 
     def semisup_job(percent: int) -> Job:
         settings = semisup.SemisupConfig(**shared, **short, fraction=percent / 100, seeds=config.seeds)
-        return Job(f"semisup-{percent}", semisup.main, settings, "semisup-bt")
+        return Job(f"semisup-{percent}", semisup.main, settings, "semisup-bt", settings=short)
 
     def transfer_job(dataset: str) -> Job:
         settings = transfer.TransferConfig(**shared | {"data": root / dataset}, **short, dataset=dataset)
-        return Job(dataset, transfer.main, settings, f"transfer-{dataset}", dataset)
+        return Job(dataset, transfer.main, settings, f"transfer-{dataset}", dataset, short)
 
     def detection_job(task: str, needs: str, folder: Path) -> Job:
         few = {"iterations": 1, "batch": 1, "precise_bn": 1} if config.small else {}
-        settings = detection.DetectionConfig(task=task, checkpoint=run, data=folder, workers=config.workers, **few)
-        return Job(f"detection-{task}", detect, settings, detection.NAMES[task], needs)
+        where = {"checkpoint": run, "key": config.key, "data": folder, "workers": config.workers}
+        settings = detection.DetectionConfig(task=task, **where, **few)
+        return Job(f"detection-{task}", detection.main, settings, detection.NAMES[task], needs, few)
 
-    voc = svm.SvmConfig(**shared | {"data": root / "voc07"}, voc=root / "VOCdevkit", **fewer)
+    def svm_job() -> Job:
+        fewer = {"costs": (1.0,), "low_shot_k": (1,), "samples": 1} if config.small else {}
+        changes = {"costs": [1.0], "low_shot_k": [1], "low_shot_samples": 1} if config.small else {}
+        settings = svm.SvmConfig(**shared | {"data": root / "voc07"}, voc=root / "VOCdevkit", **fewer)
+        return Job("svm", svm.main, settings, "svm-voc07", "voc", changes)
+
     return [
         Job("knn", knn.main, knn.KnnConfig(**shared), "knn-mmselfsup"),
         Job("knn-random", knn.main, knn.KnnConfig(**shared, features="random"), "knn-mmselfsup"),
@@ -108,10 +124,10 @@ def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
         linear_job("cached-sweep", "linear-cached-sweep", cached=True, sweep=True),
         semisup_job(1),
         semisup_job(10),
-        Job("svm", svm.main, voc, "svm-voc07", "voc"),
+        svm_job(),
         linear_job("linear", "linear-bt"),
         linear_job("avgpool", "linear-avgpool", protocol="avgpool"),
-        Job("heads", heads.main, heads.HeadsConfig(**shared, **short), "heads-mmselfsup"),
+        Job("heads", heads.main, heads.HeadsConfig(**shared, **short), "heads-mmselfsup", settings=short),
         transfer_job("places205"),
         transfer_job("inat18"),
         detection_job("voc", "voc0712", root / "VOCdevkit"),
@@ -119,26 +135,41 @@ def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
     ]
 
 
-def detect(config: detection.DetectionConfig) -> dict:
-    """Detection on one GPU; with several, run it by torchrun, and it is found done here."""
-    detection.main(config)
-    checkpoint = config.checkpoint
-    return read_results(checkpoint if checkpoint.is_dir() else checkpoint.parent)[-1]
+FROM_THE_ENCODER = {"resolution_px", "pooling"}  # settings that follow from the encoder, not from a flag of a job
 
 
-def is_done(job: Job, results: list[dict], sha256: str, small: bool) -> bool:
-    """Whether a result of this job is there. Only a small call is content with modified settings."""
-    control = job.config.features == "random"
+def is_done(job: Job, results: list[dict], info: BackboneInfo) -> bool:
+    """Whether there is a result of this job, of this encoder and of the dataset that the job would use now."""
+    config = job.config
+    detects = job.needs in DETECTION
+    expected = {
+        "checkpoint_sha256": random_sha256(info, config.seed) if config.features == "random" else info.sha256,
+        "key": network_key(info),
+        "resolution_px": info.resolution_px,
+        "seed": config.seed,
+        "fraction": None if detects else getattr(config, "fraction", 1.0),
+    }
+    found = []
     for r in results:
-        same = r["encoder"] == "untrained" if control else r["checkpoint_sha256"] == sha256
-        same &= (r["protocol"].removesuffix("-modified") if small else r["protocol"]) == job.protocol
-        same &= len(r["details"].get("seeds", [0])) >= getattr(job.config, "seeds", 1)
-        if job.needs not in DETECTION:  # whose protocols name their dataset
-            same &= r["dataset"] == folder_of(job.config.data).resolve().name
-            same &= r["fraction"] == getattr(job.config, "fraction", 1.0)
-        if same:
-            return True
-    return False
+        changed = {name: value for name, value in r["changed"].items() if name not in FROM_THE_ENCODER}
+        same = all(r.get(name, "") == value for name, value in expected.items())
+        # What the published settings measured serves a --small call as well.
+        same &= r["protocol"].removesuffix("-modified") == job.protocol and changed in ({}, job.settings)
+        if same and len(r["details"].get("seeds", [0])) >= getattr(config, "seeds", 1):
+            found.append(r["dataset_sha256"])
+    return bool(found) and digests_now(job) in found
+
+
+def digests_now(job: Job) -> dict | None:
+    """Of the dataset that a job would use; None where it cannot be opened, which the job itself will say."""
+    try:
+        if job.needs in DETECTION:
+            train, val = detection.open_splits(job.config)
+            return {"train": train.sha256(), "val": val.sha256()}
+        dataset = open_dataset(job.config.data)
+        return {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)}
+    except UserError:
+        return None
 
 
 def folder_of(data: Path) -> Path:
@@ -167,9 +198,9 @@ def convert_voc(job: Job) -> None:
 
 
 def main(config: EvalAllConfig) -> None:
-    run, root = config.run.expanduser(), config.data_root.expanduser()
-    info = open_encoder(run).info
-    folder = run if run.is_dir() else run.parent
+    config = replace(config, run=config.run.expanduser().resolve())  # runs/latest may name another run in an hour
+    root, folder = config.data_root.expanduser(), result_folder(config.run)
+    info = open_encoder(config.run, key=config.key).info
     jobs = jobs_of(config, config.data or Path(info.data or root / "imagenet"))
     unknown = set(config.only) - {job.name for job in jobs}
     if unknown:
@@ -180,12 +211,12 @@ def main(config: EvalAllConfig) -> None:
         if config.only and job.name not in config.only:
             continue
         results = read_results(folder) if (folder / RESULTS).is_file() else []
-        if is_done(job, results, info.sha256, config.small):
-            states[job.name] = "done before"
-        elif lacking := missing_data(job, root):
+        if lacking := missing_data(job, root):
             states[job.name], missing[job.needs] = f"{job.needs} is missing", lacking
+        elif is_done(job, results, info):
+            states[job.name] = "done before"
         else:
-            states[job.name] = "would run" if config.plan else run_job(job)
+            states[job.name] = "would run" if config.plan else run_job(job, info)
     summarize(states, missing)
     if not config.plan and (folder / RESULTS).is_file():
         report.main(report.ReportConfig(runs=(folder,)))
@@ -193,7 +224,7 @@ def main(config: EvalAllConfig) -> None:
         sys.exit(1)
 
 
-def run_job(job: Job) -> str:
+def run_job(job: Job, info: BackboneInfo) -> str:
     """Runs one evaluation and says what came of it; the next ones follow, whatever it was."""
     print(f"== {job.name}", file=sys.stderr, flush=True)
     try:
@@ -205,7 +236,10 @@ def run_job(job: Job) -> str:
     except Exception as error:  # a fault of ours: its traceback, and the other evaluations all the same
         traceback.print_exc()
         return f"failed: {error!r}"
-    return f"{result['metric']} {result['value']:.2f} in {result['seconds']:.0f} s"
+    said = f"{result['metric']} {result['value']:.2f} in {result['seconds']:.0f} s"
+    if job.config.features == "encoder" and result["checkpoint_sha256"] != info.sha256:
+        said += f", of a newer checkpoint (step {result['step']}) than this call began with (step {info.step})"
+    return said
 
 
 def summarize(states: dict[str, str], missing: dict[str, str]) -> None:

@@ -26,6 +26,7 @@ from PIL import Image
 
 from pipeline.beton import manifest_path
 from pipeline.command import DATA, REPO, RUNS, UserError, run_command
+from pipeline.disk import read_lines, write_whole
 
 # Stage → seconds that must be left for it to begin: what it may take on a GPU of the H100's class. A run of CIFAR-10
 # takes what there is.
@@ -86,13 +87,16 @@ class Report:
         return (self.stages / f"{stage}.json").is_file()
 
     def write(self, stage: str, found: dict) -> None:
-        (self.stages / f"{stage}.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(self.stages / f"{stage}.json", json.dumps(found, indent=1) + "\n")
+
+    def read(self, stage: str) -> dict:
+        return json.loads((self.stages / f"{stage}.json").read_text("utf-8"))
 
     def call(self, *arguments: object) -> subprocess.CompletedProcess:
         """A Python process of ours within the time left; its output goes through and to OUT/log.txt."""
         command = [sys.executable, *(str(argument) for argument in arguments)]
         print("+", *command[1:], file=sys.stderr, flush=True)
-        with open(self.folder / "log.txt", "a") as log:
+        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="surrogateescape") as log:
             log.write(f"+ {' '.join(command[1:])}\n")
             log.flush()
             return subprocess.run(
@@ -143,7 +147,7 @@ class Report:
 
     def run_cifar(self, stage: str) -> None:
         """Goes on with the run for as long as there is time; measures its encoder when it is through."""
-        speed = json.loads((self.stages / "cifar10-speed.json").read_text()) if self.done("cifar10-speed") else {}
+        speed = self.read("cifar10-speed") if self.done("cifar10-speed") else {}
         run, progress = self.folder / stage, self.folder / f"{stage}-progress.json"
         flags = ["--preset", "cifar10", "--data", self.cifar, "--run", run, "--epochs", EPOCHS[stage]]
         flags += ["--loader", "resident", "--knn-every", 10, "--knn-images", 10_000]
@@ -153,34 +157,43 @@ class Report:
             flags[flags.index("--epochs") + 1] = 1
             flags += ["--arch", "test_resnet", "--stem", "imagenet", "--projector", "16-16", "--global-batch", 8]
             flags += ["--amp", "off", "--workers", 1, "--warmup-epochs", 0, "--knn-every", 1]
-        before = json.loads(progress.read_text()) if progress.is_file() else {"seconds": 0.0, "starts": 0}
+        before = json.loads(progress.read_text("utf-8")) if progress.is_file() else {"seconds": 0.0, "starts": 0}
         start = time.monotonic()
         code = self.train_until(self.left_s() - TO_STOP_S, "train/pretrain.py", *flags)
         spent = {"seconds": before["seconds"] + time.monotonic() - start, "starts": before["starts"] + 1}
-        progress.write_text(json.dumps(spent) + "\n")
+        write_whole(progress, json.dumps(spent) + "\n")
         if code != 0:
             print(
                 f"{stage}: exit code {code} after {spent['seconds']:.0f} s; see {self.folder / 'log.txt'}",
                 file=sys.stderr,
             )
             return
-        for evaluation in EVALUATIONS[stage][-1 if self.config.dry_run else 0 :]:
-            self.call(*evaluation, "--checkpoint", run)
-        lines = [json.loads(text) for text in (run / "results.jsonl").read_text().splitlines()]
-        results = {line["protocol"]: line["value"] for line in lines}
-        metrics = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+        results = self.evaluate(run, EVALUATIONS[stage][-1 if self.config.dry_run else 0 :])
+        metrics = read_lines(run / "metrics.jsonl")
         speeds = [line["images_per_s"] for line in metrics if "images_per_s" in line]
         online = {line["epoch"]: round(line["knn_top1"], 2) for line in metrics if "knn_top1" in line}
-        images = json.loads(manifest_path(self.cifar / "train.beton").read_text())["images"]
+        images = json.loads(manifest_path(self.cifar / "train.beton").read_text("utf-8"))["images"]
         epoch_s = {"epoch_s": round(images / float(np.median(speeds)), 3)}
         spent |= {"dry_run": self.config.dry_run}
         self.write(stage, spent | epoch_s | {"epochs": EPOCHS[stage], "results": results, "knn_by_epoch": online})
+
+    def evaluate(self, run: Path, evaluations: list[tuple[str, ...]]) -> dict[str, float]:
+        """What these evaluations of a run measure now: the folder may hold older lines, of an earlier step.
+
+        By protocol, without the "-modified" that every result at CIFAR-10's 32 px has.
+        """
+        path = run / "results.jsonl"
+        before = len(read_lines(path)) if path.is_file() else 0
+        for evaluation in evaluations:
+            if code := self.call(*evaluation, "--checkpoint", run).returncode:
+                raise UserError(f"{evaluation[0]} ended with exit code {code}; see {self.folder / 'log.txt'}")
+        return {r["protocol"].removesuffix("-modified"): r["value"] for r in read_lines(path)[before:]}
 
     def train_until(self, seconds: float, *arguments: object) -> int:
         """The exit code of a training, told to stop after so many seconds."""
         command = [sys.executable, *(str(argument) for argument in arguments)]
         print("+", *command[1:], file=sys.stderr, flush=True)
-        with open(self.folder / "log.txt", "a") as log:
+        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="surrogateescape") as log:
             process = subprocess.Popen(command, cwd=REPO, env=self.environment, stdout=log, stderr=log)
             try:
                 return process.wait(max(1, seconds))
@@ -209,12 +222,12 @@ class Report:
         else:
             self.run_stages([stage])
 
-    def write_report(self) -> None:
-        found = {
-            stage: json.loads((self.stages / f"{stage}.json").read_text()) for stage in LEAST_S if self.done(stage)
-        }
-        (self.folder / "report.json").write_text(json.dumps(found, indent=1) + "\n")
-        (self.folder / "report.md").write_text(markdown(found, list(LEAST_S)))
+    def write_report(self) -> str:
+        found = {stage: self.read(stage) for stage in LEAST_S if self.done(stage)}
+        text = markdown(found, list(LEAST_S))
+        write_whole(self.folder / "report.json", json.dumps(found, indent=1) + "\n")
+        write_whole(self.folder / "report.md", text)
+        return text
 
 
 def make_picture(path: Path, seed: int, side_px: int) -> None:
@@ -246,8 +259,7 @@ def main(config: ReportConfig) -> None:
         if not report.done(stage):
             print(f"{stage}: not done; {report.folder / 'log.txt'} has its output", file=sys.stderr)
         report.write_report()
-    report.write_report()
-    print((report.folder / "report.md").read_text())
+    print(report.write_report())
     missing = [stage for stage in wanted if not report.done(stage)]
     if missing:
         raise UserError(f"not yet measured: {', '.join(missing)}; the same command goes on")

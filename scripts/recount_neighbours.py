@@ -4,7 +4,7 @@
     python eval/knn.py --checkpoint model.pth --data DIR --out RUN --features random
     python scripts/recount_neighbours.py RUN --data DIR --json checks.json
 
-Nothing of the evaluation's own counting is used. Exit code 1 where a number differs.
+Nothing of the evaluation's own counting is used, only its file format. Exit code 1 where a number differs.
 """
 
 import json
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from safetensors import safe_open
 
+from eval.kept import find_features
 from eval.splits import Dataset, open_dataset
 from eval.subject import read_results
 from pipeline.command import UserError, run_command
+from pipeline.disk import write_whole
 from train.run_data import dataset_sha256
 
 TEMPERATURE = 0.07
@@ -36,15 +37,12 @@ class RecountConfig:
     """Where to write what was found."""
 
 
-def kept_features(run: Path, checkpoint_sha256: str, dataset_sha256: str) -> np.ndarray | None:
-    """The features of a whole split, float64, found by the description in the file."""
-    for path in sorted((run / "features").glob("*.safetensors")):
-        with safe_open(path, "np") as file:
-            about = json.loads(file.metadata()["description"])
-            found = (about["checkpoint_sha256"], about["dataset_sha256"], about["ids_sha256"])
-            if found == (checkpoint_sha256, dataset_sha256, "all"):
-                return file.get_tensor("features").astype(np.float64)
-    return None
+def kept_features(run: Path, result: dict, dataset_sha256: str) -> np.ndarray | None:
+    """The features of a whole split that a result was made of, float64."""
+    wanted = {"dataset_sha256": dataset_sha256, "ids_sha256": "all", "key": result.get("key", "")}
+    wanted |= {name: result[name] for name in ("checkpoint_sha256", "resolution_px")}
+    found = find_features(run / "features", **wanted)
+    return None if found is None else found.double().numpy()
 
 
 def recount(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray, k: int) -> float:
@@ -63,7 +61,7 @@ def recount_result(result: dict, dataset: Dataset, run: Path) -> dict | None:
     digests = (dataset_sha256(dataset.train), dataset_sha256(dataset.val))
     if result["dataset_sha256"] != dict(zip(("train", "val"), digests, strict=True)):
         return None
-    bank, queries = (kept_features(run, result["checkpoint_sha256"], digest) for digest in digests)
+    bank, queries = (kept_features(run, result, digest) for digest in digests)
     if bank is None or queries is None:
         return None
     recorded = {int(key[len("top1_k") :]): value for key, value in result["values"].items() if key.startswith("top1_k")}
@@ -80,7 +78,7 @@ def recount_result(result: dict, dataset: Dataset, run: Path) -> dict | None:
 
 def main(config: RecountConfig) -> None:
     dataset = open_dataset(config.data)
-    results = [r for r in read_results(config.run) if r["protocol"] == "knn-mmselfsup" and r["split"] == "all"]
+    results = [r for r in read_results(config.run) if r["protocol"].startswith("knn-") and r["split"] == "all"]
     found = [one for one in (recount_result(r, dataset, config.run) for r in results) if one]
     if not found:
         raise UserError(
@@ -90,7 +88,7 @@ def main(config: RecountConfig) -> None:
         pairs = ", ".join(f"k = {k}: {v:.2f} and {one['recounted'][k]:.2f}" for k, v in one["recorded"].items())
         print(f"{one['encoder']} {one['arch']}, top-1 recorded and recounted: {pairs}")
     if config.json:
-        config.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(config.json, json.dumps(found, indent=1) + "\n")
     if any(abs(v - one["recounted"][k]) > 1e-6 for one in found for k, v in one["recorded"].items()):
         sys.exit(1)
 

@@ -15,6 +15,7 @@ from train.model import make_backbone
 ARCH = "test_resnet"  # timm's smallest residual network: 0.4 M parameters, 96 features
 NORMALIZATION = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 SIDE_PX = 32
+AT_SIDE = {"resolution_px": SIDE_PX}  # what every result here changes of its protocol, which is at 224 px
 
 
 def coloured_images(seed: int, labels: np.ndarray, classes: int) -> np.ndarray:

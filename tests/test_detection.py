@@ -20,13 +20,15 @@ from pycocotools.cocoeval import COCOeval
 from timm.models.resnet import BasicBlock
 from torch import nn
 
-from eval.detection import PROTOCOLS, DetectionConfig, chosen_settings, main, open_splits
+from eval import detection
+from eval.detection import PROTOCOLS, WRITER, DetectionConfig, chosen_settings, main, open_splits
 from eval.detection_data import DetectionImages, Split, open_coco, open_voc, outline_mask
 from eval.detection_model import detectron2_name, make_detector
 from eval.detection_scores import coco_scores, voc_scores
 from eval.detection_train import Schedule, Training, detect, make_optimizer, take_precise_statistics, train
 from eval.subject import read_results
 from pipeline.command import UserError
+from pipeline.disk import OneWriter
 from pipeline.spec import Normalization
 from tests.evaluation import write_run
 from train.distributed import Ranks
@@ -433,6 +435,41 @@ def test_two_ranks_leave_one_result(eight, tmp_path):
     assert images == sorted(images) and set(images) <= set(range(1, 9))
     state = torch.load(run / "detection-voc" / "checkpoint.pt", weights_only=True)
     assert state["iteration"] == 2 and not any(name.startswith("module.") for name in state["model"])
+
+
+def test_one_process_writes_in_the_folder(eight, tmp_path, monkeypatch):
+    """The second is refused with one sentence, on every rank, and leaves the folder as it was."""
+    run = write_run(tmp_path / "run", tmp_path)
+    folder = run / "detection-voc"
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes(b"of the first")
+    with OneWriter(folder / WRITER, "the first"):
+        with pytest.raises(UserError, match=f"the evaluation in {folder} is being written by process {os.getpid()} on"):
+            main(DetectionConfig(checkpoint=run, data=eight, iterations=1, **SMALL))
+        assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", WRITER}
+        assert (folder / "checkpoint.pt").read_bytes() == b"of the first" and not (run / "results.jsonl").exists()
+    monkeypatch.setattr(detection, "largest", lambda ranks, value: 1)  # rank 0 was refused
+    second = Ranks(1, 2, torch.device("cpu"), None)
+    with pytest.raises(SystemExit) as ended, detection.only_writer(second, folder):
+        pass
+    assert ended.value.code == 2
+    with pytest.raises(SystemExit) as ended:
+        detection.require_one_checkpoint(second, "ab" * 32)
+    assert ended.value.code == 2
+    with pytest.raises(UserError, match="the ranks read different checkpoints"):
+        detection.require_one_checkpoint(ALONE, "ab" * 32)
+
+
+def test_who_lost_the_right_to_write_writes_no_more(tmp_path):
+    schedule = Schedule(1, 1, 0.1, 0, (), 0, 0)
+    with OneWriter(tmp_path / WRITER, "the evaluation", beating=False) as writer:
+        training = Training(nn.Linear(2, 2), schedule, ALONE, 0, tmp_path / "checkpoint.pt", {}, writer)
+        training.save()
+        before = (tmp_path / "checkpoint.pt").read_bytes()
+        training.iteration, writer.lost = 1, True
+        with pytest.raises(UserError, match="another process took over the evaluation"):
+            training.save()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_a_lost_loss_ends_the_training(eight, tmp_path):

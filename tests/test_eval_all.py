@@ -1,12 +1,15 @@
 """Every evaluation of one run from one call, at small size: each leaves its line, and none is made twice."""
 
 import json
+import shutil
 
 import pytest
 
+from eval import knn
 from eval.features import open_encoder
-from eval.subject import append_line, read_results
+from eval.subject import read_results
 from pipeline.command import UserError
+from pipeline.disk import append_line
 from scripts import eval_all
 from scripts.eval_all import EvalAllConfig, main
 from tests.evaluation import write_dataset, write_run
@@ -43,7 +46,7 @@ def test_all_that_the_datasets_allow_once(root, tmp_path, capsys, monkeypatch):
         name = result["protocol"].removesuffix("-modified")
         counts[name] = counts.get(name, 0) + 1
     assert counts == EXPECTED
-    assert [r["encoder"] for r in results if r["protocol"] == "knn-mmselfsup"] == ["trained", "untrained"]
+    assert [r["encoder"] for r in results if r["protocol"].startswith("knn")] == ["trained", "untrained"]
     printed = capsys.readouterr().out
     assert "svm                    voc is missing" in printed
     assert "missing voc: VOCtrainval_06-Nov-2007.tar" in printed and f"unpacked into {root}" in printed
@@ -72,15 +75,29 @@ def test_detection_runs_where_its_images_are(root, tmp_path, monkeypatch, capsys
     run = write_run(tmp_path / "run", root / "imagenet")
     for part in ("VOCdevkit/VOC2007", "VOCdevkit/VOC2012"):
         (tmp_path / part).mkdir(parents=True)
-    asked = []
+    asked, images = [], {"train": "1", "val": "2"}
 
     def measure(config):
+        """Another program's result is added before this one returns."""
         asked.append(config)
-        line = {"protocol": "detection-voc0712", "metric": "AP", "value": 1.5, "seconds": 2.0, "details": {}}
-        line |= {"encoder": "trained", "checkpoint_sha256": open_encoder(run).info.sha256, "fraction": None}
+        line = dict.fromkeys(("time", "arch", "checkpoint", "dataset", "split"), "") | {"encoder": "trained"}
+        line |= dict.fromkeys(("step", "epochs", "train_images", "val_images", "classes", "seed"), 0)
+        line |= {"protocol": "detection-voc0712", "metric": "AP", "value": 1.5, "values": {}, "seconds": 2.0}
+        line |= {"checkpoint_sha256": open_encoder(run).info.sha256, "dataset_sha256": dict(images), "changed": {}}
+        line |= {"details": {}, "settings": {}, "fraction": None, "resolution_px": 32}
         append_line(run / "results.jsonl", json.dumps(line))
+        append_line(run / "results.jsonl", json.dumps(line | {"protocol": "knn-mmselfsup", "value": 99.0}))
+        return line
+
+    class Images:
+        def __init__(self, split):
+            self.split = split
+
+        def sha256(self):
+            return images[self.split]
 
     monkeypatch.setattr(eval_all.detection, "main", measure)
+    monkeypatch.setattr(eval_all.detection, "open_splits", lambda config: (Images("train"), Images("val")))
     monkeypatch.setattr(eval_all.report, "main", lambda config: None)
     config = EvalAllConfig(run=run, data_root=tmp_path, only=("detection-voc", "detection-coco"))
     main(config)
@@ -89,6 +106,49 @@ def test_detection_runs_where_its_images_are(root, tmp_path, monkeypatch, capsys
     assert (one.task, one.data, one.iterations) == ("voc", tmp_path / "VOCdevkit", None)
     printed = capsys.readouterr().out
     assert "detection-voc          AP 1.50 in 2 s" in printed and "detection-voc          done before" in printed
+    images["val"] = "other annotations"
+    main(config)
+    assert len(asked) == 2 and "done before" not in capsys.readouterr().out
+
+
+def test_done_before_means_the_same_images_weights_and_settings(tmp_path, capsys):
+    """The folder's name is the same each time."""
+    data = write_dataset(tmp_path / "imagenet")
+    run = write_run(tmp_path / "run", data)
+    config = EvalAllConfig(run=run, data_root=tmp_path, plan=True, only=("knn", "knn-random"))
+
+    def states() -> list[str]:
+        main(config)
+        return [line.split(maxsplit=1)[1] for line in capsys.readouterr().out.splitlines() if line.startswith("knn")]
+
+    for other in ({"resolution": 16}, {"feature_type": "float16"}, {"shots": 30}, {"features": "random", "seed": 1}):
+        knn.main(knn.KnnConfig(checkpoint=run, **other))
+    capsys.readouterr()
+    assert states() == ["would run", "would run"]
+    knn.main(knn.KnnConfig(checkpoint=run))
+    knn.main(knn.KnnConfig(checkpoint=run, features="random"))
+    capsys.readouterr()
+    assert states() == ["done before", "done before"]
+    shutil.rmtree(data)
+    write_dataset(data, train_each=30)
+    assert states() == ["would run", "would run"], "other images"
+    shutil.rmtree(data)
+    write_dataset(data)
+    assert states() == ["done before", "done before"]
+    write_run(run, data, seed=1, step=21)
+    assert states() == ["would run", "done before"], "other weights; the random ones are the same"
+    shutil.rmtree(data)
+    assert main(config) is None and "done before" not in capsys.readouterr().out
+
+
+def test_an_encoder_that_changes_meanwhile_is_named(tmp_path, capsys, monkeypatch):
+    data = write_dataset(tmp_path / "imagenet")
+    run = write_run(tmp_path / "run", data)
+    measure = eval_all.knn.main
+    monkeypatch.setattr(eval_all.report, "main", lambda config: None)
+    monkeypatch.setattr(eval_all.knn, "main", lambda config: write_run(run, data, seed=1, step=21) and measure(config))
+    main(EvalAllConfig(run=run, data_root=tmp_path, only=("knn",)))
+    assert "of a newer checkpoint (step 21) than this call began with (step 9)" in capsys.readouterr().out
 
 
 def test_one_that_fails_is_named_and_the_others_go_on(root, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,10 @@
 """Features of a frozen encoder: equal to plain torch on the pixels, and to themselves when read back."""
 
+import hashlib
+import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -17,13 +20,13 @@ from eval.features import (
     describe_features,
     extract_features,
     features_of,
-    keep_features,
     open_encoder,
-    read_features,
 )
+from eval.kept import FEATURES_VERSION, find_features, keep_features, read_features
 from eval.subject import open_subject
 from pipeline.beton import open_beton
 from pipeline.command import UserError
+from pipeline.disk import write_whole
 from tests.evaluation import NORMALIZATION, coloured_images, write_dataset, write_run
 
 
@@ -181,10 +184,76 @@ def test_a_file_with_another_description_is_refused(tmp_path):
         read_features(path, "checkpoint two")
 
 
-def test_a_file_without_description_is_refused(tmp_path):
-    safetensors.torch.save_file({"features": torch.rand(3, 2)}, tmp_path / "kept.safetensors")
-    with pytest.raises(UserError, match="another checkpoint"):
-        read_features(tmp_path / "kept.safetensors", "checkpoint one")
+def test_a_file_without_a_digest_counts_as_damaged(tmp_path, capsys):
+    """Such as one from before there were digests."""
+    about = {"description": "checkpoint one"}
+    safetensors.torch.save_file({"features": torch.rand(3, 2)}, tmp_path / "kept.safetensors", about)
+    assert read_features(tmp_path / "kept.safetensors", "checkpoint one") is None
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_changed_bit_is_noticed(tmp_path, dtype):
+    """What is read is None or what was written, bit for bit; never a file of something else, and no other error."""
+    path, about = tmp_path / "kept.safetensors", {"version": FEATURES_VERSION, "dtype": "float32", "loader": "ffcv"}
+    description = json.dumps(about)
+    features = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    keep_features(path, description, features)
+    whole = path.read_bytes()
+    random = np.random.default_rng(0)
+    head = 8 + int.from_bytes(whole[:8], "little")
+    places = [*range(0, head, 3), *random.integers(head, len(whole), 100)]
+    damaged = [(at, bytes([whole[at] ^ 1 << random.integers(8)])) for at in places]
+    damaged += [(int(at), bytes(300)) for at in random.integers(0, len(whole) - 300, 20)]
+    noticed = 0
+    for at, changed in [*damaged, (len(whole) - 1, b"")]:
+        path.write_bytes(whole[:at] + changed + whole[at + len(changed) :] if changed else whole[:at])
+        found = read_features(path, description), find_features(tmp_path)
+        assert all(f is None or torch.equal(f, features) for f in found), at
+        noticed += found == (None, None)
+    assert noticed > 0.95 * len(damaged), "padding and some of JSON's spaces do not count"
+    path.write_bytes(whole)
+    assert torch.equal(read_features(path, description), features) and torch.equal(find_features(tmp_path), features)
+
+
+def test_damaged_features_are_extracted_again(encoder, val, tmp_path, capsys):
+    """One bit of one value: it was read before, and changed every number that came of it."""
+    first = features_of(encoder, val, tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = bytearray(path.read_bytes())
+    whole[-7] ^= 0x40
+    path.write_bytes(whole)
+    assert torch.equal(features_of(encoder, val, tmp_path), first)
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_weights_and_digest_are_of_one_file(data, tmp_path):
+    """A training replaces its checkpoint all the time, in the way the trainer does."""
+    known, states = {}, []
+    for seed in (0, 1):
+        path = write_run(tmp_path / str(seed), data, seed=seed) / "checkpoint.pt"
+        states.append(path.read_bytes())
+        known[hashlib.sha256(states[-1]).hexdigest()] = torch.load(path, weights_only=True)["model"]
+    run, ended = tmp_path / "run", threading.Event()
+    run.mkdir()
+    write_whole(run / "checkpoint.pt", states[0])
+
+    def train():
+        while not ended.is_set():
+            for state in states:
+                write_whole(run / "checkpoint.pt", state)
+
+    training = threading.Thread(target=train)
+    training.start()
+    try:
+        opened = [open_encoder(run) for _ in range(30)]
+    finally:
+        ended.set()
+        training.join()
+    assert {encoder.info.sha256 for encoder in opened} == known.keys(), "the case decides nothing"
+    for encoder in opened:
+        weights = known[encoder.info.sha256]
+        assert all(torch.equal(w, weights[f"backbone.{name}"]) for name, w in encoder.module.state_dict().items())
 
 
 def test_a_damaged_file_is_replaced(encoder, val, tmp_path, capsys):

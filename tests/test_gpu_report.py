@@ -10,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.command import UserError
+from pipeline.disk import append_line
+
 REPO = Path(__file__).resolve().parents[1]
 
 
@@ -72,6 +75,25 @@ def test_a_loop_over_parameters_is_lars_too(scripts):
             optimizer.step()
         ends.append([parameter.detach() for parameter in p])
     assert all(torch.allclose(one, other, rtol=1e-6) for one, other in zip(*ends, strict=True))
+
+
+def test_only_what_was_measured_now_counts(scripts, tmp_path):
+    """The run's folder has results of an earlier step; one evaluation adds its line, another fails."""
+    gpu_report = scripts("gpu_report")
+    report = gpu_report.Report(gpu_report.ReportConfig(out=tmp_path))
+    run = tmp_path / "run"
+    run.mkdir()
+    old = {"protocol": "linear-cached-modified", "value": 10.0}
+    (run / "results.jsonl").write_text(json.dumps(old) + '\n{"protocol": "torn')
+
+    def call(evaluation, *flags):
+        append_line(run / "results.jsonl", json.dumps({"protocol": "knn-mmselfsup-modified", "value": 50.0}))
+        return subprocess.CompletedProcess((), 3 if evaluation == "eval/linear.py" else 0)
+
+    report.call = call
+    assert report.evaluate(run, [("eval/knn.py",)]) == {"knn-mmselfsup": 50.0}
+    with pytest.raises(UserError, match=r"eval/linear\.py ended with exit code 3"):
+        report.evaluate(run, [("eval/linear.py", "--cached")])
 
 
 @pytest.mark.slow

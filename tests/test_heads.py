@@ -10,7 +10,7 @@ from eval.frozen import POOLS, NormalizedHeads, StageFeatures, pool_map
 from eval.heads import HeadsConfig, main
 from eval.subject import open_subject
 from pipeline.command import UserError
-from tests.evaluation import write_dataset, write_run
+from tests.evaluation import AT_SIDE, write_dataset, write_run
 from train.model import make_backbone
 
 CHANCE = 20.0
@@ -93,7 +93,7 @@ def test_the_encoder_stays_bit_for_bit_while_every_stage_learns(run, monkeypatch
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before), "batch-norm statistics included"
     assert (result["protocol"], result["metric"]) == ("heads-mmselfsup-modified", "feature5_top1")
-    assert result["changed"] == {"epochs": 8, "batch": 50, "pooling": "adaptive"}
+    assert result["changed"] == {"epochs": 8, "batch": 50, "pooling": "adaptive"} | AT_SIDE
     assert all(result["values"][f"{name}_top1"] > 1.5 * CHANCE for name in DIMENSIONS)
     assert result["value"] == result["values"]["feature5_top1"]
     assert list(result["details"]["dimensions"]) == list(DIMENSIONS)
@@ -108,11 +108,12 @@ def test_untouched_settings_are_the_published_ones(run, monkeypatch):
 
     monkeypatch.setattr(heads, "fit", watch)
     monkeypatch.setattr(heads, "final_scores", lambda *_: {"top1": 0.0, "top5": 0.0})
-    result = main(HeadsConfig(checkpoint=run))
+    result = main(HeadsConfig(checkpoint=run, resolution=224))
     (group,) = seen["groups"]
     assert (group.lr, group.weight_decay, group.milestones) == (0.01, 1e-4, (60, 80))
     assert (seen["epochs"], seen["steps"], seen["nesterov"]) == (90, 1, True)  # 200 images are one batch
-    assert result["changed"] == {"pooling": "adaptive"}
+    assert (result["protocol"], result["changed"]) == ("heads-mmselfsup", {}), "as published at 224 px"
+    assert main(HeadsConfig(checkpoint=run))["changed"] == {"pooling": "adaptive"} | AT_SIDE
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,28 @@
 """The kNN command from flags to the line it leaves, and what all evaluations share: subject, record, errors."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from eval import features as features_module
 from eval import subject as subject_module
 from eval.features import features_of, open_encoder
 from eval.knn import KnnConfig, main
-from eval.subject import append_line, open_subject, read_results
+from eval.subject import open_subject, read_results
 from pipeline.beton import open_beton
 from pipeline.command import UserError
-from tests.evaluation import write_dataset, write_run
+from pipeline.disk import append_line
+from tests.evaluation import AT_SIDE, write_dataset, write_run
+from train.checkpoint import BackboneInfo, load_backbone
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -54,7 +60,7 @@ def test_from_flags_to_the_line(run, data, capsys):
     assert result["values"]["top1_k10"] == pytest.approx(brute_force_top1(run, data, 10), abs=1e-9)
     assert 20 < result["value"] < 100, "the case decides nothing"
     expected = {
-        "protocol": "knn-mmselfsup",
+        "protocol": "knn-mmselfsup-modified",
         "metric": "top1_k20",
         "encoder": "trained",
         "arch": "test_resnet",
@@ -65,7 +71,9 @@ def test_from_flags_to_the_line(run, data, capsys):
         "train_images": 200,
         "val_images": 60,
         "classes": 5,
-        "changed": {},
+        "changed": AT_SIDE,
+        "key": "",
+        "data": str(data / "train.beton"),
     }
     assert {key: result[key] for key in expected} == expected
     assert result["checkpoint_sha256"] == open_encoder(run).info.sha256
@@ -123,18 +131,50 @@ def test_too_few_images_to_vote(run):
     assert not (run / "results.jsonl").exists()
 
 
-def test_a_damaged_line_is_left_out(run, capsys):
-    append_line(run / "results.jsonl", '{"value": 1}')
-    append_line(run / "results.jsonl", '{"value": ')
-    assert read_results(run) == [{"value": 1}]
-    assert "line 2 is no result" in capsys.readouterr().err
+def test_what_is_no_result_is_named_and_left_out(run, capsys):
+    """Torn lines, and lines that lack what the reports read."""
+    sound = main(KnnConfig(checkpoint=run))
+    lacking = [{"value": 1}, sound | {"values": None}, sound | {"encoder": "a tree"}, [1]]
+    lacking.append({name: value for name, value in sound.items() if name not in ("split", "seconds")})
+    capsys.readouterr()
+    with open(run / "results.jsonl", "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lacking) + '{"value": ')
+    append_line(run / "results.jsonl", json.dumps(sound))
+    assert read_results(run) == [sound, sound]
+    said = capsys.readouterr().err
+    for text in ("lacks values", "lacks encoder", "lacks split, seconds", "line 5 is torn", "line 7 is torn"):
+        assert text in said
+    assert said.count("left out") == 6
 
 
-def test_a_result_that_cannot_be_recorded_is_printed_all_the_same(run, capsys):
-    (run / "results.jsonl").mkdir()
-    with pytest.raises(UserError, match="the result printed above could not be added"):
+def test_a_line_from_before_the_resolution_was_compared(run, tmp_path):
+    """It is read under the name that it would get today; at 224 px nothing changes."""
+    today = main(KnnConfig(checkpoint=run))
+    old = today | {"protocol": "knn-mmselfsup", "changed": {}}
+    old["settings"] = {k: v for k, v in today["settings"].items() if k not in ("resolution_px", "feature_type")}
+    append_line(tmp_path / "results.jsonl", json.dumps(old))
+    append_line(tmp_path / "results.jsonl", json.dumps(old | {"resolution_px": 224}))
+    small, published = read_results(tmp_path)
+    assert small == today and (published["protocol"], published["changed"]) == ("knn-mmselfsup", {})
+
+
+@pytest.mark.parametrize("written", [0, 200])
+def test_a_full_disk_tears_no_other_result(run, capsys, monkeypatch, written):
+    """A first result is kept, the second is torn after `written` bytes, the third follows when there is room again."""
+    first = main(KnnConfig(checkpoint=run))
+    capsys.readouterr()
+
+    def full(fd, data, write=os.write):
+        if written:
+            return write(fd, data[:written])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="the result printed above was not kept"):
+        patch.setattr(os, "write", full)
         main(KnnConfig(checkpoint=run))
-    assert json.loads(capsys.readouterr().out)["protocol"] == "knn-mmselfsup"
+    assert json.loads(capsys.readouterr().out)["value"] == first["value"], "it is printed all the same"
+    third = main(KnnConfig(checkpoint=run))
+    assert read_results(run) == [first, third] and "left out" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -145,6 +185,25 @@ def test_a_missing_run_is_exit_code_2_and_one_line(entry, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "nowhere" in done.stderr and ("pretrain.py" in done.stderr or "eval/knn.py" in done.stderr)
+
+
+def test_the_network_of_a_file_is_chosen_and_recorded(run, monkeypatch):
+    """Two networks of one file have the same sha256: --key reaches the file, the line and the kept features."""
+
+    @dataclass(frozen=True)
+    class Keyed(BackboneInfo):
+        key: str = ""
+
+    def load(path, key=""):
+        module, info = load_backbone(path)
+        torch.nn.init.normal_(next(module.parameters()), std=len(key))
+        return module, Keyed(**vars(info) | {"key": key})
+
+    monkeypatch.setattr(features_module, "load_backbone", load)
+    results = [main(KnnConfig(checkpoint=run, key=key)) for key in ("encoder_q", "encoder", "encoder_q")]
+    assert [r["key"] for r in results] == ["encoder_q", "encoder", "encoder_q"]
+    assert results[0]["values"] != results[1]["values"] and results[0]["values"] == results[2]["values"]
+    assert len(list((run / "features").iterdir())) == 4
 
 
 def test_a_moved_dataset_says_so(run, data, tmp_path):

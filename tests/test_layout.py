@@ -25,10 +25,10 @@ train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicr
 train.run_data train.schedule train.knn_vote train.content train.foreign train.checkpoint train.initial
 train.agreement train.runstate train.recompute train.guard train.watchdog train.runlog train.plots train.online_knn
 train.recorded train.pretrain
-eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
+eval.kept eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
 eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer
 eval.detection_data eval.detection_model eval.detection_scores eval.detection_train eval.detection
-eval.published eval.summary eval.charts eval.page eval.correlation eval.neighbours eval.report
+eval.published eval.comparison eval.summary eval.charts eval.page eval.correlation eval.neighbours eval.report
 """.split()
 ENTRIES = {"pipeline.convert", "pipeline.preview", "train.pretrain"} | {
     f"eval.{name}"

@@ -13,7 +13,7 @@ from eval.linear import LinearConfig, main, standardize_
 from eval.subject import open_subject, read_results
 from pipeline.beton import open_beton
 from pipeline.command import UserError
-from tests.evaluation import write_dataset, write_run
+from tests.evaluation import AT_SIDE, write_dataset, write_run
 
 CHANCE = 20.0
 
@@ -57,14 +57,14 @@ def test_the_encoder_stays_bit_for_bit(run, opened, cached):
 def test_published_protocol_learns_on_fresh_crops(run):
     result = main(LinearConfig(checkpoint=run, epochs=12, batch=50, lr=3.0))
     assert result["protocol"] == "linear-bt-modified"
-    assert result["changed"] == {"epochs": 12, "batch": 50, "lr": 3.0}
+    assert result["changed"] == {"epochs": 12, "batch": 50, "lr": 3.0} | AT_SIDE
     assert result["value"] > 2 * CHANCE
 
 
 def test_cached_protocol_agrees_with_a_solver(run, data):
     """SGD on the kept features ends near scikit-learn's logistic regression on the same standardized features."""
     result = main(LinearConfig(checkpoint=run, cached=True))
-    assert (result["protocol"], result["changed"]) == ("linear-cached", {})
+    assert (result["protocol"], result["changed"]) == ("linear-cached-modified", AT_SIDE)
     encoder = open_encoder(run)
     train, val = (open_beton(data / f"{split}.beton") for split in ("train", "val"))
     x, v = (features_of(encoder, b, run / "features").double().numpy() for b in (train, val))
@@ -98,7 +98,7 @@ def test_untouched_settings_are_the_published_ones(run, monkeypatch):
 
     monkeypatch.setattr(linear, "fit", watch)
     monkeypatch.setattr(linear, "final_scores", lambda *_: {"top1": 0.0})
-    result = main(LinearConfig(checkpoint=run))
+    result = main(LinearConfig(checkpoint=run, resolution=224))
     assert (result["protocol"], result["changed"]) == ("linear-bt", {})
     assert (seen["epochs"], seen["steps"]) == (100, 1)  # 200 images are one batch
     (group,) = seen["groups"]
@@ -161,8 +161,9 @@ def test_avgpool_is_the_published_protocol(run, monkeypatch):
 
     monkeypatch.setattr(linear, "fit", watch)
     monkeypatch.setattr(linear, "final_scores", lambda *_: {"top1": 0.0})
-    result = main(LinearConfig(checkpoint=run, protocol="avgpool"))
-    assert (result["protocol"], result["changed"]) == ("linear-avgpool", {})
+    result = main(LinearConfig(checkpoint=run, protocol="avgpool", feature_type="float16"))
+    assert result["protocol"] == "linear-avgpool-modified"
+    assert result["changed"] == AT_SIDE | {"feature_type": "float16"}, "and nothing else"
     (group,) = seen["groups"]
     assert (seen["epochs"], group.lr, group.weight_decay, group.milestones) == (100, 30.0, 0.0, (60, 80))
     with pytest.raises(UserError, match="--cached is a protocol of its own"):
@@ -173,7 +174,7 @@ def test_a_sweep_reports_every_head_and_the_held_out_tenth_chooses(run):
     grid = {"sweep_lr": (3.0, 0.001), "sweep_weight_decay": (0.0, 0.1)}
     result = main(LinearConfig(checkpoint=run, cached=True, sweep=True, epochs=5, batch=30, **grid))
     assert result["protocol"] == "linear-cached-sweep-modified"
-    assert result["changed"] == {"epochs": 5, "batch": 30, "lr": [0.001, 3.0], "weight_decay": [0.0, 0.1]}
+    assert result["changed"] == {"epochs": 5, "batch": 30, "lr": [0.001, 3.0], "weight_decay": [0.0, 0.1]} | AT_SIDE
     points = result["details"]["sweep"]
     assert [(p["lr"], p["weight_decay"]) for p in points] == [(0.001, 0.0), (0.001, 0.1), (3.0, 0.0), (3.0, 0.1)]
     assert len({p["top1"] for p in points}) > 1, "the case decides nothing"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from eval.published import PUBLISHED, comparison_markdown, comparisons, duration, published_text
+from eval.comparison import comparison_markdown, comparisons, duration
+from eval.published import PUBLISHED, published_text
 
 # Copied by hand from the papers' and model cards' tables.
 NUMBERS = """
@@ -17,6 +18,8 @@ def result(protocol, values, **more):
     imagenet = {"dataset": "imagenet", "classes": 1000, "val_images": 50_000, "arch": "resnet50", "fraction": 1.0}
     run = {"encoder": "trained", "method": "barlow_twins", "epochs": 300, "checkpoint_sha256": "a", "seed": 0}
     rest = {"changed": {}, "dataset_sha256": {}, "seconds": 90.0, "protocol": protocol, "values": values}
+    share = {1.0: ("all", 1_281_167), 0.01: ("imagenet-1percent", 12_811)}[more.get("fraction") or 1.0]
+    rest |= {"step": 9, "details": {}, "split": share[0], "train_images": share[1]}
     return imagenet | run | rest | more
 
 
@@ -50,7 +53,9 @@ def test_difference_of_the_same_protocol():
     "protocol, more, remark",
     [
         ("linear-bt-modified", {"changed": {"epochs": 10}}, "modified: epochs 10"),
+        ("linear-bt-modified", {"changed": {"resolution_px": 64}}, "modified: resolution_px 64"),
         ("linear-bt", {"arch": "resnet18"}, "resnet18"),
+        ("linear-bt", {"train_images": 130_000}, "130000 train images, not 1281167"),
     ],
 )
 def test_no_difference_where_anything_differs(protocol, more, remark):
@@ -65,7 +70,7 @@ def test_no_difference_where_anything_differs(protocol, more, remark):
         {"method": ""},
         {"encoder": "untrained"},
         {"val_images": 500, "classes": 10},
-        {"fraction": 0.1},
+        {"fraction": None, "split": "5-shot-seed0"},
         {"protocol": "linear-cached"},
     ],
 )
@@ -96,16 +101,46 @@ def test_seeds_of_one_line():
     assert (c.ours, c.seeds, c.seconds) == ("56.00 ± 2.00 / 80.00 ± 0.00", "0, 1, 2", 90.0)
 
 
+def test_other_labelled_images_give_no_difference():
+    """SimCLR's 1 % does not apply where classes are not named by WordNet ids: a balanced share stands in for it."""
+    c = rows([result("semisup-bt", {"top1": 50.0, "top5": 80.0}, fraction=0.01, split="balanced-0.01-seed0")])
+    c = c[ONE_PERCENT]
+    assert c.ours and not c.difference and "other labelled images than SimCLR's 1 % (balanced-0.01-seed0)" in c.remark
+
+
+def test_a_share_of_the_labels_is_not_transfer():
+    places = {"classes": 205, "val_images": 20_500, "train_images": 2_448_873}
+    row = ("Transfer, linear", "barlow_twins", "Places205, top-1", 1000)
+    assert rows([result("transfer-places205", {"top1": 54.0}, **places)])[row].difference == "-0.10"
+    for share in ({"fraction": 0.1, "split": "balanced-0.1-seed0"}, {"fraction": None, "split": "5-shot-seed0"}):
+        assert not rows([result("transfer-places205", {"top1": 54.0}) | places | share])[row].ours
+
+
+def test_rows_of_several_checkpoints_name_theirs():
+    linear = result("linear-bt", {"top1": 72.0, "top5": 91.5}, step=21, checkpoint_sha256="b" * 64)
+    for of_knn, named in (({}, True), ({"step": 21, "checkpoint_sha256": "b" * 64}, False)):
+        knn = result("knn-mmselfsup", {"top1_k20": 63.0}, checkpoint_sha256="a" * 64) | of_knn
+        remarks = [c.remark for c in rows([knn, linear]).values() if c.ours]
+        assert ["step 9, checkpoint aaaaaaaa" in r for r in remarks] == [False, False, named]
+        assert ["step 21, checkpoint bbbbbbbb" in r for r in remarks] == [named, named, False]
+
+
 def test_cifar_and_detection_give_no_difference():
-    cifar = {"classes": 10, "val_images": 10_000, "arch": "resnet18", "dataset": "anything"}
+    cifar = {"classes": 10, "val_images": 10_000, "train_images": 50_000, "arch": "resnet18", "dataset": "anything"}
+    cifar |= {"changed": {"resolution_px": 32}}  # which is the published side there
     voc = {"AP": 50.0, "AP50": 80.0, "AP75": 55.0}
     found = rows(
-        [result("linear-cached", {"top1": 91.0}, **cifar), result("detection-voc0712", voc, classes=20, fraction=None)]
+        [
+            result("linear-cached-modified", {"top1": 91.0}, **cifar),
+            result("detection-voc0712", voc, classes=20, fraction=None),
+        ]
     )
     c = found["CIFAR-10, ResNet-18", "barlow_twins", "linear top-1", 1000]
-    assert c.ours == "91.00" and c.difference == "" and "another protocol" in c.remark
+    assert c.ours == "91.00" and c.difference == ""
+    assert c.remark == "pretrained for 300 epochs; another protocol than the published one"
     c = found["Detection and segmentation, R50-C4", "barlow_twins", "VOC07+12, AP/AP50/AP75", 1000]
     assert c.ours == "50.00 / 80.00 / 55.00" and c.difference == "" and "Detectron2" in c.remark
+    assert "50000 val images, not 4952" in c.remark
 
 
 def test_duration():

@@ -16,6 +16,8 @@ def test_agrees_or_says_so(tmp_path):
     run = write_run(tmp_path / "run", data)
     with pytest.raises(UserError, match=r"results\.jsonl is missing"):
         main(RecountConfig(run, data))
+    evaluate(KnnConfig(checkpoint=run, resolution=16))  # whose features are of the same checkpoint and images
+    (run / "results.jsonl").unlink()
     result = evaluate(KnnConfig(checkpoint=run))
     main(RecountConfig(run, data, json=tmp_path / "checks.json"))
     (found,) = json.loads((tmp_path / "checks.json").read_text())

@@ -1,59 +1,78 @@
 """The page about a run: its parts against independent computations, and that it needs nothing outside itself."""
 
 import base64
+import hashlib
 import io
 import json
 import re
+import shutil
+import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from eval import neighbours
+from eval import correlation, neighbours
 from eval.charts import MOST_POINTS, line_chart, nice_ticks, thinned
-from eval.correlation import correlate, load_method
+from eval.correlation import correlate, load_method, read_state
 from eval.knn import KnnConfig
 from eval.knn import main as knn
 from eval.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
 from eval.page import matrix_picture
-from eval.report import ReportConfig, coloured, main, method_of
+from eval.report import ReportConfig, coloured, curves, main, method_of
 from eval.subject import read_results
 from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.command import UserError, run_command
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
 from pipeline.draws import draw_views
+from pipeline.loader import make_loader
 from pipeline.loader_torch import apply_view_pil, decode_pil
 from pipeline.order import shuffled_batches
-from tests.evaluation import ARCH, write_dataset, write_run
+from tests.evaluation import ARCH, write_dataset, write_run, write_split
 from train.cards import PRESETS
 from train.checkpoint import save_checkpoint
-from train.config import as_plain
+from train.config import PretrainConfig, as_plain
+from train.distributed import Ranks
 from train.methods.choose import make_method, view_table
 from train.model import make_backbone
+from train.run_data import loader_config
 from train.runstate import backbone_info
 
 IMAGES = 200
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run folder as the trainer leaves it, of a network that has seen no image, measured by kNN."""
-    root = tmp_path_factory.mktemp("report")
-    data, folder = write_dataset(root / "data"), root / "a & b"
+CLASSES = [*(f"class_{i}" for i in range(4)), "class_\udcff"]  # the last one's folder has a name that is not UTF-8
+
+
+def write_state(folder: Path, data: Path, seed: int = 0, step: int = 9, **changes) -> PretrainConfig:
+    """A run folder's checkpoint as the trainer leaves it, of a network that has seen no image."""
     config = replace(PRESETS["cifar10-demo"], data=data, run=str(folder), arch=ARCH, projector="24-16")
+    config = replace(config, global_batch=128, **changes)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         backbone, features = make_backbone(ARCH)
         method = make_method(backbone, features, config)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    info = asdict(backbone_info(config, features, step))
+    parts = {"model": method.state_dict(), "optimizer": {}, "scaler": {}}
+    save_checkpoint(folder, {"config": as_plain(config), "backbone": info, "step": step, "images": IMAGES, **parts})
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder, measured by kNN."""
+    root = tmp_path_factory.mktemp("report")
+    data, folder = root / "data", root / "a & b"
+    for split, each, seed in (("train", 40, 1), ("val", 12, 2)):
+        write_split(data / f"{split}.beton", np.arange(5 * each) % 5, CLASSES, seed)
+    config = write_state(folder, data)
     (folder / "config.json").write_text(json.dumps(as_plain(config)))
     lines = [{"step": i, "epoch": i / 9, "loss": 5 / i, "lr_weights": 0.1} for i in range(1, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    info = asdict(backbone_info(config, features, 9))
-    parts = {"model": method.state_dict(), "optimizer": {}, "scaler": {}}
-    save_checkpoint(folder, {"config": as_plain(config), "backbone": info, "step": 9, "images": IMAGES, **parts})
     knn(KnnConfig(checkpoint=folder))
     return folder
 
@@ -73,12 +92,15 @@ def test_the_page_has_every_part_and_needs_nothing_else(run, capsys):
     assert page.count("<img") == 2 * 8 + 1 + 5 * 9 and page.count("<circle") == 60 + 2
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == "| | kNN top-1 |" and printed in (run / "report.md").read_text()
+    assert page.count("class_\ufffd") > 2, "a name that is not UTF-8"
+    own = f"Checkpoint {read_results(run)[0]['checkpoint_sha256'][:12]}, step 9."
+    assert page.count(own) == 5 and "of another" not in page
 
 
 def test_correlation_against_numpy(run):
     """The matrix of the fast loader's views is float64's Pearson correlation of the PIL loader's, to their rounding."""
     found = correlate(run)
-    method, config = load_method(run)
+    method, config = load_method(read_state(run)[0])
     beton, views = open_beton(run.parent / "data" / "train.beton"), view_table(config)
     _, epoch, ids = next(shuffled_batches(config.seed, np.arange(IMAGES), 128, 0, 1, 0, 1))
     params = draw_views(config.seed, epoch, ids, beton.heights[ids], beton.widths[ids], views, 32)
@@ -98,6 +120,110 @@ def test_correlation_against_numpy(run):
     assert found.off_diagonal_rms == pytest.approx(np.sqrt((off**2).mean()), abs=1e-4)
     shown = np.stack([np.stack(pair) for pair in found.pairs])
     assert shown.shape == (8, 2, 32, 32, 3) and len({s.tobytes() for s in shown.reshape(16, -1)}) == 16
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fraction": 0.7, "without": ("crop", "grey"), "loader": "dali"},
+        {"order": "blocks", "block_images": 4, "window_blocks": 5, "loader": "torch", "workers": 3},
+        {"resolution_schedule": "16@0,32@1", "views_on": "gpu", "on_bad_image": "substitute"},
+    ],
+)
+def test_correlation_sees_the_runs_first_batches(run, tmp_path, monkeypatch, changes):
+    """Sample for sample and pixel for pixel what the trainer's own loader begins with, at one rank."""
+    config, seen = write_state(tmp_path / "run", run.parent / "data", **changes), []
+
+    def watched(loading):
+        assert (loading.backend, loading.on_bad_image) == ("ffcv", config.on_bad_image)
+        loader = make_loader(loading)
+        batches = loader.batches
+        loader.batches = lambda *steps: (seen.append(batch) or batch for batch in batches(*steps))
+        return loader
+
+    monkeypatch.setattr(correlation, "make_loader", watched)
+    monkeypatch.setattr(correlation, "BATCH", 50)
+    found = correlate(tmp_path / "run")
+    config = replace(config, loader="ffcv", views_on="auto")
+    loader = make_loader(loader_config(config, Ranks(0, 1, torch.device("cpu"), None)))
+    try:
+        (first,) = loader.batches(0, 1)
+    finally:
+        loader.close()
+    samples = torch.cat([batch.sample for batch in seen])
+    assert found.images == len(samples) == 100 and torch.equal(samples, first.sample[:100])
+    for v in (0, 1):
+        assert torch.equal(torch.cat([batch.views[v] for batch in seen]), first.views[v][:100])
+
+
+def test_a_page_about_a_run_that_trains_on(run, tmp_path):
+    """Each part says whose it is: the results and features are those of step 9, the matrix is that of step 21."""
+    later = tmp_path / "later"
+    shutil.copytree(run, later)
+    write_state(later, run.parent / "data", seed=1, step=21)
+    sha256 = hashlib.sha256((later / "checkpoint.pt").read_bytes()).hexdigest()[:12]
+    old = read_results(run)[0]["checkpoint_sha256"][:12]
+    main(ReportConfig((later,)))
+    page = (later / "report.html").read_text()
+    sections = dict(re.findall("<h2>(.*?)</h2>(.*?)</section>", page, re.DOTALL))
+    for title in ("Both views", "Correlation matrix"):
+        assert f"Checkpoint {sha256}, step 21. The results are of another: Checkpoint {old}, step 9." in sections[title]
+    for title in ("Map of the features", "Nearest neighbours", "Accuracy of each class"):
+        assert f"Checkpoint {old}, step 9." in sections[title] and sha256 not in sections[title]
+
+
+def test_a_page_where_nothing_can_be_shown_as_it_is(run, tmp_path, monkeypatch):
+    """A C locale's stdout, and a class that is not UTF-8: the files are whole, and the program ends well."""
+    shutil.copytree(run, tmp_path / "rün")
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict")
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "rün")])
+    monkeypatch.setattr(sys.modules["__main__"], "__doc__", "")
+    run_command(ReportConfig, main)
+    printed.flush()
+    assert b"encoder of r?n (test_resnet" in printed.buffer.getvalue()
+    page = (tmp_path / "rün" / "report.html").read_text("utf-8")
+    assert page.endswith("</html>\n") and "<h1>rün</h1>" in page and "class_\ufffd" in page
+
+
+def test_curves_of_what_the_trainer_writes(tmp_path):
+    """null where fp16 skipped a step, other names in other lines, a torn line, and what is no line of the trainer's."""
+    lines = ['{"step": 20, "epoch": 1, "loss": 5.0, "lost": null}', '{"step": 40, "epoch": 2, "loss": null, "grad": 2}']
+    lines += ['{"step": 60, "epoch": 3, "knn_top1": 44.0}', '{"step": 80, "epo', "[1]", '{"epoch": null, "loss": 1}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 100, "epoch": 5, "loss": 3.0}']) + "\n")
+    made = curves(tmp_path)
+    titles = re.findall('class="t" x="2" y="16">(.*?)<', made)
+    assert titles == ["loss", "grad", "knn_top1"] and "last 3<" in made
+    assert "to step 100. Nowhere finite: lost." in made
+    (tmp_path / "metrics.jsonl").write_text('{"step": 80, "epo')
+    with pytest.raises(UserError, match="has no line"):
+        curves(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_a_collapsed_encoder_has_no_map_and_no_neighbours(run, value):
+    """t-SNE of equal features ended the process with SIGSEGV."""
+    kept = kept_features(run, read_results(run))
+    equal = replace(kept, val=torch.full_like(kept.val, value))
+    for part in (embedding_map, vote):
+        with pytest.raises(UserError, match="all 60 validation images are equal: the encoder has collapsed"):
+            part(equal)
+    two = replace(kept, val=torch.sign(kept.val[:, :1] - kept.val[:, :1].median()).repeat(1, 96))
+    assert np.isfinite(embedding_map(two)[0]).all(), "two points are enough"
+
+
+def test_features_of_other_images_are_not_shown(run, tmp_path):
+    """The dataset's folder holds other images than when it was measured."""
+    line = read_results(run)[0]
+    other = write_dataset(tmp_path / "data", train_each=5)
+    with pytest.raises(UserError, match="has other images than knn-mmselfsup-modified was measured on"):
+        kept_features(run, [line | {"data": str(other / "train.beton")}])
+    with pytest.raises(UserError, match=r"no features of .*val\.beton are kept"):
+        kept_features(run, [line | {"key": "encoder_k"}])
+    with pytest.raises(UserError, match="there is no kNN or linear result"):
+        kept_features(run, [line | {"protocol": "detection-coco"}])
+    del line["data"]
+    assert len(kept_features(run, [line]).val) == 60, "an older line, and config.json beside it"
 
 
 def test_neighbours_against_brute_force(run):
@@ -129,7 +255,7 @@ def test_map_has_its_own_images(run):
     kept = kept_features(run, read_results(run))
     places, labels, names = embedding_map(kept)
     assert places.shape == (60, 2) and np.isfinite(places).all()
-    assert np.bincount(labels).tolist() == [12] * 5 and names == [f"class_{i}" for i in range(5)]
+    assert np.bincount(labels).tolist() == [12] * 5 and names == CLASSES
 
 
 def test_what_is_missing_is_left_out_with_a_sentence(run, tmp_path, capsys):
@@ -149,6 +275,7 @@ def test_what_is_missing_is_left_out_with_a_sentence(run, tmp_path, capsys):
 def test_method_of_a_folder_without_configuration(run, tmp_path):
     bare = write_run(tmp_path / "bare", run.parent / "data")
     line = read_results(run)[-1] | {"classes": 1000, "val_images": 50_000, "arch": "resnet50"}
+    line |= {"protocol": "knn-mmselfsup", "changed": {}, "settings": {"resolution_px": 224}}
     (bare / "results.jsonl").write_text(json.dumps(line) + "\n")
     for method, times in (("", 0), ("barlow_twins", 4)):
         main(ReportConfig((bare,), method=method))

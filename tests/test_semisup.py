@@ -12,7 +12,7 @@ from eval.subject import open_subject
 from eval.supervised import fit, scheduled_lr
 from pipeline.beton import open_beton
 from pipeline.command import UserError
-from tests.evaluation import write_dataset, write_run
+from tests.evaluation import AT_SIDE, write_dataset, write_run
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def watched(monkeypatch):
 
 def test_published_rates_on_every_weight(run, watched):
     result = main(SemisupConfig(checkpoint=run, fraction=0.2, validate_every=20))
-    assert (result["protocol"], result["changed"]) == ("semisup-bt", {})
+    assert (result["protocol"], result["changed"]) == ("semisup-bt-modified", AT_SIDE)
     assert (watched["epochs"], watched["steps"]) == (20, 1)  # 40 images are one batch
     backbone, classifier = watched["groups"]
     assert (backbone.lr, classifier.lr) == (0.005, 0.5)
@@ -81,7 +81,8 @@ def test_rate_zero_keeps_the_backbone(run, watched):
     result = main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1, lr_backbone=0.0))
     moved = {name for name, p in watched["before"].items() if not torch.equal(p, watched["after"][name])}
     assert moved == {"heads.heads.semisup.weight", "heads.heads.semisup.bias"}
-    assert (result["protocol"], result["changed"]) == ("semisup-bt-modified", {"epochs": 1, "lr_backbone": 0.0})
+    assert result["protocol"] == "semisup-bt-modified"
+    assert result["changed"] == {"epochs": 1, "lr_backbone": 0.0} | AT_SIDE
 
 
 def test_only_the_labelled_share_is_seen(run, data, watched, monkeypatch):
@@ -127,6 +128,24 @@ def test_seeds_are_trainings_of_their_own(run):
     assert [one["top1"] for one in result["details"]["seeds"]] == tops.tolist()
     assert [one["split"] for one in result["details"]["seeds"]] == [f"balanced-0.2-seed{seed}" for seed in (4, 5)]
     assert "top1_std" not in alone[0]["values"] and alone[0]["changed"] == result["changed"]
+
+
+def test_every_seed_begins_with_the_same_weights(run, data, monkeypatch):
+    """A training replaces the checkpoint while the first seed is fine-tuned; the second begins as the first did."""
+    starts, before = [], open_encoder(run)
+
+    def replaced(model, *args, **more):
+        starts.append({name: w.clone() for name, w in model.backbone.state_dict().items()})
+        history = fit(model, *args, **more)
+        write_run(run, data, seed=1, step=21)
+        return history
+
+    monkeypatch.setattr(semisup, "fit", replaced)
+    result = main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1, batch=20, lr_backbone=0.02, seeds=2))
+    assert result["checkpoint_sha256"] == before.info.sha256 != open_encoder(run).info.sha256 and result["step"] == 9
+    for start in starts:
+        assert all(torch.equal(start[name], w) for name, w in before.module.state_dict().items())
+    assert [one["split"] for one in result["details"]["seeds"]] == [f"balanced-0.2-seed{seed}" for seed in (0, 1)]
 
 
 @pytest.mark.parametrize(

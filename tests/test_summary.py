@@ -5,8 +5,8 @@ import json
 import pytest
 
 from eval.report import ReportConfig, main
-from eval.subject import append_line
 from pipeline.command import UserError
+from pipeline.disk import append_line
 
 
 def add(run, protocol, value, encoder="trained", fraction=1.0, arch="resnet18", **more):
@@ -15,6 +15,8 @@ def add(run, protocol, value, encoder="trained", fraction=1.0, arch="resnet18", 
         "metric": "top1",
         "value": value,
         "values": {"top1": value},
+        "details": {},
+        "settings": {},
         "encoder": encoder,
         "arch": arch,
         "dataset": "cifar10",
@@ -36,6 +38,11 @@ def add(run, protocol, value, encoder="trained", fraction=1.0, arch="resnet18", 
     }
     run.mkdir(exist_ok=True)
     append_line(run / "results.jsonl", json.dumps(result | more))
+
+
+def rows_of(printed: str) -> list[str]:
+    lines = printed.splitlines()
+    return lines[2 : lines.index("")]
 
 
 @pytest.fixture
@@ -65,6 +72,47 @@ def test_the_table(runs, capsys):
     ]
     assert (runs[1] / "report.md").read_text().startswith(printed)
     assert not (runs[0] / "report.md").exists()
+
+
+def test_no_row_mixes_checkpoints(tmp_path, capsys):
+    """A training goes on between two evaluations; each of its checkpoints has its own row, and its own newest cell."""
+    run = tmp_path / "ours"
+    add(run, "knn-mmselfsup", 30.0, step=9, checkpoint_sha256="a" * 64)
+    add(run, "linear-cached", 61.0, step=21, checkpoint_sha256="b" * 64)
+    add(run, "knn-mmselfsup", 31.0, step=9, checkpoint_sha256="a" * 64)
+    main(ReportConfig((run,)))
+    assert rows_of(capsys.readouterr().out) == [
+        "| encoder of ours (resnet18, cifar10; step 9) | 31.00 | – |",
+        "| encoder of ours (resnet18, cifar10; step 21) | – | 61.00 |",
+    ]
+
+
+def test_every_file_of_a_folder_has_its_row(tmp_path, capsys):
+    """Four checkpoints of others, which do not tell a step; two networks of one file; two sides; two datasets."""
+    run = tmp_path / "models"
+    for i in range(4):
+        add(run, "knn-mmselfsup", 10.0 + i, step=0, checkpoint=f"models/{i}.pth", checkpoint_sha256=str(i) * 64)
+    main(ReportConfig((run,)))
+    found = rows_of(capsys.readouterr().out)
+    assert found == [f"| encoder of models (resnet18, cifar10; {i}.pth) | {10 + i}.00 |" for i in range(4)]
+    for what, cases in {
+        "network": [{"key": "encoder_q"}, {"key": "encoder_k"}],
+        "px": [{"resolution_px": 32}, {"resolution_px": 64}],
+        "data": [{"dataset_sha256": {"train": c * 64, "val": "e" * 64}} for c in "cd"],
+        "checkpoint": [{"checkpoint_sha256": "1" * 64}, {"checkpoint_sha256": "2" * 64}],
+    }.items():
+        for i, case in enumerate(cases):
+            add(tmp_path / what, "knn-mmselfsup", 10.0 + i, **case)
+        main(ReportConfig((tmp_path / what,)))
+        found = rows_of(capsys.readouterr().out)
+        assert [row.split(" | ")[1] for row in found] == ["10.00 |", "11.00 |"]
+        titles = {
+            "network": ["network encoder_q", "network encoder_k"],
+            "px": ["32 px", "64 px"],
+            "data": ["data cccccccc/eeeeeeee", "data dddddddd/eeeeeeee"],
+            "checkpoint": ["11111111", "22222222"],
+        }[what]
+        assert [row.split("; ")[1].split(")")[0] for row in found] == titles
 
 
 def test_every_protocol_is_named_once(runs, capsys):

@@ -8,7 +8,7 @@ from eval.features import open_encoder
 from eval.subject import open_subject
 from eval.transfer import TransferConfig, main
 from pipeline.command import UserError
-from tests.evaluation import write_dataset, write_run
+from tests.evaluation import AT_SIDE, write_dataset, write_run
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_learns_and_leaves_the_encoder_alone(run, data, monkeypatch):
     result = main(TransferConfig(checkpoint=run, dataset="folder", data=data, batch=50, lr=0.1, validate_every=14))
     after = subjects[0].encoder.module.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert (result["protocol"], result["changed"]) == ("transfer-folder-modified", {"batch": 50, "lr": 0.1})
+    assert (result["protocol"], result["changed"]) == ("transfer-folder-modified", {"batch": 50, "lr": 0.1} | AT_SIDE)
     assert result["value"] > 40  # chance is 20
 
 
@@ -45,7 +45,7 @@ def test_untouched_settings_are_the_published_ones(run, data, monkeypatch, datas
     monkeypatch.setattr(transfer, "fit", watch)
     monkeypatch.setattr(transfer, "final_scores", lambda *_: {"top1": 0.0})
     result = main(TransferConfig(checkpoint=run, dataset=dataset, data=data))
-    assert (result["protocol"], result["changed"]) == (f"transfer-{dataset}", {})
+    assert (result["protocol"], result["changed"]) == (f"transfer-{dataset}-modified", AT_SIDE)
     assert (seen["epochs"], seen["nesterov"]) == (epochs, True)
     classifier, norm = seen["groups"]
     assert (classifier.lr, norm.lr) == pytest.approx((0.01 * 200 / 256,) * 2)  # all 200 images are one step

@@ -16,7 +16,7 @@ from pipeline.loader import make_loader
 from pipeline.order import steps_per_epoch
 from pipeline.shards import SUFFIX as SHARDS
 from pipeline.spec import LoaderConfig, Normalization
-from train.checkpoint import CHECKPOINT, file_sha256, read_checkpoint
+from train.checkpoint import newest_or_refuse
 from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.methods.barlow_twins import cross_correlation
@@ -64,11 +64,6 @@ def config_from(plain: dict) -> PretrainConfig:
     return PretrainConfig(**plain | {"data": Path(plain["data"]), "without": tuple(plain.get("without", ()))})
 
 
-def read_state(run: Path) -> tuple[dict, str]:
-    """The newest state of a run folder, and its file's sha256. Raises UserError."""
-    return read_checkpoint(run / CHECKPOINT), file_sha256(run / CHECKPOINT)
-
-
 def load_method(state: dict) -> tuple[torch.nn.Module, PretrainConfig]:
     """The whole pretrained network of a run's state, in evaluation mode on the CPU. Raises UserError."""
     if not state["config"]:
@@ -104,7 +99,7 @@ def shown_pixels(view: torch.Tensor, normalization: Normalization) -> np.ndarray
 @torch.no_grad()
 def correlate(run: Path) -> Correlation:
     """Embeds the views of at most IMAGES images of the run's first batches. Raises UserError where that cannot be."""
-    state, sha256 = read_state(run)
+    state, _, sha256 = newest_or_refuse(run)
     method, config = load_method(state)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method.to(device, memory_format=torch.channels_last)

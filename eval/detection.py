@@ -15,13 +15,11 @@ Started again, the same command continues from its last checkpoint, <run>/detect
 Ctrl-C write one first. The detections stay beside it, in COCO's results form. One such training at a time writes there.
 """
 
-import contextlib
 import json
 import pickle
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,11 +35,11 @@ from eval.subject import encoder_facts, protocol_name, require_positive, result_
 from eval.supervised import milestones_for
 from pipeline.command import DATA, RUNS, UserError, run_command
 from pipeline.disk import OneWriter, write_whole
+from train.agreement import only_writer
 from train.batchnorm import with_global_batch_norm
 from train.distributed import Ranks, largest, say, start_ranks, stop_ranks
 
 EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
-WRITER = ".writer"  # in the folder: says which process writes there
 PROTOCOLS = {
     "voc": {
         "train": "VOC2007 trainval+VOC2012 trainval",
@@ -77,8 +75,8 @@ class DetectionConfig:
     checkpoint: Path = RUNS / "latest"
     """A run folder, or a checkpoint file: ours, or a torchvision ResNet's state dict."""
     key: str = ""
-    """Which network of a file that holds several: the beginning of its parameters' names. Empty: the one that the rule
-    in train/checkpoint.py chooses."""
+    """Which network of a file that holds several: its place in it, or a part of that. Empty: the one that the rule
+    in train/foreign.py chooses."""
     data: Path | None = None
     """VOCdevkit with VOC2007 (and VOC2012), or COCO's folder. None: data/VOCdevkit or data/coco."""
     features: Literal["encoder", "random"] = "encoder"
@@ -180,23 +178,6 @@ def make_training(
     return training
 
 
-@contextlib.contextmanager
-def only_writer(ranks: Ranks, folder: Path) -> Iterator[OneWriter | None]:
-    """The right to write in a folder, held by rank 0. Where another process has it, all ranks end with exit code 2:
-    rank 0 by the UserError that names that process."""
-    writer, refused = None, None
-    if ranks.rank == 0:
-        try:
-            folder.mkdir(exist_ok=True)
-            writer = OneWriter(folder / WRITER, f"the evaluation in {folder}")
-        except (UserError, OSError) as error:
-            refused = error if isinstance(error, UserError) else UserError(f"{folder} cannot be made: {error.strerror}")
-    if largest(ranks, int(refused is not None)):
-        raise refused or SystemExit(2)
-    with writer or contextlib.nullcontext():
-        yield writer
-
-
 def require_one_checkpoint(ranks: Ranks, sha256: str) -> None:
     """All ranks end where they read different files: a training replaced the checkpoint between their reads."""
     number = int(sha256[:15], 16)
@@ -216,7 +197,11 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
     train_split, test_split = open_splits(config)
     run = result_folder(checkpoint)
     folder = run / f"detection-{config.task}"
-    with only_writer(ranks, folder) as writer:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}); make {run} writable") from None
+    with only_writer(folder, ranks, "the evaluation in") as writer:
         training = make_training(config, ranks, encoder, train_split, folder, writer)
         say(ranks, f"{folder}: from iteration {training.iteration}, {len(train_split)} images")
         masks = config.task == "coco"

@@ -5,7 +5,6 @@ functions of the seed, the iteration and the rank, so an interrupted training en
 was not (bit for bit on a CPU).
 """
 
-import io
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from eval.detection_data import DetectionImages, Split, training_keys
 from pipeline.command import UserError
-from pipeline.disk import OneWriter, write_whole
+from pipeline.disk import OneWriter
+from train.content import DamagedFile, read_state, write_state
 from train.distributed import Ranks, StopRequest
 
 FORMAT, VERSION = "barlow-at-speed detection", 1
@@ -102,20 +102,18 @@ class Training:
                 self.writer.require()
             state = {"format": FORMAT, "version": VERSION, "about": self.about, "iteration": self.iteration}
             state |= {"model": self.detector.state_dict(), "optimizer": self.optimizer.state_dict()}
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_whole(self.path, buffer.getbuffer())
+            write_state(self.path, state)
 
     def resume(self) -> None:
         """Continues from the checkpoint, where there is one. Raises UserError for another run's, or a damaged one."""
         if not self.path.is_file():
             return
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            found = state["about"] if (state["format"], state["version"]) == (FORMAT, VERSION) else {}
-        except Exception as error:  # torch.load tells of a broken file in half a dozen types
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.path} cannot be read ({reason}); delete it to start over") from None
+            state, _ = read_state(self.path)
+        except DamagedFile as error:
+            raise UserError(f"{error}; delete it to start over") from None
+        ours = isinstance(state, dict) and (state.get("format"), state.get("version")) == (FORMAT, VERSION)
+        found = state["about"] if ours else {}
         if found != self.about:
             other = [name for name in self.about if found.get(name) != self.about[name]]
             raise UserError(

@@ -72,7 +72,7 @@ def open_encoder(
             f"there is no checkpoint at {checkpoint}; make one with `torchrun train/pretrain.py`, "
             "or point --checkpoint at a run folder or a checkpoint file"
         )
-    module, info = load_backbone(checkpoint, key) if key else load_backbone(checkpoint)
+    module, info = load_backbone(checkpoint, key)
     info = replace(info, resolution_px=resolution_px or info.resolution_px)
     kind = "untrained" if info.data and info.step == 0 else "trained"
     if pixels:
@@ -97,11 +97,6 @@ def random_sha256(info: BackboneInfo, seed: int) -> str:
     """What a result calls the random weights of an architecture in place of a checkpoint's sha256."""
     named = f"random weights of {info.arch}, {info.stem} stem, seed {seed}"
     return hashlib.sha256(named.encode()).hexdigest()
-
-
-def network_key(info: BackboneInfo) -> str:
-    """Which of several networks in its file an encoder is, "" where there is one."""
-    return getattr(info, "key", "")
 
 
 def extract_batch(resolution_px: int) -> int:
@@ -153,7 +148,7 @@ def describe_features(encoder: Encoder, beton: Beton, config: LoaderConfig, dtyp
     return {
         "version": FEATURES_VERSION,
         "checkpoint_sha256": encoder.info.sha256,
-        "key": network_key(encoder.info),
+        "key": encoder.info.key,
         "arch": encoder.info.arch,
         "stem": encoder.info.stem,
         "dataset_sha256": dataset_sha256(beton),

@@ -8,7 +8,6 @@
 A damaged file is named and counts as none: its features are extracted again.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from pipeline.command import UserError
 from pipeline.disk import write_whole
+from train.content import content_sha256
 
 FEATURES_VERSION = 2  # raise it when the same description would give other numbers, or the files change
 
@@ -81,25 +81,19 @@ def read_whole(path: Path) -> tuple[str, torch.Tensor]:
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata() or {}
             features = file.get_tensor("features")
+    except MemoryError:
+        raise
     except Exception as error:  # see described
         raise DamagedFeatures(str(error).split("\n")[0]) from error
     description = about.get("description", "")
-    if about.get("sha256") != features_sha256(features, description):
+    if about.get("sha256") != content_sha256([description, features]):
         raise DamagedFeatures("its content is not what its sha256 is of")
     return description, features
 
 
-def features_sha256(features: torch.Tensor, description: str) -> str:
-    """Of the description, the type, the shape and every byte. A core does 1 to 2 GB a second, about what a disk reads:
-    some seconds for all of ImageNet in float32 (10 GB)."""
-    digest = hashlib.sha256(f"{description} {features.dtype} {tuple(features.shape)} ".encode())
-    digest.update(features.contiguous().numpy())
-    return digest.hexdigest()
-
-
 def keep_features(path: Path, description: str, features: torch.Tensor) -> None:
     """Writes a file that is there whole or not at all. Where the disk does not take it, says so and continues."""
-    about = {"description": description, "sha256": features_sha256(features, description)}
+    about = {"description": description, "sha256": content_sha256([description, features])}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, safetensors.torch.save({"features": features}, about))

@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 
-from eval.features import KINDS, Encoder, centre_loader_config, features_of, network_key, open_encoder
+from eval.features import KINDS, Encoder, centre_loader_config, features_of, open_encoder
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from pipeline.command import DATA, RUNS, UserError
 from pipeline.disk import append_line, read_lines
@@ -46,8 +46,9 @@ class SubjectConfig:
     """A run folder, or a file: checkpoint.pt, backbone.safetensors, Barlow Twins' published resnet50.pth or
     checkpoint.pth, or any state dict of a torchvision ResNet (self-supervised or supervised)."""
     key: str = ""
-    """Which network of a file that holds several: the beginning of its parameters' names, such as
-    module.encoder_q. Empty: the one that the rule in train/checkpoint.py chooses."""
+    """Which network of a file that holds several: its place in it, such as
+    state_dict.module.encoder_q, or a part of that. Empty: the one that the rule in
+    train/foreign.py chooses."""
     data: Path | None = None
     """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
     shots: int = 0
@@ -250,7 +251,7 @@ def encoder_facts(encoder: Encoder, checkpoint: Path) -> dict:
         "resolution_px": info.resolution_px,
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": info.sha256,
-        "key": network_key(info),
+        "key": info.key,
         "normalization": [list(info.normalization.mean), list(info.normalization.std)],
         "device": torch.cuda.get_device_name() if encoder.device != "cpu" else "cpu",
     }

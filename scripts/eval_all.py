@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from eval import detection, heads, knn, linear, report, semisup, svm, transfer
-from eval.features import network_key, open_encoder, random_sha256
+from eval.features import open_encoder, random_sha256
 from eval.splits import open_dataset
 from eval.subject import RESULTS, SubjectConfig, read_results, result_folder
 from pipeline.command import DATA, REPO, UserError, run_command
@@ -144,7 +144,7 @@ def is_done(job: Job, results: list[dict], info: BackboneInfo) -> bool:
     detects = job.needs in DETECTION
     expected = {
         "checkpoint_sha256": random_sha256(info, config.seed) if config.features == "random" else info.sha256,
-        "key": network_key(info),
+        "key": info.key,
         "resolution_px": info.resolution_px,
         "seed": config.seed,
         "fraction": None if detects else getattr(config, "fraction", 1.0),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from eval import correlation, neighbours
 from eval.charts import MOST_POINTS, line_chart, nice_ticks, thinned
-from eval.correlation import correlate, load_method, read_state
+from eval.correlation import correlate, load_method
 from eval.knn import KnnConfig
 from eval.knn import main as knn
 from eval.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
@@ -33,7 +33,7 @@ from pipeline.loader_torch import apply_view_pil, decode_pil
 from pipeline.order import shuffled_batches
 from tests.evaluation import ARCH, write_dataset, write_run, write_split
 from train.cards import PRESETS
-from train.checkpoint import save_checkpoint
+from train.checkpoint import newest_or_refuse, save_checkpoint
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks
 from train.methods.choose import make_method, view_table
@@ -100,7 +100,7 @@ def test_the_page_has_every_part_and_needs_nothing_else(run, capsys):
 def test_correlation_against_numpy(run):
     """The matrix of the fast loader's views is float64's Pearson correlation of the PIL loader's, to their rounding."""
     found = correlate(run)
-    method, config = load_method(read_state(run)[0])
+    method, config = load_method(newest_or_refuse(run).state)
     beton, views = open_beton(run.parent / "data" / "train.beton"), view_table(config)
     _, epoch, ids = next(shuffled_batches(config.seed, np.arange(IMAGES), 128, 0, 1, 0, 1))
     params = draw_views(config.seed, epoch, ids, beton.heights[ids], beton.widths[ids], views, 32)

@@ -60,19 +60,19 @@ def _end(ranks: Ranks, sentence: str) -> BaseException:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, ranks: Ranks) -> Iterator[OneWriter | None]:
-    """The right to write a run's folder, on rank 0; None on the others. Nothing of the folder is read before it.
+def only_writer(folder: Path, ranks: Ranks, what: str) -> Iterator[OneWriter | None]:
+    """The right to write a folder, `what` to a reader, on rank 0; None on the others. Nothing there is read before it.
 
     Ends all ranks where another process has it; rank 0 raises the UserError that names that process.
     """
-    writer, error = _ask(folder, ranks)
+    writer, error = _ask(folder, ranks, what)
     if largest(ranks, int(error is not None)):
         raise error or SystemExit(2)
     with writer or contextlib.nullcontext():
         yield writer
 
 
-def _ask(folder: Path, ranks: Ranks) -> tuple[OneWriter | None, Exception | None]:
+def _ask(folder: Path, ranks: Ranks, what: str) -> tuple[OneWriter | None, Exception | None]:
     """Rank 0 asks in a thread and tells the others every second that they are to wait.
 
     Watching another machine's process takes up to a minute, and a collective gives up after 2 × --timeout-minutes.
@@ -81,7 +81,7 @@ def _ask(folder: Path, ranks: Ranks) -> tuple[OneWriter | None, Exception | None
 
     def ask() -> None:
         try:
-            answer[0] = OneWriter(folder / WRITER, f"the run {folder}")
+            answer[0] = OneWriter(folder / WRITER, f"{what} {folder}")
         except Exception as refusal:  # it ends the run, on the thread that trains
             answer[1] = refusal
 

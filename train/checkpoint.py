@@ -210,7 +210,7 @@ def read_network(path: str | Path, key: str = "") -> Network:
     """`load_backbone`, and the weights of what stands beside the backbone, {} where the file has none."""
     path = Path(path).expanduser()
     if path.is_dir():
-        content, path, sha256 = _newest_or_refuse(path)
+        content, path, sha256 = newest_or_refuse(path)
         about = None
     elif path.suffix == ".safetensors":
         data = read_once(path)
@@ -240,7 +240,8 @@ def read_network(path: str | Path, key: str = "") -> Network:
     return Network(backbone.eval(), replace(info, features=features, sha256=sha256), heads)
 
 
-def _newest_or_refuse(folder: Path) -> Stored:
+def newest_or_refuse(folder: Path) -> Stored:
+    """`newest_checkpoint`, with a note where that is not `checkpoint.pt`. Raises UserError where there is none."""
     newest = newest_checkpoint(folder)
     if newest is None:
         raise MissingFile(f"there is no checkpoint {folder / CHECKPOINT}; give a run folder or a checkpoint file")

@@ -75,7 +75,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str = "")
     if config.cuda_graph:
         require_one_gpu(ranks)
     open_run_folder(folder)
-    with only_writer(folder, ranks) as writer:
+    with only_writer(folder, ranks, "the run") as writer:
         return train_alone(config, ranks, loader, images_sha256, writer)
 
 

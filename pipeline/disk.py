@@ -239,6 +239,7 @@ class OneWriter:
             alive = about.get("started") is not None and _process_start(about.get("pid")) == about["started"]
         else:
             alive = self._beats(seen, about)
+            about = about or _parsed((_content_and_time(self.path) or seen)[0])  # it may only just have been written
         if alive:
             named = f"process {about['pid']} on {about['host']}, since {about['since']}" if about else "another process"
             raise UserError(f"{self.what} is being written by {named}; wait for it, stop it, or choose another place")

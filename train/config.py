@@ -131,10 +131,10 @@ class PretrainConfig:
     """Decides the initial weights, the order of images, every view, and which images --fraction takes."""
     init_from: Path | None = None
     """Begin with the weights of a checkpoint instead of random ones: a run folder or file of ours, a published Barlow
-    Twins resnet50.pth or checkpoint.pth (the projector too, where it has the same widths). Schedule and momentum
-    begin anew."""
+    Twins resnet50.pth or checkpoint.pth (the projector too, where it has the same widths). Of several ResNets in a
+    file, the one that was trained, not its average (train/foreign.py). Schedule and momentum start from scratch."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: go on from the run's checkpoint where there is one. never: start over, replacing it."""
+    """auto: continue from the run's checkpoint where there is one. never: start over, replacing it."""
     amp: Literal["bf16", "fp16", "off"] = "bf16"
     """Autocast of backbone and projector; the loss is float32 always. fp16 scales the loss, at one sync a step."""
     checkpoint_activations: bool = False
@@ -170,7 +170,7 @@ class PretrainConfig:
     keep: int = 2
     """Checkpoints that stay: checkpoint.pt and those before it, by step. A damaged one is passed over at the start."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """A loss that is no number ends the run, with its step and images named; skip: such a step makes no update, nor
+    """A loss that is not finite ends the run, with its step and images named; skip: such a step makes no update, nor
     does one with such a gradient, at one host sync a step. Ten in a row end the run all the same."""
     timeout_minutes: float = 15.0
     """A rank that waits so long within a step ends the run and names the rank it waited for; 0: it waits on."""

@@ -1,4 +1,4 @@
-"""The state of a run: resumed to the step, and saved on rank 0 while training goes on.
+"""The state of a run: resumed to the step, and saved on rank 0 while training continues.
 
 Model, optimizer, scaler, step and seed are all of it: order and views are functions of seed and step.
 
@@ -31,7 +31,7 @@ from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import Ranks, largest, say
 
 
-def backbone_info(config: PretrainConfig, features: int, step: int, dataset_sha256: str) -> BackboneInfo:
+def backbone_info(config: PretrainConfig, features: int, step: int, dataset_sha256: str = "") -> BackboneInfo:
     return BackboneInfo(
         arch=config.arch,
         stem=config.stem,

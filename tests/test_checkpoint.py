@@ -23,12 +23,21 @@ from train.checkpoint import (
     BackboneInfo,
     export_backbone,
     load_backbone,
+    newest_checkpoint,
     read_checkpoint,
     refuse_other_recipe,
     save_checkpoint,
 )
 from train.config import NORMALIZATIONS, as_plain
-from train.content import content_sha256, parsed_tensor_file, read_once, read_state, tensor_file, write_state
+from train.content import (
+    DamagedFile,
+    content_sha256,
+    parsed_tensor_file,
+    read_once,
+    read_state,
+    tensor_file,
+    write_state,
+)
 from train.foreign import find_resnet
 from train.initial import initial_network, start_heads_
 from train.methods.barlow_twins import BarlowTwins
@@ -325,6 +334,22 @@ def test_the_digest_is_of_all_that_is_there(tmp_path):
     state = {"weights": floats.bfloat16(), "nan": float("nan"), "nested": {0: [floats, None]}}
     write_state(tmp_path / "state.pt", state)
     assert bits(read_state(tmp_path / "state.pt")[0]["nested"]) == bits(state["nested"])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: 12")])
+def test_short_memory_is_no_damage(tmp_path, monkeypatch, error):
+    """Else a sound checkpoint would be passed over, and the run would continue from an older one."""
+    checkpoint_file(tmp_path)
+    (tmp_path / CHECKPOINT).rename(tmp_path / "checkpoint-00000001.pt")
+    checkpoint_file(tmp_path)
+
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(UserError, match="memory is too short to read .*checkpoint.pt") as raised:
+        newest_checkpoint(tmp_path)
+    assert not isinstance(raised.value, DamagedFile)
 
 
 def test_a_file_that_another_program_writes_to_is_not_read(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def write_state(folder: Path, data: Path, seed: int = 0, step: int = 9, **change
         backbone, features = make_backbone(ARCH)
         method = make_method(backbone, features, config)
     folder.mkdir(exist_ok=True)
-    info = asdict(backbone_info(config, features, step))
+    info = asdict(backbone_info(config, features, step, ""))
     parts = {"model": method.state_dict(), "optimizer": {}, "scaler": {}}
     save_checkpoint(folder, {"config": as_plain(config), "backbone": info, "step": step, "images": IMAGES, **parts})
     return config

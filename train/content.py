@@ -78,6 +78,8 @@ def read_once(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
             before, data, after = os.fstat(file.fileno()), file.read(), os.fstat(file.fileno())
+    except MemoryError as error:
+        raise _out_of_memory(path) from error
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR):  # ESTALE: replaced, on a network disk
             raise MissingFile(f"there is no checkpoint {path}; give a run folder or a checkpoint file") from None
@@ -85,6 +87,10 @@ def read_once(path: Path) -> bytes:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(data) != after.st_size:
         raise DamagedFile(f"{path} cannot be read while another program writes to it; run again when that is done")
     return data
+
+
+def _out_of_memory(path: Path) -> UserError:
+    return UserError(f"memory is too short to read {path}; twice its size is needed: end other programs and run again")
 
 
 def write_state(path: Path, state: dict, keep_as: Path | None = None, advice: str = "") -> None:
@@ -105,6 +111,8 @@ def read_state(path: Path) -> tuple[object, str]:
         if not (isinstance(state, dict) and DIGEST in state):
             _require_zip_checksums(data)
     except Exception as error:  # torch.load tells of a broken file in half a dozen types, zipfile in others
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # no word about the file
+            raise _out_of_memory(path) from error
         reason = str(error).split("\n")[0].split(". ")[0]
         text = f"{path} cannot be read as a checkpoint ({reason}); it may be damaged or incomplete"
         raise DamagedFile(text) from error

@@ -33,13 +33,12 @@ from pipeline.loader_torch import apply_view_pil, decode_pil
 from pipeline.order import shuffled_batches
 from tests.evaluation import ARCH, write_dataset, write_run, write_split
 from train.cards import PRESETS
-from train.checkpoint import save_checkpoint
-from train.config import PretrainConfig, as_plain
+from train.checkpoint import BackboneInfo, save_checkpoint
+from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import Ranks
 from train.methods.choose import make_method, view_table
 from train.model import make_backbone
 from train.run_data import loader_config
-from train.runstate import backbone_info
 
 IMAGES = 200
 
@@ -56,7 +55,9 @@ def write_state(folder: Path, data: Path, seed: int = 0, step: int = 9, **change
         backbone, features = make_backbone(ARCH)
         method = make_method(backbone, features, config)
     folder.mkdir(exist_ok=True)
-    info = asdict(backbone_info(config, features, step))
+    about = (config.arch, config.stem, features, config.resolution, NORMALIZATIONS[config.views], str(data))
+    info = asdict(BackboneInfo(*about, seed=seed, step=step, epochs=config.epochs))
+    del info["sha256"]
     parts = {"model": method.state_dict(), "optimizer": {}, "scaler": {}}
     save_checkpoint(folder, {"config": as_plain(config), "backbone": info, "step": step, "images": IMAGES, **parts})
     return config

@@ -36,7 +36,7 @@ _END_OF_SEGMENT = "Corrupt JPEG data: premature end of data segment"
 
 # The end of a scan: a marker that is neither a stuffed zero, nor a restart, nor padding.
 _SCAN_END = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
-_SOI = b"\xff\xd8"
+_SOI, _END = b"\xff\xd8", b"\xff\xd9"  # the first and the last marker
 _DHT, _DQT, _SOS, _EOI, _APP1 = 0xC4, 0xDB, 0xDA, 0xD9, 0xE1
 _SEGMENTS = frozenset((*range(0xE0, 0xF0), 0xFE, _DHT, _DQT, 0xDD))  # APPn, COM, DHT, DQT, DRI: may be passed over
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; Huffman coded
@@ -159,7 +159,9 @@ def _decode(data: bytes, max_side_px: int) -> _Decoded:
         if isinstance(decoded, Decoded):
             pixels = decoded.pixels.squeeze(2) if decoded.pixels.shape[2] == 1 else decoded.pixels
             return _Decoded(Image.fromarray(pixels), decoded.height, decoded.width, decoded.part, True)
-        if decoded in (_END_OF_FILE, _END_OF_SEGMENT):  # of the second Pillow shows grey where pixels are missing
+        ends_early = decoded in (_END_OF_FILE, _END_OF_SEGMENT)
+        # Where the end marker alone is missing there is no grey, and Pillow decides.
+        if ends_early and isinstance(decode_pixels(data + _END, max_side_px, MAX_PIXELS), str):
             raise Unreadable(f"cut off ({decoded})")
     image = upright_pixels(data)
     return _Decoded(image, image.height, image.width, 1, False)

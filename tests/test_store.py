@@ -56,6 +56,25 @@ def test_real_jpegs_are_kept_byte_for_byte(imagenet_sample):
         assert stored.how == KEPT and stored.data == data, path
 
 
+def test_of_a_jpeg_without_its_end_marker_pillow_decides(imagenet_sample):
+    """All its pixels are there; Pillow takes some such files and refuses others."""
+    verdicts = Counter()
+    for path in imagenet_sample[:60:2]:
+        data = path.read_bytes()
+        data = data[: data.rindex(b"\xff\xd9")]
+        try:
+            expected = Image.open(io.BytesIO(data)).convert("RGB")
+        except OSError:
+            expected = None
+            with pytest.raises(Unreadable, match="truncated"):
+                store_image(data, 65535, QUALITY, False)
+        else:
+            stored = store_image(data, 65535, QUALITY, False)
+            assert stored.how == RECODED and stored.data == encoded(expected, quality=QUALITY, subsampling="4:2:0")
+        verdicts[expected is None] += 1
+    assert min(verdicts[True], verdicts[False]) > 1
+
+
 def test_decoding_all_keeps_the_same(imagenet_sample):
     for path in imagenet_sample[::10]:
         data = path.read_bytes()

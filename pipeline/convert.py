@@ -57,8 +57,8 @@ class ConvertConfig:
     out: Path
     """A .beton file; or a folder, which gets train.beton and val.beton."""
     source: Path | None = None
-    """A folder with one folder a class, or one with train/ and val/ of these; ImageNet's own tar files; CIFAR-10;
-    VOC2007, Places205 or iNaturalist 2018 as downloaded."""
+    """A folder with one folder a class, or one with train/ and val/ (validation/) of these; ImageNet's own tar files;
+    CIFAR-10; VOC2007, Places205 or iNaturalist 2018 as downloaded."""
     split: Literal["", "train", "val"] = ""
     """Which split, where --source has several."""
     format: Literal["beton", "webdataset"] = "beton"

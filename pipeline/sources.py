@@ -1,7 +1,7 @@
 """Datasets as they lie on disk, before conversion: which images, of which class, in which order.
 
-    folder         root/<class>/**/<image>, or root/{train,val}/<class>/… (pipeline/folders.py)
-                                                                                      ids by class, then by name
+    folder         root/<class>/**/<image>, or root/{train,val}/<class>/…             ids by class, then by name
+                   (pipeline/folders.py says what is an image, a class, a split, and what is left out)
     imagenet tar   root/ILSVRC2012_img_{train,val}.tar, read in place                 the ids of the unpacked folder
     cifar-10       root/cifar-10-batches-py/ (pickles) or root/data_batch_*.png …     ids in file order
     voc 2007       root[/VOCdevkit]/VOC2007; train is trainval, val is test           ids in list order, one class
@@ -95,7 +95,7 @@ def pixel_stamp(pixels: np.ndarray) -> Stamp:
 def read_stamps(source: Source, count: int) -> np.ndarray:
     """The stamps of the first `count` images as they are now, (count, 2) int64; -1 where there is no file.
 
-    One question to the disk a file, from several threads: some seconds for ImageNet's 1.3 million on a local disk.
+    One question to the disk a file, from several threads: about ten seconds for ImageNet's 1.3 million on a local disk.
     """
     stamps = np.empty((count, 2), np.int64)
     if source.pixels is not None:
@@ -106,8 +106,8 @@ def read_stamps(source: Source, count: int) -> np.ndarray:
     else:
         with ThreadPoolExecutor(8) as pool:
             jobs = (range(first, min(first + 1000, count)) for first in range(0, count, 1000))
-            for part in pool.map(lambda part: (part, _file_stamps(source, part)), jobs):
-                stamps[part[0].start : part[0].stop] = part[1]
+            for part, found in pool.map(lambda part: (part, _file_stamps(source, part)), jobs):
+                stamps[part.start : part.stop] = found
     return stamps
 
 

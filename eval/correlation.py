@@ -15,14 +15,15 @@ from pipeline.command import UserError
 from pipeline.loader import make_loader
 from pipeline.order import steps_per_epoch
 from pipeline.shards import SUFFIX as SHARDS
+from pipeline.shards import open_stored
 from pipeline.spec import LoaderConfig, Normalization
-from train.checkpoint import newest_or_refuse
+from train.checkpoint import newest_or_refuse, refuse_other_images
 from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.methods.barlow_twins import cross_correlation
 from train.methods.choose import make_method
 from train.model import make_backbone
-from train.run_data import loader_config
+from train.run_data import dataset_sha256, loader_config, train_beton
 
 IMAGES, IMAGES_LARGE_ON_CPU = 1024, 128  # a ResNet-50 at 224 px takes a second for ten images on two cores
 LARGE_PX = 96
@@ -99,8 +100,9 @@ def shown_pixels(view: torch.Tensor, normalization: Normalization) -> np.ndarray
 @torch.no_grad()
 def correlate(run: Path) -> Correlation:
     """Embeds the views of at most IMAGES images of the run's first batches. Raises UserError where that cannot be."""
-    state, _, sha256 = newest_or_refuse(run)
+    state, path, sha256 = newest_or_refuse(run)
     method, config = load_method(state)
+    refuse_other_images(state, config.data, dataset_sha256(open_stored(train_beton(config.data))), path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method.to(device, memory_format=torch.channels_last)
     loading = shown_loader_config(config, device)

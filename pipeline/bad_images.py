@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from pipeline.beton import Beton
+from pipeline.beton import MODE_JPEG, Beton
 from pipeline.command import UserError
-from pipeline.decode import OK, STATUS_TEXT
+from pipeline.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE
+from pipeline.jpeg import Decoded, decode_pixels
 from pipeline.rng import DOMAIN_STAND_IN, words_array
-from pipeline.shards import Shards
+from pipeline.shards import Shards, stored_jpeg
 from pipeline.spec import LoaderConfig
 
+_MEMORY_TOO = (STATUS_TEXT[NOT_A_JPEG], STATUS_TEXT[UNDECODABLE])  # what is answered, too, where memory is short
 TRIES = 100  # bad stand-ins in a row after which the file, not an image, must be the cause
 
 
@@ -39,10 +41,21 @@ class BadImages:
         if sample in self.found:
             return
         named = f"image {sample} of {self.stored.path} ({self.stored.file_names()[sample]}) cannot be decoded: {reason}"
+        if reason in _MEMORY_TOO and self._decodes(sample):
+            raise UserError(f"{named}, and now it can: memory was short; end other programs, then run again")
         if not self.substitute:
             raise UserError(f"{named}; check the file with pipeline/convert.py --verify, or convert again")
         self.found.add(sample)
         print(f"note: {named}; others stand in for it", file=sys.stderr, flush=True)
+
+    def _decodes(self, sample: int) -> bool:
+        """Asks again, with the library's own words: a decoder that was refused memory calls the image broken."""
+        if self.stored.modes[sample] != MODE_JPEG:
+            return False
+        try:
+            return isinstance(decode_pixels(stored_jpeg(self.stored, sample).tobytes(), 65535, 1 << 32), Decoded)
+        except MemoryError:
+            return True
 
     def replaced(self, epoch: int, wanted: np.ndarray) -> np.ndarray:
         """The sample ids of a batch with stand-ins for those that are found bad."""

@@ -13,24 +13,14 @@ where it stopped and ends with the same bytes; from the first image on whose siz
 converts again. What is not converted is counted in the last line and in the manifest.
 """
 
-import collections
 import contextlib
-import ctypes
 import errno
 import hashlib
 import itertools
-import mmap
-import multiprocessing
-import os
 import re
 import shutil
-import signal
 import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,12 +32,10 @@ from tqdm import tqdm
 from pipeline import beton, constants, shards, sources, store
 from pipeline.beton_writer import BetonWriter, state_sha256
 from pipeline.command import UserError, run_command
+from pipeline.workers import in_order, out_of_memory, read_slot, shared_slots, write_slot
 
 CHUNK_IMAGES = 32  # a worker's task
-AHEAD_CHUNKS = 4  # a worker, made before they are asked for
-SLOT_BYTES = 4 << 20  # for the images of one chunk, on their way to the process that writes
 SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
-_PR_SET_PDEATHSIG = 1  # prctl: the signal this process gets when its parent ends
 
 
 @dataclass(frozen=True)
@@ -81,91 +69,7 @@ class ConvertConfig:
     """Read the finished file again and check every checksum and every image."""
 
 
-# ---- worker processes ----
-
-
-def _start_worker(forked_by: int) -> None:
-    """Leaves Ctrl-C to the process that wanted this one, and ends with it, however that ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")  # Pillow's, about damaged metadata of images that are fine
-    if not forked_by:  # made by a fork server, which itself lives as long as its children
-        threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != forked_by:
-        os._exit(1)
-
-
-def _end_with(process) -> None:
-    process.join()
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes. Forked, they start at once with all that is loaded and compiled here.
-
-    Where other threads run, as torch's do, a fork could inherit their locks: then a fork server starts them.
-    """
-    forked = threading.active_count() == 1 and "torch" not in sys.modules
-    context = multiprocessing.get_context("fork" if forked else "forkserver")
-    if not forked:
-        context.set_forkserver_preload(["__main__", "pipeline.convert"])
-    # Ctrl-C waits until the workers, who inherit that it is blocked, are there; it is not lost meanwhile.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid() if forked else 0,))
-    try:
-        try:
-            pool.submit(os.getpid).result()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        yield pool
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process died, of too little memory perhaps; run the same command again, with fewer --workers:"
-            " it continues where it stopped"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _count(workers: int) -> int:
-    return workers or len(os.sched_getaffinity(0))
-
-
-def _in_order(workers: int, task: Callable, arguments: Iterable[tuple]) -> Iterator[list]:
-    """task(*argument), a list each, in the order of the arguments; AHEAD_CHUNKS lists a worker ahead.
-
-    The next argument is asked for when the list before is done with.
-    """
-    ahead = collections.deque()
-    with _pool(_count(workers)) as pool:
-        for argument in arguments:
-            ahead.append(pool.submit(task, *argument))
-            if len(ahead) >= AHEAD_CHUNKS * _count(workers):
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-
-
-# Memory that forked workers share with the process that writes, a slot a chunk: what is written is what the worker
-# read, checked and hashed, whatever happens to the file meanwhile. No image has to pass through a pipe.
-_slots: mmap.mmap | None = None
-
-
-@contextlib.contextmanager
-def _shared_slots(workers: int) -> Iterator[int]:
-    """How many slots there are now for workers that are forked, while in this context."""
-    global _slots
-    count = AHEAD_CHUNKS * _count(workers)
-    try:
-        _slots = mmap.mmap(-1, count * SLOT_BYTES)
-    except OSError:
-        raise _out_of_memory(f"for {count * SLOT_BYTES >> 20} MB that the workers share") from None
-    try:
-        yield count
-    finally:
-        _slots = None
+# ---- what a worker does ----
 
 
 def _store_chunk(
@@ -184,26 +88,18 @@ def _store_chunk(
                 f"{place[0]} cannot be read from the disk ({error.strerror}); mend that and run again"
             ) from None
         except MemoryError:
-            raise _out_of_memory(f"for {place[0]}") from None
+            raise out_of_memory(f"for {place[0]}") from None
         try:
             result = store.store_image(data, max_side, quality, decode_all)
         except store.Unreadable as error:
             result = str(error)
         except MemoryError:
-            raise _out_of_memory(f"for {place[0]}") from None
-        if _slots and slot is not None and not isinstance(result, str) and taken + result.size_bytes <= SLOT_BYTES:
-            start = slot * SLOT_BYTES + taken
-            _slots[start : start + result.size_bytes] = result.data
+            raise out_of_memory(f"for {place[0]}") from None
+        if slot is not None and not isinstance(result, str) and write_slot(slot, taken, result.data):
             taken += result.size_bytes
             result = result._replace(data=b"")
         results.append((result, stamp))
     return results
-
-
-def _out_of_memory(what: str) -> UserError:
-    return UserError(
-        f"memory was too short {what}; run the same command again, with fewer --workers: it continues where it stopped"
-    )
 
 
 def _verify_chunk(path: Path, rows: list[tuple]) -> list[str]:
@@ -235,7 +131,7 @@ def _stored_images(
     if source.pixels is not None:
         yield from ((store.store_raw(pixels), sources.pixel_stamp(pixels)) for pixels in source.pixels[start:])
         return
-    with _shared_slots(config.workers) as slots:
+    with shared_slots(config.workers) as slots:
         chunks = (
             (
                 sources.image_places(source, first, min(first + CHUNK_IMAGES, len(source))),
@@ -243,13 +139,12 @@ def _stored_images(
             )
             for number, first in enumerate(range(start, len(source), CHUNK_IMAGES))
         )
-        shared = memoryview(_slots)
-        with contextlib.closing(_in_order(config.workers, _store_chunk, chunks)) as done:
+        with contextlib.closing(in_order(config.workers, _store_chunk, chunks)) as done:
             for number, chunk in enumerate(done):
-                at = number % slots * SLOT_BYTES
+                at = 0
                 for result, stamp in chunk:
                     if isinstance(result, store.Stored) and not result.data:
-                        result = result._replace(data=shared[at : at + result.size_bytes])
+                        result = result._replace(data=read_slot(number % slots, at, result.size_bytes))
                         at += result.size_bytes
                     yield result, stamp
 
@@ -378,7 +273,7 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
             " again, it continues there"
         ) from None
     except MemoryError:
-        raise _out_of_memory(f"after {writer.done} of {len(source)} images") from None
+        raise out_of_memory(f"after {writer.done} of {len(source)} images") from None
     finally:
         writer.close()
     stored = ", ".join(f"{count} {how}" for how, count in manifest["stored"].items() if count)
@@ -399,7 +294,7 @@ def verify(path: Path, workers: int = 0) -> None:
     samples = list(zip(*(column.tolist() for column in columns), [row[3] for row in rows], strict=True))
     _verify_chunk(path, samples[:1])  # loads the compiled decoder once, before the workers fork
     chunks = ((path, samples[first : first + CHUNK_IMAGES]) for first in range(0, len(samples), CHUNK_IMAGES))
-    problems = itertools.chain.from_iterable(_in_order(workers, _verify_chunk, chunks))
+    problems = itertools.chain.from_iterable(in_order(workers, _verify_chunk, chunks))
     checked = tqdm(problems, total=len(rows), unit="img", desc=f"verify {path.name}")
     bad = [(rows[i][4], problem) for i, problem in enumerate(checked) if problem]
     if bad:

@@ -52,11 +52,9 @@ for seed in ${SEEDS:-0}; do
     [[ -z "${ONLY:-}" || " $ONLY " == *" $name "* ]] || continue
     run=runs/ablate-$card-$name-$seed
     runs+=("$run")
-    [[ -f $run/results.jsonl ]] && continue
     # shellcheck disable=SC2086  (flags are words)
     .venv/bin/torchrun train/pretrain.py --preset "$card" --seed "$seed" --run "./$run" $flags "$@"
-    $python eval/knn.py --checkpoint "$run"
-    $python eval/linear.py --checkpoint "$run" --cached
+    $python scripts/eval_all.py "$run" --only knn cached
   done
 done
 $python scripts/comparison_table.py --rows ablation --out "runs/ablate-$card" "${runs[@]}"

@@ -15,9 +15,7 @@ for seed in ${SEEDS:-0}; do
     run=runs/compare-$card-$method-$seed
     runs+=("$run")
     .venv/bin/torchrun train/pretrain.py --preset "$card" --method "$method" --seed "$seed" --run "./$run" "$@"
-    [[ -f $run/results.jsonl ]] && continue
-    $python eval/knn.py --checkpoint "$run"
-    $python eval/linear.py --checkpoint "$run" --cached
+    $python scripts/eval_all.py "$run" --only knn cached
   done
 done
 $python scripts/comparison_table.py --out "runs/compare-$card" "${runs[@]}"

@@ -13,11 +13,12 @@ import torch.multiprocessing
 import torchvision.transforms.functional as F
 from PIL import Image
 
+from pipeline.bad_images import BadImages
 from pipeline.beton import open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
-from pipeline.decode import OK, decode_status
+from pipeline.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, decode_status
 from pipeline.draws import draw_views
 from pipeline.loader import make_loader
 from pipeline.loader_torch import apply_view_pil, decode_pil
@@ -155,6 +156,17 @@ def test_stand_ins_come_from_the_samples_in_use(config):
 def test_a_file_of_bad_images_ends_the_run(config):
     with pytest.raises(UserError, match="100 images .* in a row cannot be decoded"):
         batches(replace(config, ids=np.array(BAD)))
+
+
+@pytest.mark.parametrize("status", [NOT_A_JPEG, UNDECODABLE])
+def test_short_memory_makes_no_image_bad(config, data, status):
+    """libjpeg-turbo answers so, too, where it gets no memory: a sound image is then not replaced in silence."""
+    bad = BadImages(config, open_beton(data), np.arange(IMAGES))
+    sound = next(s for s in range(IMAGES) if s not in BAD)
+    with pytest.raises(UserError, match="memory was short"):
+        bad.note(sound, STATUS_TEXT[status])
+    bad.note(BAD[0], STATUS_TEXT[status])
+    assert bad.found == {BAD[0]}
 
 
 def test_each_is_told_once(config, capsys):

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from pipeline import beton, beton_writer, convert, store
+from pipeline import beton, beton_writer, convert, store, workers
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.sources import Source
@@ -62,7 +62,7 @@ def out(tmp_path) -> Path:
 def forked(monkeypatch) -> None:
     """Workers are forked, as in a process of its own, where torch is not loaded: they inherit what a test replaces."""
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr(convert.threading, "active_count", lambda: 1)
+    monkeypatch.setattr(workers.threading, "active_count", lambda: 1)
 
 
 # ---- what comes out ----
@@ -110,8 +110,8 @@ def test_the_manifest(images, out, capsys):
 
 
 def test_workers_do_not_matter(images, tmp_path):
-    for workers in (1, 3):
-        convert.main(ConvertConfig(tmp_path / str(workers) / "set.beton", images, workers=workers, max_side=24))
+    for count in (1, 3):
+        convert.main(ConvertConfig(tmp_path / str(count) / "set.beton", images, workers=count, max_side=24))
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import convert as converting
+from pipeline import workers as worker_processes
 from pipeline.beton import MODE_JPEG, file_rows, jpeg_bytes, open_beton
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
@@ -149,7 +149,7 @@ def test_mutated_jpegs_converted(tmp_path, capsys, handle, monkeypatch):
     (tmp_path / "images" / "class").mkdir(parents=True)
     for name, data in files.items():
         (tmp_path / "images" / "class" / name).write_bytes(data)
-    monkeypatch.setattr(converting.threading, "active_count", lambda: 1)
+    monkeypatch.setattr(worker_processes.threading, "active_count", lambda: 1)
     for check, workers_of_runs in (("quick", (1, 2, 3, 1)), ("full", (2, 2))):
         runs = []
         for number, workers in enumerate(workers_of_runs):

@@ -14,7 +14,7 @@ ORDER = """
 pipeline.constants pipeline.command pipeline.disk pipeline.spec pipeline.compiled pipeline.rng pipeline.draws
 pipeline.order pipeline.lists pipeline.folders pipeline.sources pipeline.voc pipeline.jpeg pipeline.beton
 pipeline.shards pipeline.decode pipeline.bad_images pipeline.plan pipeline.shrink pipeline.any_image pipeline.store
-pipeline.beton_writer pipeline.convert
+pipeline.beton_writer pipeline.workers pipeline.convert
 pipeline.vector_cpu pipeline.resample_cpu pipeline.colour_cpu pipeline.blur_cpu pipeline.augment_cpu
 pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
 pipeline.loader_torch pipeline.loader_ffcv pipeline.loader_resident pipeline.loader_dali pipeline.loader

@@ -47,7 +47,9 @@ IMAGES = 200
 CLASSES = [*(f"class_{i}" for i in range(4)), "class_\udcff"]  # the last one's folder has a name that is not UTF-8
 
 
-def write_state(folder: Path, data: Path, seed: int = 0, step: int = 9, **changes) -> PretrainConfig:
+def write_state(
+    folder: Path, data: Path, seed: int = 0, step: int = 9, images_sha256: str = "", **changes
+) -> PretrainConfig:
     """A run folder's checkpoint as the trainer leaves it, of a network that has seen no image."""
     config = replace(PRESETS["cifar10-demo"], data=data, run=str(folder), arch=ARCH, projector="24-16")
     config = replace(config, global_batch=128, **changes)
@@ -56,7 +58,7 @@ def write_state(folder: Path, data: Path, seed: int = 0, step: int = 9, **change
         backbone, features = make_backbone(ARCH)
         method = make_method(backbone, features, config)
     folder.mkdir(exist_ok=True)
-    info = asdict(backbone_info(config, features, step, ""))
+    info = asdict(backbone_info(config, features, step, images_sha256))
     parts = {"model": method.state_dict(), "optimizer": {}, "scaler": {}}
     save_checkpoint(folder, {"config": as_plain(config), "backbone": info, "step": step, "images": IMAGES, **parts})
     return config
@@ -154,6 +156,12 @@ def test_correlation_sees_the_runs_first_batches(run, tmp_path, monkeypatch, cha
     assert found.images == len(samples) == 100 and torch.equal(samples, first.sample[:100])
     for v in (0, 1):
         assert torch.equal(torch.cat([batch.views[v] for batch in seen]), first.views[v][:100])
+
+
+def test_correlation_of_other_images_is_not_shown(run, tmp_path):
+    write_state(tmp_path / "run", run.parent / "data", images_sha256="ab" * 32)
+    with pytest.raises(UserError, match="was trained on the images of .*holds other ones"):
+        correlate(tmp_path / "run")
 
 
 def test_a_page_about_a_run_that_trains_on(run, tmp_path):

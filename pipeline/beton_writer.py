@@ -70,7 +70,7 @@ class BetonWriter:
         self._start = beton.data_start(images)
         self.done = self._journaled = 0
         self._end = self._room_end = self._start
-        self._one = OneWriter(path.with_suffix(".beton.writing"), str(path), beating=False)
+        self._one = OneWriter(path.with_suffix(".beton.writing"), str(path))
         try:
             self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT, 0o644)
             self._partial = os.open(self.partial_path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -105,6 +105,7 @@ class BetonWriter:
     def go_back(self, count: int) -> None:
         """Forgets all but the first `count` images."""
         end = self._end_of(count)
+        self._one.require()
         os.ftruncate(self._journal, len(self._header) + count * ROW.itemsize)
         os.fdatasync(self._journal)  # before the images that its rows name are overwritten
         os.ftruncate(self._partial, end)
@@ -130,9 +131,14 @@ class BetonWriter:
         """Those of the images appended so far, (done, 2) int64."""
         return self._rows["stamp"][: self.done]
 
+    def before_forking(self) -> None:
+        """Ends the thread that beats, until the next image is appended: no other may run where processes are forked."""
+        self._one.stop_beating()
+
     def append(self, stored: Stored | None, stamp: Stamp) -> None:
         """The next image of the source, or None where it is left out."""
-        self._one.start_beating()  # not sooner: no other thread may run where processes are forked
+        self._one.start_beating()
+        self._one.require()
         if stored is not None:
             offset, size = beton.place(self._end, stored.size_bytes), stored.size_bytes
             if offset + size > self._room_end:
@@ -222,6 +228,7 @@ class BetonWriter:
 
     def _publish(self, files: bytes, manifest: bytes) -> None:
         """The names, in an order in which no moment shows a .beton beside another file's manifest."""
+        self._one.require()
         self.path.unlink(missing_ok=True)
         write_whole(beton.files_path(self.path), files)
         write_whole(beton.manifest_path(self.path), manifest)

@@ -255,6 +255,7 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
                 " pass --skip-unreadable again, or --fresh"
             )
         _check_space(source, writer, config)
+        writer.before_forking()
         try:
             _append_all(source, writer, config)
         except (KeyboardInterrupt, UserError, MemoryError):

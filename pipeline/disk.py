@@ -9,6 +9,7 @@ All of it works on network disks without file locks, and where flushing a folder
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import sys
@@ -52,8 +53,8 @@ def flush_folder(folder: Path) -> None:
 
 
 def temporary_path(path: Path) -> Path:
-    """Where this process writes a file before it gets its name."""
-    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    """Where a file is written before it gets its name: a new place each time, also for one of several machines."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def whole_file(path: Path, keep_as: Path | None = None, advice: str = "", size_b
     temporary = temporary_path(path)
     try:
         _remove_leftovers(path)
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             flush(file.fileno())
@@ -105,7 +106,7 @@ def _give_second_name(path: Path, name: Path) -> None:
 
 
 def _remove_leftovers(path: Path) -> None:
-    for old in path.parent.glob(f".{path.name}.*{TEMPORARY}"):
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > LEFTOVER_S:
                 old.unlink()
@@ -170,20 +171,18 @@ class OneWriter:
     tells, the file's time, set anew every BEAT_S by a thread: a second process watches it for WATCH_S. Raises UserError
     where the first one lives. Needs no file locks; creating a file that must not be there yet is enough.
 
-        beating   False: the owner calls `start_beating` itself, once it has forked all it wants to
     """
 
-    def __init__(self, path: Path, what: str, beating: bool = True):
+    def __init__(self, path: Path, what: str):
         self.path, self.what = path, what
-        self.lost, self._ended, self._thread = False, threading.Event(), None
+        self.lost, self._ended, self._thread, self._shown_s = False, threading.Event(), None, _clock_s()
         about = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         about |= {"machine": _machine(), "started": _process_start(os.getpid()), "token": uuid.uuid4().hex}
         self._pid, self._content = os.getpid(), json.dumps(about).encode()
         while not self._create(path):
             if self._took_over():
                 break
-        if beating:
-            self.start_beating()
+        self.start_beating()
 
     def __enter__(self) -> "OneWriter":
         return self
@@ -193,22 +192,32 @@ class OneWriter:
 
     def start_beating(self) -> None:
         if self._thread is None:
+            self._ended.clear()
             self._thread = threading.Thread(target=self._beat, name="one writer", daemon=True)
             self._thread.start()
 
+    def stop_beating(self) -> None:
+        """Until it is started again: where processes are forked no other thread may run."""
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
+
     def require(self) -> None:
-        """Raises UserError where another process took over meanwhile, this one having been stopped for long."""
-        self._look()
+        """Raises UserError where another process took over meanwhile, this one having been stopped for long.
+
+        Called before each write: it only asks the disk where the last sign of life is so old that another may have.
+        """
+        if _clock_s() - self._shown_s > WATCH_S / 3:
+            self._look()
         if self.lost:
             raise UserError(f"another process took over {self.what} while this one stood still; this one ends here")
 
     def close(self) -> None:
         """Lets others write. Called in a forked child, it does nothing."""
-        if os.getpid() != self._pid or self._ended.is_set():
+        if os.getpid() != self._pid:
             return
-        self._ended.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.stop_beating()
         with contextlib.suppress(OSError):
             if self.path.read_bytes() == self._content:
                 self.path.unlink()
@@ -244,6 +253,8 @@ class OneWriter:
         seen = _content_and_time(self.path)
         if seen is None:
             return False
+        if seen[0] == self._content:
+            return True
         if self._lives(self.path, seen):
             about = _parsed(seen[0])
             named = f"process {about['pid']} on {about['host']}, since {about['since']}" if about else "another process"
@@ -256,10 +267,12 @@ class OneWriter:
             return False
         found = _content_and_time(self.path)
         if found is None or found[0] != seen[0]:
-            following.unlink()
+            following.unlink(missing_ok=True)
             return False
-        os.replace(following, self.path)
-        return True
+        with contextlib.suppress(FileNotFoundError):  # a dead one's .next was removed, and this one in its place
+            os.replace(following, self.path)
+        found = _content_and_time(self.path)
+        return found is not None and found[0] == self._content
 
     def _lives(self, path: Path, seen: tuple[bytes, int]) -> bool:
         """Whether the process that wrote this content of `path`, with this time, runs."""
@@ -288,13 +301,14 @@ class OneWriter:
     def _look(self) -> None:
         """Shows that this process lives, if the file is still its own."""
         with contextlib.suppress(OSError, UserError):  # a disk that does not answer now will at another beat
-            found = _content_and_time(self.path)
-            if found is None:
-                self._create(self.path)
-            elif found[0] == self._content:
-                os.utime(self.path)
-            else:
+            now_s, found = _clock_s(), _content_and_time(self.path)
+            if found is not None and found[0] != self._content:
                 self.lost = True
+            elif found is not None:
+                os.utime(self.path)
+                self._shown_s = now_s
+            elif self._create(self.path):
+                self._shown_s = now_s
 
 
 def _write_new(path: Path, content: bytes) -> None:
@@ -326,6 +340,11 @@ def _parsed(content: bytes) -> dict:
         return about if isinstance(about, dict) and {"pid", "host", "since"} <= about.keys() else {}
     except ValueError:
         return {}
+
+
+def _clock_s() -> float:
+    """Seconds that also count while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _machine() -> str:

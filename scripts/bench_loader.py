@@ -52,7 +52,7 @@ from pipeline.convert import main as convert
 from pipeline.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.disk import write_whole
 from pipeline.draws import draw_views, empty_params
-from pipeline.jpeg import LIMIT_SCANS, RGB, turbojpeg
+from pipeline.jpeg import RGB, STRICT, turbojpeg
 from pipeline.loader import Loader, make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, SOLARIZE_THRESHOLD, LoaderConfig, Normalization, ViewSpec
 
@@ -168,7 +168,7 @@ class Worker:
         for i in ids:
             source = ctypes.cast(base + int(beton.offsets[i]), ctypes.c_char_p)
             size = int(beton.widths[i]), 0, int(beton.heights[i])
-            assert decompress(int(self.handle[0]), source, int(beton.sizes_bytes[i]), to, *size, RGB, LIMIT_SCANS) == 0
+            assert decompress(int(self.handle[0]), source, int(beton.sizes_bytes[i]), to, *size, RGB, STRICT) == 0
 
     def close(self) -> None:
         free_handle(self.handle)

@@ -460,7 +460,7 @@ def test_one_process_writes_in_the_folder(eight, tmp_path, monkeypatch):
 
 def test_who_lost_the_right_to_write_writes_no_more(tmp_path):
     schedule = Schedule(1, 1, 0.1, 0, (), 0, 0)
-    with OneWriter(tmp_path / WRITER, "the evaluation", beating=False) as writer:
+    with OneWriter(tmp_path / WRITER, "the evaluation") as writer:
         training = Training(nn.Linear(2, 2), schedule, ALONE, 0, tmp_path / "checkpoint.pt", {}, writer)
         training.save()
         before = (tmp_path / "checkpoint.pt").read_bytes()

@@ -59,6 +59,15 @@ def test_an_error_of_ours_leaves_the_file_before_untouched_and_is_not_renamed(tm
     assert (tmp_path / "state").read_bytes() == b"before" and names(tmp_path) == ["state"]
 
 
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    """In one process, as in two containers whose processes have the same number."""
+    with whole_file(tmp_path / "state") as one:
+        one.write(b"a" * 9)
+        with whole_file(tmp_path / "state") as other:
+            other.write(b"b" * 5)
+    assert (tmp_path / "state").read_bytes() == b"a" * 9 and names(tmp_path) == ["state"]
+
+
 @pytest.mark.parametrize("refused", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES])
 def test_a_disk_that_cannot_flush_is_written_all_the_same(tmp_path, monkeypatch, refused):
     def fsync(fd):
@@ -98,13 +107,13 @@ def test_the_file_before_keeps_a_second_name(tmp_path, monkeypatch, request, har
 
 
 def test_what_a_killed_process_left_is_removed_an_hour_later(tmp_path):
-    old, young, other = (tmp_path / f".{name}.tmp" for name in ("state.1", "state.2", "other.3"))
+    old, young, other = (tmp_path / f".{name}.tmp" for name in ("st[a]te.1", "st[a]te.2", "state.3"))
     for path in (old, young, other):
         path.write_bytes(b"half")
     os.utime(old, (0, time.time() - 3601))
     os.utime(other, (0, 0))
-    write_whole(tmp_path / "state", b"whole")
-    assert names(tmp_path) == [other.name, young.name, "state"]
+    write_whole(tmp_path / "st[a]te", b"whole")
+    assert names(tmp_path) == sorted([other.name, young.name, "st[a]te"])
 
 
 # ---- lines ----
@@ -114,7 +123,7 @@ def test_a_full_disk_takes_a_line_whole_or_not_at_all(tmp_path, small_files):
     path = tmp_path / "results.jsonl"
     line = json.dumps({"text": "x" * 900})
     with pytest.raises(UserError, match=r"could not be added to .*results.jsonl \(.*\); keep it"):
-        while True:
+        for _ in range(1000):
             append_line(path, line, durable=False, advice="keep it")
     assert path.read_text() == (line + "\n") * (100_000 // (len(line) + 1))
 
@@ -144,8 +153,8 @@ def test_torn_lines_take_no_other_with_them(tmp_path, capsys):
 # ---- one writer ----
 
 
-def hold(path, told, beating=True):
-    with OneWriter(path, "the run r", beating):
+def hold(path, told):
+    with OneWriter(path, "the run r"):
         told.set()
         signal.pause()
 
@@ -198,9 +207,10 @@ def on_another_machine(path) -> None:
 def test_of_another_machine_the_beat_decides(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(disk, "WATCH_S", 0.5)
     path = tmp_path / "lock"
-    OneWriter(path, "the run r", beating=False)
+    OneWriter(path, "the run r").stop_beating()
     on_another_machine(path)
-    with OneWriter(path, "the run r", beating=False):  # no beat: taken over
+    with OneWriter(path, "the run r") as writer:  # no beat: taken over
+        writer.stop_beating()
         assert b"another boot" not in path.read_bytes()
         on_another_machine(path)
         clock = iter(range(100))
@@ -223,9 +233,26 @@ def test_a_writer_shows_that_it_lives_and_learns_that_it_lost(tmp_path, monkeypa
         assert path.exists()  # set anew
         writer.require()
         path.write_bytes(b"another's")
+        time.sleep(0.2)
         with pytest.raises(UserError, match="another process took over the run r"):
             writer.require()
     assert path.read_bytes() == b"another's"
+
+
+def test_a_writer_that_stood_still_looks_before_it_writes(tmp_path, monkeypatch):
+    """Without the thread that beats, and after so long that another machine may have taken over."""
+    path, now = tmp_path / "lock", [1000.0]
+    monkeypatch.setattr(disk, "_clock_s", lambda: now[0])
+    with OneWriter(path, "the run r") as writer:
+        writer.stop_beating()
+        before = path.stat().st_mtime_ns
+        now[0] += disk.WATCH_S / 2
+        writer.require()  # still its own: shows that it lives
+        assert path.stat().st_mtime_ns > before
+        path.write_bytes(b"another's")
+        now[0] += disk.WATCH_S / 2
+        with pytest.raises(UserError, match="another process took over the run r"):
+            writer.require()
 
 
 def test_an_unfinished_file_is_watched_and_replaced(tmp_path, monkeypatch):
@@ -257,7 +284,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
 def contend(path, start, out):
     start.wait()
     try:
-        writer = OneWriter(path, "the run r", beating=False)
+        writer = OneWriter(path, "the run r")
     except UserError:
         out.put(0)
         return
@@ -283,7 +310,7 @@ def test_of_many_that_find_a_dead_writer_one_takes_over(tmp_path, holder):
 
 
 def test_a_forked_child_does_not_let_go(tmp_path):
-    with OneWriter(tmp_path / "lock", "the run r", beating=False) as writer:
+    with OneWriter(tmp_path / "lock", "the run r") as writer:
         child = multiprocessing.get_context("fork").Process(target=writer.close)
         child.start()
         child.join()

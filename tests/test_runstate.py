@@ -225,7 +225,7 @@ def test_flags_of_checkpoints_are_no_part_of_the_recipe(tmp_path):
 
 def test_a_run_that_another_process_took_over_writes_no_more(tmp_path):
     """It stood still for so long that another one took it for dead."""
-    writer = OneWriter(tmp_path / ".writer", "the run r", beating=False)
+    writer = OneWriter(tmp_path / ".writer", "the run r")
     state, _ = state_of(tmp_path)
     state.writer = writer
     state.save(1)

@@ -124,7 +124,7 @@ def asked_for(folder: Path, ranks: Ranks) -> str:
     """The right to write a run: taken by the test's process; and left behind by another machine, watched in vain."""
 
     def begin():
-        with only_writer(folder, ranks) as writer:
+        with only_writer(folder, ranks, "the run") as writer:
             assert (writer is not None) == (ranks.rank == 0)
 
     return end_of_start(ranks, begin)

@@ -19,7 +19,7 @@ MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow's own limit against decompress
 # What is read, by content. Pillow hands PostScript, for one, to another program: such formats are not among them.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "PPM", "TIFF", "JPEG2000", "AVIF")
 
-_PHOTOMETRIC = 262  # of a TIFF: 0 where 0 is white
+_BITS, _PHOTOMETRIC, _PLANES = 258, 262, 284  # of a TIFF: bits a value; 0 where 0 is white; 2 where planes are apart
 _ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation → what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +44,7 @@ def _open(data: bytes) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     """EXIF's orientation, 1 (upright) where there is none or it is damaged; of a TIFF 1 once Pillow has turned it."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
         raise
     except Exception:  # any fault of the metadata: the pixels decide whether the file can be used
@@ -89,7 +89,7 @@ def _require_memory(pixels: int) -> None:
 
     A decoder that was refused memory calls the image broken, in the same words as for one that is.
     """
-    np.empty((64 << 20) + 16 * pixels, np.uint8)  # more than any decoder takes; not touched, so it costs nothing
+    np.empty((64 << 20) + 8 * pixels, np.uint8)  # about what a decoder takes; not touched, so it costs nothing
 
 
 def _deep_bits(image: Image.Image, data: bytes) -> int:
@@ -97,6 +97,12 @@ def _deep_bits(image: Image.Image, data: bytes) -> int:
     if image.format == "JPEG2000":
         at = data.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the first component's depth is 38 bytes behind SIZ
         return 16 if at >= 0 and (data[at + 42] & 127) + 1 > 8 else 8  # Pillow brings any depth to 16 bits
+    if image.format not in ("PNG", "PPM", "TIFF"):  # BMP's "BGR;16" is 16 bits a pixel
+        return 8
+    if image.format == "TIFF":
+        bits = max(image.tag_v2.get(_BITS, (1,)))
+        if bits > 8 and image.tag_v2.get(_PLANES) == 2 and len(image.getbands()) > 1:
+            raise Unreadable(f"{bits} bits in separate planes, which Pillow misreads; convert it to 8 bits")
     for tile in image.tile:
         words = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
         if tile[0].startswith("ppm") and len(words) > 1 and words[1] > 255:
@@ -120,7 +126,7 @@ def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
         if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:
             raise Unreadable(f"{bits} bits in which 0 is white; {advice}")
         return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
-    if bits > 8:  # Pillow has kept the upper 8
+    if bits > 8 and image.mode != "CMYK":  # Pillow has kept the upper 8; in CMYK the low ones are light
         bands = zip(image.getbands(), image.split(), strict=True)
         top = max(band.getextrema()[1] for name, band in bands if name not in "Aa")
         if top < 64:

@@ -189,13 +189,14 @@ def _already_there(out: Path, identity: dict, source: sources.Source) -> bool:
     return True
 
 
-def _go_back_to_unchanged(source: sources.Source, writer: BetonWriter) -> None:
-    """Of a half-done conversion keeps what was done before the first image that is another one now."""
+def _go_back_to_unchanged(source: sources.Source, writer: BetonWriter) -> bool:
+    """Keeps what was done before the first image that is another one now; whether there is such a one."""
     changed = (writer.stamps() != sources.read_stamps(source, writer.done)).any(1)
     if changed.any():
         first = int(changed.argmax())
         print(f"note: {source.where / source.names[first]} has changed since it was converted", file=sys.stderr)
         writer.go_back(first)
+    return bool(changed.any())
 
 
 def _check_space(source: sources.Source, writer: BetonWriter, config: ConvertConfig) -> None:
@@ -258,6 +259,8 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
         writer.before_forking()
         try:
             _append_all(source, writer, config)
+            if _go_back_to_unchanged(source, writer):
+                raise UserError(f"{source.where} changed while it was converted; run again when that is over")
         except (KeyboardInterrupt, UserError, MemoryError):
             writer.checkpoint()
             again = "the same command without --fresh" if config.fresh else "the same command"

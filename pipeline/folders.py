@@ -23,6 +23,7 @@ SUFFIXES = (
 )
 NOT_DATA = ("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX")
 _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid")}
+_LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _SUFFIX = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")  # "img.0001" has none
 
 
@@ -62,12 +63,21 @@ def class_folders(root: Path) -> ClassFolders:
     if not classes:
         found = f"{loose} images but no class folders" if loose else "no class folders"
         raise UserError(f"{root} has {found}; one folder a class with its images inside is expected")
-    by_class = [sorted(_images_under(str(root / name), f"{name}/", left_out)) for name in classes]
+    try:
+        by_class = [sorted(_images_under(str(root / name), f"{name}/", left_out)) for name in classes]
+    except OSError as error:  # a folder of somebody else's; a link that leads back to a folder above it
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); mend or remove it") from None
     for name, members in zip(classes, by_class, strict=True):
         if not members:
             raise UserError(
                 f"{root / name} has no images ({' '.join(SUFFIXES)}); add images to this class or remove its folder"
             )
+    deep = all(name.count("/") > 1 for members in by_class for name in members)
+    if deep and {name.lower() for name in classes} <= _LIKE_SPLITS:
+        raise UserError(
+            f"{root} has the folders {' and '.join(classes)}, which look like splits and not like classes; "
+            "rename them to train and val, or give one of them to --source"
+        )
     return ClassFolders(classes, by_class, left_out)
 
 

@@ -11,6 +11,7 @@ complete and on the disk, the manifest comes last; stopped, the same call contin
 Any WebDataset reader takes the tars one after the other. Ours maps them and goes by id, in our order.
 """
 
+import glob
 import hashlib
 import io
 import json
@@ -186,7 +187,7 @@ def _pack(source: Beton, shard_images: int, path: Path) -> None:
     begun = _beside(path, ".shards.begun")
     path.unlink(missing_ok=True)
     if not begun.is_file() or begun.read_bytes() != content:
-        for old in path.parent.glob(_beside(path, "-??????.tar").name):
+        for old in path.parent.glob(glob.escape(_beside(path, "").name) + "-??????.tar"):
             old.unlink()
         write_whole(begun, content)
     missing = [shard for shard in range(len(sizes)) if not _shard_path(path, shard).is_file()]

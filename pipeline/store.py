@@ -5,8 +5,8 @@
     recoded   anything else that can be read (CMYK, PNG, an EXIF rotation, damaged codes): encoded again
     raw       R G B pixels of sources without files
 
-What can be read is what Pillow reads, and its pixels are Pillow's; but for a JPEG that ends or breaks off too soon,
-where Pillow shows grey: it is refused. pipeline/any_image.py has the rules for other formats.
+What can be read is what Pillow reads, and its pixels are Pillow's; but for a JPEG whose first fault is that it ends or
+breaks off too soon, where Pillow may show grey: it is refused. pipeline/any_image.py has the rules for other formats.
 
 Encoding again is JPEG at the given quality with 4:2:0 chroma, as FFCV's writer does it; transparency, colour
 profiles and metadata are dropped, as torchvision's loader drops them; an EXIF rotation is applied first.
@@ -111,9 +111,11 @@ def _walk(data: bytes) -> Structure | None:
                 return None
             scan_bytes += found.start() - end
             doubtful |= data.find(bytes(64), end, found.start()) >= 0  # a hole in the file, or a very flat image
+            doubtful |= scans > 1  # a progressive one: later scans and their tables can be refused, too
             end = found.start()
         elif marker not in _SEGMENTS:
             return None
+        doubtful |= scans > 0 and marker in (_DHT, _DQT)
         seen.add(marker)
         at = end
     if frame is None or frame[0] != 8 or min(frame[1:3]) == 0 or frame[3] not in (1, 3) or scans == 0:

@@ -288,7 +288,10 @@ def test_memory_that_is_short_leaves_no_image_out(images, out, tmp_path, forked,
 
 
 def test_a_file_replaced_while_it_is_converted(images, out, forked, monkeypatch):
-    """Each file becomes another one when a worker has read it: what is written is what was read, and its digest."""
+    """Each file becomes another one when a worker has read it: what is written is what was read, and its digest.
+
+    And old and new images do not end in one file.
+    """
     read = {path.read_bytes(): path for path in images.rglob("*.jpg")}
     store_image, parent = store.store_image, os.getpid()
 
@@ -299,11 +302,18 @@ def test_a_file_replaced_while_it_is_converted(images, out, forked, monkeypatch)
         return stored
 
     monkeypatch.setattr(store, "store_image", store_and_replace)
+    with pytest.raises(UserError, match="changed while it was converted"):
+        convert.main(ConvertConfig(out, images, workers=2))
+    assert not out.exists()
+    monkeypatch.setattr(convert, "_go_back_to_unchanged", lambda *_: False)  # what was written is looked at
+    for path in read.values():
+        path.write_bytes(next(data for data, of in read.items() if of == path))
     convert.main(ConvertConfig(out, images, workers=2))
     opened = beton.open_beton(out)
     for sample, row in enumerate(beton.file_rows(opened)):
         data = beton.jpeg_bytes(opened, sample).tobytes()
         assert hashlib.sha256(data).hexdigest() == row[3] and read[data] == images / row[4]
+    monkeypatch.undo()
     with pytest.raises(UserError, match="have changed since"):
         convert.main(ConvertConfig(out, images, workers=2))
 

@@ -169,7 +169,7 @@ def test_mutated_jpegs_converted(tmp_path, capsys, handle, monkeypatch):
                 Image.fromarray(expected).save(buffer, "JPEG", quality=90, subsampling="4:2:0")
                 assert kept == buffer.getvalue(), name
                 continue
-            assert how == "kept" and kept == data
+            assert how == "kept" and kept == data and expected is not None, name
             with Image.open(io.BytesIO(data)) as image:
                 status, pixels = decode(handle, data, image.height, image.width)
             if status == OK:

@@ -193,6 +193,22 @@ def test_tars_are_the_unpacked_folder(tars, split):
         assert read_image(place)[0] == read_image(other)[0]
 
 
+def test_folders_of_other_spellings_are_no_classes(tmp_path):
+    for split in ("Train", "Val"):
+        write(tmp_path / split / "n01" / "a.jpg", b"")
+    with pytest.raises(UserError, match="the folders Train and Val, which look like splits"):
+        open_source(tmp_path)
+    write(tmp_path / "Val" / "b.jpg", b"")  # of one level: classes that are called so
+    assert open_source(tmp_path).classes == ["Train", "Val"]
+
+
+def test_a_link_that_leads_back_is_named(tmp_path):
+    write(tmp_path / "a" / "1.jpg", b"")
+    (tmp_path / "a" / "loop").symlink_to(tmp_path / "a")
+    with pytest.raises(UserError, match="a/loop.* cannot be listed"):
+        open_source(tmp_path)
+
+
 def test_the_val_tar_needs_the_devkit(tars):
     (tars / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     with pytest.raises(UserError, match=r"put ILSVRC2012_devkit_t12.tar.gz beside it"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import resource
 import struct
 import zlib
@@ -73,6 +74,33 @@ def test_of_a_jpeg_without_its_end_marker_pillow_decides(imagenet_sample):
             assert stored.how == RECODED and stored.data == encoded(expected, quality=QUALITY, subsampling="4:2:0")
         verdicts[expected is None] += 1
     assert min(verdicts[True], verdicts[False]) > 1
+
+
+def test_what_later_scans_have_wrong_is_seen(photo):
+    """Pillow refuses it; a look at the start alone would not notice."""
+    data = encoded(photo.resize((500, 375)), progressive=True, quality=92)
+    scans = [found.start() for found in re.finditer(rb"\xff\xda", data)]
+    table = data.rindex(b"\xff\xc4")
+    for at, wrong in ((table + 5, b"\xff" * 16), (scans[-1] + 2 + data[scans[-1] + 3] - 3, b"\x46")):
+        changed = data[:at] + wrong + data[at + len(wrong) :]
+        with pytest.raises(OSError):
+            Image.open(io.BytesIO(changed)).load()
+        with pytest.raises(Unreadable):
+            store_image(changed, 500, QUALITY, False)
+    assert store_image(data, 500, QUALITY, False).how == KEPT
+
+
+def test_an_orientation_of_another_type_turns_nothing(photo_jpeg):
+    """As Pillow's exif_transpose."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    number, text = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0), struct.pack(">HHI4s", 0x0112, 2, 2, b"6")
+    written = encoded(Image.open(io.BytesIO(photo_jpeg)), exif=exif)
+    data = written.replace(number, text)
+    assert data != written
+    assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (320, 240)
+    stored = store_image(data, 500, QUALITY, False)
+    assert (stored.width, stored.height) == (320, 240)
 
 
 def test_decoding_all_keeps_the_same(imagenet_sample):
@@ -198,6 +226,43 @@ def test_sixteen_bits_that_use_their_range(photo):
         assert difference(store_image(data, 500, QUALITY, False), photo) < 0.5
     black = store_image(png_16(np.zeros((8, 8, 1), np.uint16)), 500, QUALITY, False)
     assert (decoded(black) == 0).all()
+
+
+def tiff_16(samples: np.ndarray, photometric: int, planes: bool) -> bytes:
+    """(H, W, C) uint16 as an uncompressed TIFF, the channels of a pixel together or each in a strip of its own."""
+    height, width, channels = samples.shape
+    parts = [samples[..., c] for c in range(channels)] if planes else [samples]
+    strips = [part.astype("<u2").tobytes() for part in parts]
+    tags = {256: [width], 257: [height], 258: [16] * channels, 259: [1], 262: [photometric], 273: [0] * len(strips)}
+    tags |= {277: [channels], 278: [height], 279: [len(strip) for strip in strips], 284: [2 if planes else 1]}
+    overflow, at = 8 + 2 + 12 * len(tags) + 4, {}
+    for tag, values in tags.items():
+        at[tag], overflow = overflow, overflow + (4 * len(values) if len(values) > 1 else 0)
+    tags[273] = [overflow + sum(map(len, strips[:i])) for i in range(len(strips))]
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, len(values), at[tag] if len(values) > 1 else values[0])
+        for tag, values in tags.items()
+    )
+    longer = b"".join(struct.pack(f"<{len(values)}I", *values) for values in tags.values() if len(values) > 1)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + entries + bytes(4) + longer + b"".join(strips)
+
+
+def test_deep_images_that_pillow_reads_otherwise(photo):
+    """Separate planes come out as noise, light ink has low values, and 16 bits a pixel are not 16 a value."""
+    colour = np.asarray(photo).astype(np.uint16)
+    with pytest.raises(Unreadable, match="16 bits in separate planes"):
+        store_image(tiff_16(colour * 257, 2, True), 500, QUALITY, False)
+    assert difference(store_image(tiff_16(colour * 257, 2, False), 500, QUALITY, False), photo) < 0.5
+    paper = np.zeros((20, 30, 4), np.uint16)
+    assert decoded(store_image(tiff_16(paper, 5, False), 500, QUALITY, False)).min() == 255
+    dark = Image.fromarray(np.full((20, 30, 3), 32, np.uint8))
+    header = struct.pack(
+        "<2sIHHIIiiHHIIiiII", b"BM", 54 + 12 + 20 * 60, 0, 0, 66, 40, 30, -20, 1, 16, 3, 1200, 0, 0, 0, 0
+    )
+    bmp = header + struct.pack("<3I", 0xF800, 0x07E0, 0x001F) + struct.pack("<H", 4 << 11 | 8 << 5 | 4) * 600
+    with Image.open(io.BytesIO(bmp)) as opened:
+        assert np.abs(np.asarray(opened.convert("RGB"), int) - np.asarray(dark)).max() < 4
+    assert difference(store_image(bmp, 500, QUALITY, False), dark) < 4
 
 
 def test_more_than_eight_bits_never_become_black(photo):

@@ -20,7 +20,7 @@ import pickle
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -75,8 +75,8 @@ class DetectionConfig:
     checkpoint: Path = RUNS / "latest"
     """A run folder, or a checkpoint file: ours, or a torchvision ResNet's state dict."""
     key: str = ""
-    """Which network of a file that holds several: its place in it, or a part of that. Empty: the one that the rule
-    in train/foreign.py chooses."""
+    """Which network of a file that holds several: its place in it, or whole names out of that. Empty: the one
+    that the rule in train/foreign.py chooses."""
     data: Path | None = None
     """VOCdevkit with VOC2007 (and VOC2012), or COCO's folder. None: data/VOCdevkit or data/coco."""
     features: Literal["encoder", "random"] = "encoder"
@@ -190,7 +190,8 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
     """Trains, tests and records; returns the result on rank 0, or the exit code where a signal stopped it."""
     started = time.monotonic()
     require_positive("checkpoint-every", config.checkpoint_every)
-    checkpoint = config.checkpoint.expanduser()
+    config = replace(config, checkpoint=config.checkpoint.expanduser().resolve())  # runs/latest may change meanwhile
+    checkpoint = config.checkpoint
     random_seed = config.seed if config.features == "random" else None
     encoder = open_encoder(checkpoint, random_seed=random_seed, key=config.key)
     require_one_checkpoint(ranks, encoder.info.sha256)

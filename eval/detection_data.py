@@ -71,8 +71,9 @@ class Split:
         return {"info": {}, "images": images, "annotations": objects, "categories": categories}
 
     def sha256(self) -> str:
-        """Of the ground truth and the images' names; not of their pixels."""
-        content = json.dumps([self.truth(), [r.path.name for r in self.records]], sort_keys=True)
+        """Of the ground truth, and of the images' names and sizes in bytes; not of their pixels, which are too many."""
+        files = [(r.path.name, r.path.stat().st_size) for r in self.records]
+        content = json.dumps([self.truth(), files], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
 

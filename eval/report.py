@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
@@ -272,6 +272,7 @@ def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows
 
 
 def main(config: ReportConfig) -> None:
+    config = replace(config, runs=tuple(run.expanduser().resolve() for run in config.runs))  # runs/latest may change
     results = [
         (run, result | {"method": method_of(run, config.method)}) for run in config.runs for result in read_results(run)
     ]

@@ -46,9 +46,8 @@ class SubjectConfig:
     """A run folder, or a file: checkpoint.pt, backbone.safetensors, Barlow Twins' published resnet50.pth or
     checkpoint.pth, or any state dict of a torchvision ResNet (self-supervised or supervised)."""
     key: str = ""
-    """Which network of a file that holds several: its place in it, such as
-    state_dict.module.encoder_q, or a part of that. Empty: the one that the rule in
-    train/foreign.py chooses."""
+    """Which network of a file that holds several: its place in it, such as state_dict.module.encoder_q, or whole
+    names out of that, such as encoder_q. Empty: the one that the rule in train/foreign.py chooses."""
     data: Path | None = None
     """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
     shots: int = 0
@@ -145,7 +144,7 @@ class Subject:
 def open_subject(config: SubjectConfig, fraction: float) -> Subject:
     """Everything the flags name, opened and checked. Raises UserError."""
     started = time.monotonic()
-    encoder, run = open_encoder_and_run(config)
+    config, encoder, run = open_encoder_and_run(config)
     dataset = open_dataset(config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet"))
     return Subject(config, encoder, dataset, chosen_subset(config, dataset, fraction), run, started)
 
@@ -157,19 +156,23 @@ def chosen_subset(config: SubjectConfig, dataset: Dataset, fraction: float) -> S
     return labelled_subset(dataset.train, fraction, config.seed)
 
 
-def open_encoder_and_run(config: SubjectConfig) -> tuple[Encoder, Path]:
-    """What the flags say is evaluated, and the folder that gets the result."""
+def open_encoder_and_run(config: SubjectConfig) -> tuple[SubjectConfig, Encoder, Path]:
+    """What the flags say is evaluated, and the folder that gets the result.
+
+    A link such as runs/latest is followed once, here: it may name another run before this evaluation ends.
+    """
     if config.resolution is not None:
         require_positive("resolution", config.resolution)
-    checkpoint = config.checkpoint.expanduser()
+    config = replace(config, checkpoint=config.checkpoint.expanduser().resolve())
     random_seed = config.seed if config.features == "random" else None
-    encoder = open_encoder(checkpoint, config.features == "pixels", random_seed, config.resolution, config.key)
-    run = config.out.expanduser() if config.out else result_folder(checkpoint)
+    pixels = config.features == "pixels"
+    encoder = open_encoder(config.checkpoint, pixels, random_seed, config.resolution, config.key)
+    run = config.out.expanduser() if config.out else result_folder(config.checkpoint)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {run} cannot be made ({error.strerror}); name a folder that can be written") from None
-    return encoder, run
+    return config, encoder, run
 
 
 def result_folder(checkpoint: Path) -> Path:

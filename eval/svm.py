@@ -221,7 +221,7 @@ def main(config: SvmConfig) -> dict:
         raise UserError(f"--costs {config.costs}, --low-shot-samples {config.samples}: give positive numbers")
     started = time.monotonic()
     dataset = open_voc(config)
-    encoder, run = open_encoder_and_run(config)
+    config, encoder, run = open_encoder_and_run(config)
     subject = Subject(config, encoder, dataset, Subset(None, "trainval", len(dataset.train)), run, started)
     features, test = (unit_rows(x.cpu().numpy()) for x in (subject.train_features(), subject.val_features()))
     split = (features, dataset.train_targets, test, dataset.val_targets)

@@ -8,6 +8,7 @@ seeds a value is the mean with its 95 % interval (Student's t). A column is a pr
 dataset; of each run only the checkpoint of its last step counts.
 """
 
+import hashlib
 import io
 import json
 from collections import defaultdict
@@ -22,6 +23,8 @@ from scipy import stats
 from eval.subject import RESULTS, read_results
 from pipeline.command import UserError, run_command
 from pipeline.disk import write_whole
+from train.checkpoint import CHECKPOINT
+from train.content import read_once
 
 # Linear top-1 on ImageNet after 300 epochs. Source: Zbontar 2021, tables 5 and 6; batch sizes: Barlow Twins, issue 7.
 PAPER = {
@@ -63,11 +66,15 @@ def row_name(run: Path, config: dict, rows: str) -> str:
     )
 
 
-def results_of_last_step(run: Path) -> list[dict]:
-    """A run's results of its trained encoder: those of the checkpoint of the latest step that has any."""
+def results_of_checkpoint(run: Path) -> list[dict]:
+    """A run's results of its trained encoder: of the checkpoint that is there, else of the one measured last."""
     trained = [r for r in read_results(run) if r["encoder"] == "trained"]
-    last = max(trained, key=lambda r: (r["step"], r["time"]), default=None)
-    return [r for r in trained if r["checkpoint_sha256"] == last["checkpoint_sha256"]]
+    if not trained:
+        return []
+    path = run / CHECKPOINT
+    there = hashlib.sha256(read_once(path)).hexdigest() if path.is_file() else ""
+    of = [r for r in trained if r["checkpoint_sha256"] == there] or trained[-1:]
+    return [r for r in trained if r["checkpoint_sha256"] == of[-1]["checkpoint_sha256"]]
 
 
 def column_name(result: dict) -> str:
@@ -93,7 +100,7 @@ def collect(runs: tuple[Path, ...], rows: str) -> dict[str, dict[str, dict[int, 
         row = row_name(run, config, rows), config["seed"]
         if taken.setdefault(row, run) != run:
             raise UserError(f"{taken[row]} and {run} are both {row[0]} with seed {row[1]}; leave one of them out")
-        for result in results_of_last_step(run):
+        for result in results_of_checkpoint(run):
             column, data = column_name(result), result["dataset_sha256"]
             if datasets.setdefault(column, (data, run))[0] != data:
                 raise UserError(

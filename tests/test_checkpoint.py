@@ -315,6 +315,18 @@ def bits(value):
     return [bits(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def test_a_part_marked_as_a_folder_is_damage(tmp_path):
+    """PyTorch reads nothing of it and hands out memory as it finds it; the zip's checksums do not cover the mark."""
+    torch.save({"w": torch.ones(50)}, tmp_path / "theirs.pth")
+    whole = bytearray((tmp_path / "theirs.pth").read_bytes())
+    entries = [at for at in range(len(whole)) if whole[at : at + 4] == b"PK\1\2"]
+    (marked,) = (at for at in entries if whole[at + 46 :].split(b"PK")[0].find(b"/data/0") > 0)
+    whole[marked + 38] ^= 0x10
+    (tmp_path / "theirs.pth").write_bytes(whole)
+    with pytest.raises(DamagedFile, match="its part .*/data/0 is damaged"):
+        read_state(tmp_path / "theirs.pth")
+
+
 def test_the_digest_is_of_all_that_is_there(tmp_path):
     """Written out by hand once; then whatever is different has another."""
     by_hand = hashlib.sha256(b"dict 2\n'a'\nlist 2\n1\n'x'\n'b'\ntensor torch.int16 [2, 1]\n\x01\x00\x02\x01")
@@ -465,8 +477,12 @@ def test_where_the_rule_does_not_decide_the_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"several ResNets \(left, right\), .* choose one with --key"):
         load_backbone(path)
     assert load_backbone(path, "right")[1].key == "right"
+    begun, *_ = initial_network(replace(NARROW, init_from=path, key="right"))
+    assert begun.layer4[1].conv2.weight.unique().tolist() == [2.0]
     with pytest.raises(UserError, match="--key middle names none: .* at left, right; choose one of these"):
         load_backbone(path, "middle")
+    torch.save({"model": ONE, "backbone": resnet18_of(1.0)}, path)
+    assert load_backbone(path)[1].key == "model", "equal weights are one network"
     torch.save({"teacher": ONE}, path)
     assert load_backbone(path)[1].key == "teacher", "the only one is no question"
     save_checkpoint(tmp_path, small_state())

@@ -1,5 +1,6 @@
 """The table of several methods: what is averaged, what an interval is, what is missing, and what may not be mixed."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def test_means_and_intervals_over_seeds(tmp_path, capsys):
     assert (tmp_path / "out" / "plot.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_of_a_run_started_over_the_network_that_is_there_counts(tmp_path, capsys):
+    """Not the one of the most steps, which is gone; nor one that was measured last and kept under another name."""
+    run = run_folder(tmp_path / "a", "byol", 0, 96.0, line(93.0, step=5, checkpoint_sha256="b"))
+    assert "| byol | 93.00 | 0 |" in tabulate(tmp_path / "out", capsys, run)
+    (run / "checkpoint.pt").write_bytes(b"its weights")
+    there = hashlib.sha256(b"its weights").hexdigest()
+    (run / "results.jsonl").write_text(line(91.0, step=5, checkpoint_sha256=there) + line(96.0))
+    assert "| byol | 91.00 | 0 |" in tabulate(tmp_path / "out", capsys, run)
+
+
 def test_a_run_without_results_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty/results\.jsonl is missing"):
@@ -59,11 +70,13 @@ def test_ablations_stand_beside_the_papers(tmp_path, capsys):
     assert "| baseline | 40.00 | 71.4 | 0 |" in printed and "| width-half | 35.00 | – | 0 |" in printed
 
 
-def test_only_the_last_step_counts(tmp_path, capsys):
+def test_only_the_checkpoint_that_is_there_counts(tmp_path, capsys):
     """kNN of step 21, measured before that of step 9; the linear classifier of step 9 has no place beside it."""
-    later = line(50.0, step=21, checkpoint_sha256="b")
+    later = line(50.0, step=21, checkpoint_sha256=hashlib.sha256(b"its weights").hexdigest())
     old = line(30.0) + line(60.0, protocol="linear-cached")
-    printed = tabulate(tmp_path / "out", capsys, run_folder(tmp_path / "a", "byol", 0, 10.0, later, old))
+    run = run_folder(tmp_path / "a", "byol", 0, 10.0, later, old)
+    (run / "checkpoint.pt").write_bytes(b"its weights")
+    printed = tabulate(tmp_path / "out", capsys, run)
     assert printed.splitlines()[0] == "| method | knn | seeds |" and "| byol | 50.00 | 0 |" in printed
 
 

@@ -68,7 +68,8 @@ def test_an_unnamed_run_is_named_by_its_recipe():
 
 def test_recipe_leaves_out_what_does_not_change_the_weights():
     plain = as_plain(PretrainConfig())
-    assert set(plain) - set(recipe(plain)) == set(NOT_RECIPE)
+    assert set(plain) - set(recipe(plain)) == set(NOT_RECIPE) | {"key"}, "older runs have no key"
+    assert recipe(plain | {"key": "encoder_k"})["key"] == "encoder_k"
     assert isinstance(plain["data"], str)
 
 

@@ -196,6 +196,8 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     if config.lr_biases is None:
         config = replace(config, lr_biases=config.lr_weights)
     config = replace(config, data=config.data.expanduser().resolve())
+    if config.key and not config.init_from:
+        raise UserError(f"--key {config.key} chooses a network in the file of --init-from, which was not given")
     if config.init_from:
         config = replace(config, init_from=config.init_from.expanduser().resolve())
     return replace(config, run=str(run_folder(config)))

@@ -133,6 +133,8 @@ class PretrainConfig:
     """Begin with the weights of a checkpoint instead of random ones: a run folder or file of ours, a published Barlow
     Twins resnet50.pth or checkpoint.pth (the projector too, where it has the same widths). Of several ResNets in a
     file, the one that was trained, not its average (train/foreign.py). Schedule and momentum start from scratch."""
+    key: str = ""
+    """Another one of several networks in the file of --init-from: its place there, or whole names out of it."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the run's checkpoint where there is one. never: start over, replacing it."""
     amp: Literal["bf16", "fp16", "off"] = "bf16"
@@ -217,4 +219,4 @@ def as_plain(config: PretrainConfig) -> dict:
 
 def recipe(plain: dict) -> dict:
     """The part of a configuration that decides the weights: what a checkpoint must share with the run resuming it."""
-    return {name: value for name, value in plain.items() if name not in NOT_RECIPE}
+    return {name: value for name, value in plain.items() if name not in NOT_RECIPE and (name, value) != ("key", "")}

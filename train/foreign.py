@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from pipeline.command import UserError
+from train.content import content_sha256
 from train.model import make_backbone, torchvision_resnets
 
 # resnetblur18, resnetblur50, resnetaa50: of timm 1.0's, the only ones with exactly the parameters of a plain ResNet.
@@ -118,6 +119,8 @@ def _chosen(places: list[Place], path: Path, key: str) -> Place:
             raise UserError(f"--key {key} names {what}: {path} holds ResNets at {listed}; choose one of these")
         return fitting[0]
     left = places if len(places) == 1 else [place for place in places if not place.is_average] or places
+    if len(left) > 1:  # one network under two names is one
+        left = list({content_sha256(place.weights): place for place in reversed(left)}.values())[::-1]
     if len(left) > 1:
         raise UserError(
             f"{path} holds several ResNets ({listed}), and none is plainly the one that was trained; choose one with "

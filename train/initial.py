@@ -21,7 +21,7 @@ def initial_network(config: PretrainConfig) -> tuple[nn.Module, int, dict[str, t
     backbone, features = make_backbone(config.arch, config.stem)
     if not config.init_from:
         return backbone, features, {}
-    theirs = read_network(config.init_from)
+    theirs = read_network(config.init_from, config.key)
     info = theirs.info
     if (info.arch, info.stem) != (config.arch, config.stem):
         raise UserError(

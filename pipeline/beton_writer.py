@@ -9,6 +9,7 @@ flushed: a row never lacks its image, whether the process is killed or the power
 last row's image is cut off and made again.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -46,6 +47,14 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
     while view:
         written = os.pwrite(fd, view, offset)
         view, offset = view[written:], offset + written
+
+
+def remove_leftovers(path: Path) -> None:
+    """What a process left beside a finished file that was killed just after the file got its name."""
+    journal, writing = path.with_suffix(".beton.journal"), path.with_suffix(".beton.writing")
+    if journal.exists() or writing.exists():
+        with contextlib.suppress(UserError), OneWriter(writing, str(path)):  # unless a process is at work there
+            journal.unlink(missing_ok=True)
 
 
 def state_sha256(stamps: np.ndarray) -> str:

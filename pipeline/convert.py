@@ -30,7 +30,7 @@ import PIL
 from tqdm import tqdm
 
 from pipeline import beton, constants, shards, sources, store
-from pipeline.beton_writer import BetonWriter, state_sha256
+from pipeline.beton_writer import BetonWriter, remove_leftovers, state_sha256
 from pipeline.command import UserError, run_command
 from pipeline.workers import in_order, out_of_memory, read_slot, shared_slots, write_slot
 
@@ -185,6 +185,7 @@ def _already_there(out: Path, identity: dict, source: sources.Source) -> bool:
             f"{out} exists, but images of {source.where} have changed since ({what} of {len(source)} compared);"
             " pass --fresh to convert them again"
         )
+    remove_leftovers(out)
     print(f"{out} is already converted; nothing to do (compared: {compared})")
     return True
 

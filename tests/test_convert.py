@@ -22,6 +22,7 @@ from PIL.PngImagePlugin import PngImageFile
 from pipeline import beton, beton_writer, convert, store, workers
 from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
+from pipeline.disk import _machine
 from pipeline.sources import Source
 
 REPO = Path(__file__).resolve().parents[1]
@@ -399,6 +400,16 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(many, straight, out):
             time.sleep(0.05)
     assert kills >= 1  # four or five, unless the disk is slow to take the journal
     assert contents(out.parent) == straight
+
+
+def test_killed_when_the_file_had_its_name(images, out):
+    """What was left beside it is removed by the next call, which finds nothing else to do."""
+    convert.main(ConvertConfig(out, images, workers=1))
+    finished = contents(out.parent)
+    out.with_suffix(".beton.journal").write_bytes(b"of the killed one")
+    out.with_suffix(".beton.writing").write_text(json.dumps({"pid": 0, "host": "", "since": "", "machine": _machine()}))
+    convert.main(ConvertConfig(out, images, workers=1))
+    assert contents(out.parent) == finished
 
 
 @pytest.mark.slow

@@ -52,11 +52,6 @@ def flush_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def temporary_path(path: Path) -> Path:
-    """Where a file is written before it gets its name: a new place each time, also for one of several machines."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
-
-
 @contextlib.contextmanager
 def whole_file(path: Path, keep_as: Path | None = None, advice: str = "", size_bytes: int = 0) -> Iterator[BinaryIO]:
     """A file to write to, which gets its name when the block ends without an error; else all is as it was before.
@@ -64,7 +59,7 @@ def whole_file(path: Path, keep_as: Path | None = None, advice: str = "", size_b
     With `keep_as` the file that had the name stays under that one. Raises UserError, which ends in `advice`, where the
     disk or the folder does not take it; nothing half-written stays behind.
     """
-    temporary = temporary_path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")  # no other machine's either
     try:
         _remove_leftovers(path)
         with open(temporary, "xb") as file:

@@ -34,7 +34,7 @@ from eval.features import Encoder, open_encoder
 from eval.subject import encoder_facts, protocol_name, require_positive, result_folder, write_result
 from eval.supervised import milestones_for
 from pipeline.command import DATA, RUNS, UserError, run_command
-from pipeline.disk import OneWriter, write_whole
+from pipeline.disk import OneWriter, followed_once, write_whole
 from train.agreement import only_writer
 from train.batchnorm import with_global_batch_norm
 from train.distributed import Ranks, largest, say, start_ranks, stop_ranks
@@ -190,7 +190,7 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
     """Trains, tests and records; returns the result on rank 0, or the exit code where a signal stopped it."""
     started = time.monotonic()
     require_positive("checkpoint-every", config.checkpoint_every)
-    config = replace(config, checkpoint=config.checkpoint.expanduser().resolve())  # runs/latest may change meanwhile
+    config = replace(config, checkpoint=followed_once(config.checkpoint))
     checkpoint = config.checkpoint
     random_seed = config.seed if config.features == "random" else None
     encoder = open_encoder(checkpoint, random_seed=random_seed, key=config.key)

@@ -20,7 +20,7 @@ import torch
 from eval.features import KINDS, Encoder, centre_loader_config, features_of, open_encoder
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from pipeline.command import DATA, RUNS, UserError
-from pipeline.disk import append_line, read_lines
+from pipeline.disk import append_line, followed_once, read_lines
 from pipeline.loader import Loader, make_loader
 from pipeline.spec import SUPERVISED_VIEW, LoaderConfig
 from train.run_data import dataset_sha256
@@ -163,7 +163,7 @@ def open_encoder_and_run(config: SubjectConfig) -> tuple[SubjectConfig, Encoder,
     """
     if config.resolution is not None:
         require_positive("resolution", config.resolution)
-    config = replace(config, checkpoint=config.checkpoint.expanduser().resolve())
+    config = replace(config, checkpoint=followed_once(config.checkpoint))
     random_seed = config.seed if config.features == "random" else None
     pixels = config.features == "pixels"
     encoder = open_encoder(config.checkpoint, pixels, random_seed, config.resolution, config.key)
@@ -177,7 +177,7 @@ def open_encoder_and_run(config: SubjectConfig) -> tuple[SubjectConfig, Encoder,
 
 def result_folder(checkpoint: Path) -> Path:
     """Where the results of a run folder or a checkpoint file go, if no other place is named."""
-    checkpoint = checkpoint.expanduser().resolve()
+    checkpoint = followed_once(checkpoint)
     return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 

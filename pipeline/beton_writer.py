@@ -79,6 +79,7 @@ class BetonWriter:
         self._start = beton.data_start(images)
         self.done = self._journaled = 0
         self._end = self._room_end = self._start
+        self._flushing = None
         self._one = OneWriter(path.with_suffix(".beton.writing"), str(path))
         try:
             self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -92,7 +93,7 @@ class BetonWriter:
             self._one.close()
             raise
         self._checkpoint_at = time.monotonic() + CHECKPOINT_S
-        self._flusher, self._flushing = ThreadPoolExecutor(1), None
+        self._flusher = ThreadPoolExecutor(1)
 
     def _resume(self) -> bool:
         content = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
@@ -113,6 +114,7 @@ class BetonWriter:
 
     def go_back(self, count: int) -> None:
         """Forgets all but the first `count` images."""
+        self._join_flush()  # it writes rows of images that are forgotten here
         end = self._end_of(count)
         self._one.require()
         os.ftruncate(self._journal, len(self._header) + count * ROW.itemsize)
@@ -141,8 +143,11 @@ class BetonWriter:
         return self._rows["stamp"][: self.done]
 
     def before_forking(self) -> None:
-        """Ends the thread that beats, until the next image is appended: no other may run where processes are forked."""
+        """Stops the beat until an image is appended, or `after_forking`: a process with threads is not forked."""
         self._one.stop_beating()
+
+    def after_forking(self) -> None:
+        self._one.start_beating()
 
     def append(self, stored: Stored | None, stamp: Stamp) -> None:
         """The next image of the source, or None where it is left out."""

@@ -260,6 +260,7 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
         writer.before_forking()
         try:
             _append_all(source, writer, config)
+            writer.after_forking()
             if _go_back_to_unchanged(source, writer):
                 raise UserError(f"{source.where} changed while it was converted; run again when that is over")
         except (KeyboardInterrupt, UserError, MemoryError):

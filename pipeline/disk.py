@@ -107,6 +107,15 @@ def _remove_leftovers(path: Path) -> None:
                 old.unlink()
 
 
+def followed_once(path: Path) -> Path:
+    """A place that stays what it is: a link to a folder, such as runs/latest, may name another one a moment later.
+
+    A file keeps its own name, even a link's, since the name and what lies beside it may tell what the file is.
+    """
+    path = path.expanduser()
+    return path.resolve() if path.is_dir() else path.parent.resolve() / path.name
+
+
 # ---- lines ----
 
 

@@ -22,6 +22,7 @@ from eval.features import open_encoder, random_sha256
 from eval.splits import open_dataset
 from eval.subject import RESULTS, SubjectConfig, read_results, result_folder
 from pipeline.command import DATA, REPO, UserError, run_command
+from pipeline.disk import followed_once
 from pipeline.sources import voc_root
 from train.checkpoint import BackboneInfo
 from train.run_data import dataset_sha256
@@ -198,7 +199,7 @@ def convert_voc(job: Job) -> None:
 
 
 def main(config: EvalAllConfig) -> None:
-    config = replace(config, run=config.run.expanduser().resolve())  # runs/latest may name another run in an hour
+    config = replace(config, run=followed_once(config.run))
     root, folder = config.data_root.expanduser(), result_folder(config.run)
     info = open_encoder(config.run, key=config.key).info
     jobs = jobs_of(config, config.data or Path(info.data or root / "imagenet"))

@@ -402,6 +402,21 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(many, straight, out):
     assert contents(out.parent) == straight
 
 
+def test_going_back_waits_for_what_is_being_flushed(tmp_path, monkeypatch):
+    """Else rows of images that were forgotten follow in the journal, and the next start begins at the first image."""
+    out, flush = tmp_path / "set.beton", beton_writer.BetonWriter._flush
+    writer = beton_writer.BetonWriter(out, 4, {})
+    for _ in range(4):
+        writer.append(store.store_raw(np.zeros((2, 2, 3), np.uint8)), (12, 0))
+    monkeypatch.setattr(writer, "_flush", lambda done: (time.sleep(0.2), flush(writer, done)))
+    writer._flushing = writer._flusher.submit(writer._flush, 4)
+    writer.go_back(1)
+    writer.close()
+    again = beton_writer.BetonWriter(out, 4, {})
+    assert again.done == 1
+    again.close()
+
+
 def test_killed_when_the_file_had_its_name(images, out):
     """What was left beside it is removed by the next call, which finds nothing else to do."""
     convert.main(ConvertConfig(out, images, workers=1))

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import disk
 from pipeline.command import UserError
-from pipeline.disk import OneWriter, append_line, read_lines, whole_file, write_whole
+from pipeline.disk import OneWriter, append_line, followed_once, read_lines, whole_file, write_whole
 
 
 @pytest.fixture
@@ -114,6 +114,15 @@ def test_what_a_killed_process_left_is_removed_an_hour_later(tmp_path):
     os.utime(other, (0, 0))
     write_whole(tmp_path / "st[a]te", b"whole")
     assert names(tmp_path) == sorted([other.name, young.name, "st[a]te"])
+
+
+def test_a_link_to_a_folder_is_followed_and_a_file_keeps_its_name(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "blob").write_bytes(b"")
+    (tmp_path / "run" / "model.safetensors").symlink_to(tmp_path / "run" / "blob")
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    assert followed_once(tmp_path / "latest") == tmp_path / "run"
+    assert followed_once(tmp_path / "latest" / "model.safetensors") == tmp_path / "run" / "model.safetensors"
 
 
 # ---- lines ----

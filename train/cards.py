@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.command import DATA, RUNS, UserError
+from pipeline.disk import followed_once
 from train.config import PretrainConfig, as_plain, projector_widths, recipe, resolution_rows
 
 # Global batch → learning rate of the weights, 300 epochs of ResNet-50. Source: Barlow Twins, issue 7
@@ -199,7 +200,7 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     if config.key and not config.init_from:
         raise UserError(f"--key {config.key} chooses a network in the file of --init-from, which was not given")
     if config.init_from:
-        config = replace(config, init_from=config.init_from.expanduser().resolve())
+        config = replace(config, init_from=followed_once(config.init_from))
     return replace(config, run=str(run_folder(config)))
 
 

@@ -130,7 +130,7 @@ def _require_zip_checksums(data: bytes) -> None:
         entries = archive.infolist()
         wrong = archive.testzip() if any(entry.CRC for entry in entries) else None
         # Of what is marked as a folder PyTorch reads nothing, and leaves the tensor's memory as it finds it.
-        wrong = wrong or next((e.filename for e in entries if e.is_dir() or e.external_attr & 0x10), None)
+        wrong = wrong or next((e.filename for e in entries if e.external_attr & 0x10 and not e.is_dir()), None)
     if wrong:
         raise ValueError(f"its part {wrong} is damaged")
 

@@ -21,13 +21,15 @@ Bytes for one image with two 224 px views, bf16, from boxes of 300 × 300 px, 1.
 
 from functools import lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from PIL import Image
 
 from pipeline import draws
 from pipeline.augment_cpu import normalization_table
-from pipeline.blur_gpu import blur_lines, normalized
+from pipeline.blur_gpu import LUT_SIZE, blur_lines
 from pipeline.constants import LUMA_B, LUMA_G, LUMA_HALF, LUMA_R, LUMA_SHIFT
 from pipeline.resample_gpu import (
     BLUR,
@@ -36,6 +38,7 @@ from pipeline.resample_gpu import (
     GREY,
     HUE_SHIFT,
     ORDER,
+    PITCH_BYTES,
     SATURATION_FACTOR,
     SOLARIZE,
     STEPS,
@@ -45,9 +48,22 @@ from pipeline.resample_gpu import (
     field,
     fill_coefficients,
     resize_once,
-    resized_tile,
+    resized_rows,
 )
-from pipeline.spec import Normalization
+from pipeline.spec import SOLARIZE_THRESHOLD, Normalization
+
+# How the kernels are launched: the size of what a program makes, how far loops are unrolled, warps.
+SETTINGS = {
+    "fill_coefficients": {"OUTPUTS": 128},
+    "resize_once": {"ROWS": 8, "LINES": 4, "LANES": 128, "TAPS": 4},
+    "start_colours": {"ROWS": 8, "LANES": 128, "TAPS": 4},
+    "finish_colours": {"ROWS": 8, "LANES": 128},
+    "blur_lines": {"LINES": 64, "num_warps": 2},
+    "look_up": {"BLOCK": 1024},
+}
+EXACT = {"enable_fp_fusion": False}  # Pillow is compiled without fused multiply-add
+STRIDES = 28  # programs of resize_once a view
+READ_PAST = 128  # coefficients behind the last, which a tile that reaches beyond the views reads and nobody uses
 
 _BRIGHTNESS, _CONTRAST = tl.constexpr(draws.BRIGHTNESS), tl.constexpr(draws.CONTRAST)
 _SATURATION, _HUE = tl.constexpr(draws.SATURATION), tl.constexpr(draws.HUE)
@@ -68,34 +84,40 @@ def _blend(background, value, factor):
 
 
 @triton.jit
-def _turn_hue(r, g, b, shift):
-    """To 8-bit HSV, the hue shifted, and back: Pillow's results for every colour, by fewer roundings.
+def _quotient(a, b):
+    """⌊a / b⌋ of integers 0 ≤ a, 0 < b ≤ 510 with a quotient below 256, by an inexact division.
 
-    Pillow's hue is a float32 quotient cut to 8 bits, and where the quotient is exact its roundings decide: the ones
-    that matter are kept, the rest is integers. Held to Pillow for all 2²⁴ colours, both ways.
+    (a + ½) / b is at least 1 / 1020 away from every integer, the division's error below 1 / 10,000.
+    """
+    return ((a.to(tl.float32) + 0.5) / b.to(tl.float32)).to(tl.int32)
+
+
+@triton.jit
+def _turn_hue(r, g, b, shift, exact_hues):
+    """To 8-bit HSV, the hue shifted, and back, in integers: Pillow's results for every colour.
+
+    Pillow's hue is a float32 quotient cut to 8 bits. Where the quotient is a whole number, its roundings decide whether
+    that or the one below comes out: `exact_hues` (256,) tells. Held to Pillow for all 2²⁴ colours, both ways.
     """
     high, low = tl.maximum(r, tl.maximum(g, b)), tl.minimum(r, tl.minimum(g, b))
-    spread = tl.maximum(high - low, 1).to(tl.float32)
-    part = tl.div_rn((2 * high + low - r - g - b).to(tl.float32), spread)  # how far the middle one lies below the top
-    red = tl.where(g < b, part - 1.0, 1.0 - part)
-    green = tl.where(b <= r, 1.0 + part, 3.0 - part)
-    blue = tl.where(r <= g, 3.0 + part, 5.0 - part)
-    hue = tl.where(r == high, red, tl.where(g == high, green, blue))
-    turns = tl.div_rn(hue, 6.0)
-    turns = tl.where(hue < 0.0, 1.0 + turns, turns)
-    h = tl.where(high == low, 0, (turns.to(tl.float64) * 255.0).to(tl.int32))
-    s = tl.where(high == low, 0, (tl.div_rn(spread, tl.maximum(high, 1).to(tl.float32)) * 255.0).to(tl.int32))
+    spread = high - low
+    sixths = tl.where(r == high, g - b, tl.where(g == high, 2 * spread + b - r, 4 * spread + r - g))
+    sixths = tl.where(sixths < 0, sixths + 6 * spread, sixths)  # the hue in sixths of the circle, times the spread
+    divisor = tl.maximum(2 * spread, 1)
+    h = _quotient(85 * sixths, divisor)  # 255 · sixths / (6 · spread)
+    exact = 85 * sixths == h * divisor
+    h -= tl.load(exact_hues + h, mask=exact, other=0).to(tl.int32)
+    s = _quotient(255 * spread, tl.maximum(high, 1))
 
     h = (h + shift) & 255
-    sector = h * 6 // 255
+    sector = (h * 1542 + 257) >> 16  # 6 · h / 255
     rest = h * 6 - sector * 255
-    p = (2 * high * (255 - s) + 255) // 510
-    q = (2 * high * (65025 - s * rest) + 65025) // 130050
-    t = (2 * high * (65025 - s * (255 - rest)) + 65025) // 130050
-    sector = tl.where(sector == 6, 0, sector)
-    r = tl.where((sector == 0) | (sector == 5), high, tl.where(sector == 1, q, tl.where(sector == 4, t, p)))
-    g = tl.where((sector == 1) | (sector == 2), high, tl.where(sector == 3, q, tl.where(sector == 0, t, p)))
-    b = tl.where((sector == 3) | (sector == 4), high, tl.where(sector == 5, q, tl.where(sector == 2, t, p)))
+    rest = tl.where((sector & 1) != 0, rest, 255 - rest)
+    p = ((high * (255 - s) + 128) * 257) >> 16  # / 255, rounded
+    q = ((high * (65025 - s * rest) + 32512).to(tl.uint32) // 65025).to(tl.int32)
+    r = tl.where((sector == 1) | (sector == 4), q, tl.where((sector == 2) | (sector == 3), p, high))
+    g = tl.where((sector == 1) | (sector == 2), high, tl.where((sector == 4) | (sector == 5), p, q))
+    b = tl.where((sector == 3) | (sector == 4), high, tl.where((sector == 2) | (sector == 5), q, p))
     return r, g, b
 
 
@@ -105,30 +127,65 @@ def _factor(table, view, index):
 
 
 @triton.jit
-def _jitter(r, g, b, table, view, first, end, mean):
-    """The jitter operations first … end - 1 of the drawn order, on int32 of 8 bits."""
-    for step in range(first, end):
-        operation = field(table, view, ORDER + step)
-        if operation == _BRIGHTNESS:
-            factor = _factor(table, view, BRIGHTNESS_FACTOR)
-            black = tl.full((), 0, tl.int32)
-            r, g, b = _blend(black, r, factor), _blend(black, g, factor), _blend(black, b, factor)
-        elif operation == _CONTRAST:
-            factor = _factor(table, view, CONTRAST_FACTOR)
-            r, g, b = _blend(mean, r, factor), _blend(mean, g, factor), _blend(mean, b, factor)
-        elif operation == _SATURATION:
-            factor = _factor(table, view, SATURATION_FACTOR)
-            luma = _luma(r, g, b)
-            r, g, b = _blend(luma, r, factor), _blend(luma, g, factor), _blend(luma, b, factor)
-        elif operation == _HUE:
-            r, g, b = _turn_hue(r, g, b, field(table, view, HUE_SHIFT))
-    return r, g, b
+def _blended(levels, background, factor):
+    """Every value of a tuple blended with one background."""
+    blended = ()
+    for i in tl.static_range(len(levels)):
+        blended += (_blend(background, levels[i], factor),)
+    return blended
 
 
 @triton.jit
-def _place(view, side, pitch, y, x):
-    """Offsets of (y, x) in plane 0 of a view of (V · B, 3, side, pitch)."""
-    return view.to(tl.int64) * (3 * side * pitch) + (y * pitch)[:, None] + x[None, :]
+def _saturated(levels, factor):
+    """A tuple of red, green, blue, red, …, every pixel blended with its luma."""
+    saturated = ()
+    for i in tl.static_range(0, len(levels), 3):
+        luma = _luma(levels[i], levels[i + 1], levels[i + 2])
+        saturated += (_blend(luma, levels[i], factor), _blend(luma, levels[i + 1], factor))
+        saturated += (_blend(luma, levels[i + 2], factor),)
+    return saturated
+
+
+@triton.jit
+def _turned(levels, shift, exact_hues):
+    """The same with every pixel's hue shifted."""
+    turned = ()
+    for i in tl.static_range(0, len(levels), 3):
+        turned += _turn_hue(levels[i], levels[i + 1], levels[i + 2], shift, exact_hues)
+    return turned
+
+
+@triton.jit
+def _jitter(levels, table, view, first, end, mean, exact_hues):
+    """The jitter operations first … end - 1 of the drawn order, on a tuple of red, green, blue, red, …"""
+    for step in range(first, end):
+        operation = field(table, view, ORDER + step)
+        if operation == _BRIGHTNESS:
+            levels = _blended(levels, tl.full((), 0, tl.int32), _factor(table, view, BRIGHTNESS_FACTOR))
+        elif operation == _CONTRAST:
+            levels = _blended(levels, mean, _factor(table, view, CONTRAST_FACTOR))
+        elif operation == _SATURATION:
+            levels = _saturated(levels, _factor(table, view, SATURATION_FACTOR))
+        elif operation == _HUE:
+            levels = _turned(levels, field(table, view, HUE_SHIFT), exact_hues)
+    return levels
+
+
+@triton.jit
+def _place(pitch, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The first row and the column of each lane: 32 columns × LANES / 32 · ROWS rows to a program."""
+    lane, across = tl.arange(0, LANES), pitch // PITCH_BYTES
+    down = tl.program_id(1) // across
+    top = (down * (LANES // PITCH_BYTES) + lane // PITCH_BYTES) * ROWS
+    return top, (tl.program_id(1) - down * across) * PITCH_BYTES + lane % PITCH_BYTES
+
+
+@triton.jit
+def _store_rows(levels, to, top, side, pitch):
+    """A tuple of red, green, blue, red, … to planes; `to` is the place of the first red."""
+    for i in tl.static_range(len(levels)):
+        place = to + (i // 3) * pitch + (i % 3) * (side * pitch)
+        tl.store(place, levels[i].to(tl.uint8), mask=top + i // 3 < side)
 
 
 @triton.jit
@@ -138,59 +195,101 @@ def _add(a, b):
 
 @triton.jit
 def start_colours(
-    between, table, first, coefficients, planes, sums, side, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    between,
+    table,
+    first,
+    coefficients,
+    planes,
+    sums,
+    exact_hues,
+    side: tl.constexpr,
+    pitch: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    TAPS: tl.constexpr,
 ):
-    """Grid (views, y tiles, x tiles): resize's second pass, jitter up to contrast → planes; sums of luma (views,)."""
+    """Grid (views, tiles): resize's second pass, jitter up to contrast → planes; sums of luma (views,)."""
     view = tl.program_id(0)
-    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    x = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (y < side)[:, None] & (x < side)[None, :]
-    steps = field(table, view, STEPS)
-    before_mean = field(table, view, STEPS_BEFORE_MEAN)
-    r, g, b = resized_tile(between, table, first, coefficients, view, y, x, side, pitch)
-    r, g, b = _jitter(r, g, b, table, view, 0, before_mean, tl.full((), 0, tl.int32))
-    to = planes + _place(view, side, pitch, y, x)
-    tl.store(to, r.to(tl.uint8), mask=mask)
-    tl.store(to + side * pitch, g.to(tl.uint8), mask=mask)
-    tl.store(to + 2 * side * pitch, b.to(tl.uint8), mask=mask)
+    top, x = _place(pitch, ROWS, LANES)
+    steps, before_mean = field(table, view, STEPS), field(table, view, STEPS_BEFORE_MEAN)
+    levels = resized_rows(between, table, first, coefficients, view, top, x, side, pitch, ROWS, TAPS)
+    levels = _jitter(levels, table, view, 0, before_mean, tl.full((), 0, tl.int32), exact_hues)
+    _store_rows(levels, planes + view.to(tl.int64) * (3 * side * pitch) + top * pitch + x, top, side, pitch)
     if before_mean < steps:
-        total = tl.reduce(tl.where(mask, _luma(r, g, b), 0), None, _add)
-        tl.atomic_add(sums + view, total.to(tl.int64), sem="relaxed")
+        total = tl.full((LANES,), 0, tl.int32)
+        for row in tl.static_range(ROWS):
+            luma = _luma(levels[3 * row], levels[3 * row + 1], levels[3 * row + 2])
+            total += tl.where((top + row < side) & (x < side), luma, 0)
+        tl.atomic_add(sums + view, tl.reduce(total, None, _add).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
-def finish_colours(table, planes, sums, lut, out, side, pitch, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Grid (views, y tiles, x tiles): contrast and what follows, grey → planes; unblurred views normalized → out."""
+def finish_colours(
+    table,
+    planes,
+    sums,
+    exact_hues,
+    lut,
+    out,
+    side: tl.constexpr,
+    pitch: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Grid (views, tiles): contrast and what follows, grey → planes; unblurred views normalized → out."""
     view = tl.program_id(0)
-    y = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    x = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
-    mask = (y < side)[:, None] & (x < side)[None, :]
-    own = planes + _place(view, side, pitch, y, x)
-    r = tl.load(own, mask=mask, other=0).to(tl.int32)
-    g = tl.load(own + side * pitch, mask=mask, other=0).to(tl.int32)
-    b = tl.load(own + 2 * side * pitch, mask=mask, other=0).to(tl.int32)
+    top, x = _place(pitch, ROWS, LANES)
+    own = planes + view.to(tl.int64) * (3 * side * pitch) + top * pitch + x
+    levels = ()
+    for i in tl.static_range(3 * ROWS):
+        place = own + (i // 3) * pitch + (i % 3) * (side * pitch)
+        levels += (tl.load(place, mask=top + i // 3 < side, other=0).to(tl.int32),)
     count = side * side
     mean = ((2 * tl.load(sums + view) + count) // (2 * count)).to(tl.int32)
-    r, g, b = _jitter(r, g, b, table, view, field(table, view, STEPS_BEFORE_MEAN), field(table, view, STEPS), mean)
+    begin, end = field(table, view, STEPS_BEFORE_MEAN), field(table, view, STEPS)
+    levels = _jitter(levels, table, view, begin, end, mean, exact_hues)
     if field(table, view, GREY) != 0:
-        r = _luma(r, g, b)
-        g, b = r, r
+        grey = ()
+        for i in tl.static_range(0, 3 * ROWS, 3):
+            grey += (_luma(levels[i], levels[i + 1], levels[i + 2]),) * 3
+        levels = grey
     if field(table, view, BLUR) != 0:
-        tl.store(own, r.to(tl.uint8), mask=mask)
-        tl.store(own + side * pitch, g.to(tl.uint8), mask=mask)
-        tl.store(own + 2 * side * pitch, b.to(tl.uint8), mask=mask)
+        _store_rows(levels, own, top, side, pitch)
     else:
-        solarized = field(table, view, SOLARIZE) != 0
-        to = out + view.to(tl.int64) * (3 * count) + (y * (3 * side))[:, None] + (x * 3)[None, :]
-        tl.store(to, normalized(r, 0, solarized, lut), mask=mask)
-        tl.store(to + 1, normalized(g, 1, solarized, lut), mask=mask)
-        tl.store(to + 2, normalized(b, 2, solarized, lut), mask=mask)
+        values = lut + field(table, view, SOLARIZE) * LUT_SIZE
+        to = out + view.to(tl.int64) * (3 * count) + (top * side + x) * 3
+        for i in tl.static_range(3 * ROWS):
+            value = tl.load(values + (i % 3) * 256 + levels[i])
+            tl.store(to + (i // 3) * (3 * side) + i % 3, value, mask=(x < side) & (top + i // 3 < side))
+
+
+@triton.jit
+def look_up(levels, lut, out, count, BLOCK: tl.constexpr):
+    """Grid (⌈count / BLOCK⌉,): 8-bit values, channels last → what the network gets."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(levels + at, mask=at < count, other=0)
+    tl.store(out + at, tl.load(lut + at % 3 * 256 + value), mask=at < count)
 
 
 @lru_cache(maxsize=8)
 def _lut(normalization: Normalization, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The normalized value of every channel and 8-bit value, (3, 256), rounded to dtype once."""
-    return torch.from_numpy(normalization_table(normalization)).to(dtype).to(device)
+    """What the network gets for every 8-bit value, (2, 3, 256): plain and solarized, by channel; rounded once."""
+    plain = torch.from_numpy(normalization_table(normalization))
+    values = torch.arange(256)
+    solarized = plain[:, torch.where(values < SOLARIZE_THRESHOLD, values, 255 - values)]
+    return torch.stack([plain, solarized]).to(dtype).to(device)
+
+
+@lru_cache(maxsize=8)
+def _exact_hues(device: torch.device) -> torch.Tensor:
+    """Uint8 (256,): 1 where a hue of exactly k / 255 of the circle is k - 1 to Pillow, after its roundings."""
+    sixths = 6 * np.arange(255)
+    rest, full, none = sixths % 255, np.full(255, 255), np.zeros(255, int)
+    ways = [(full, rest, none), (255 - rest, full, none), (none, full, rest)]
+    ways += [(none, 255 - rest, full), (rest, none, full), (full, none, 255 - rest)]
+    colours = np.stack([np.choose(sixths // 255, channel) for channel in zip(*ways, strict=True)], -1)
+    hues = np.asarray(Image.fromarray(colours[None].astype(np.uint8)).convert("HSV"))[0, :, 0]
+    return torch.from_numpy(np.append(np.arange(255) - hues, 0).astype(np.uint8)).to(device)
 
 
 def make_views(
@@ -216,6 +315,21 @@ def make_views(
     return tuple(view.permute(0, 3, 1, 2) for view in out.split(plan.images))
 
 
+def normalize_views(levels: torch.Tensor, normalization: Normalization, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Finished views as bytes, uint8 (V, B, H, W, 3) → V tensors (B, 3, H, W) as from make_views.
+
+    By table: a GPU divides by a number where it multiplies by its reciprocal, which has other last bits than the CPU's.
+    """
+    out = torch.empty(levels.shape, dtype=dtype, device=levels.device)
+    with torch.cuda.device_of(levels):
+        count, lut, block = levels.numel(), _lut(normalization, dtype, levels.device), SETTINGS["look_up"]["BLOCK"]
+        look_up[(triton.cdiv(count, block),)](levels, lut, out, count, block)
+    return tuple(view.permute(0, 3, 1, 2) for view in out)
+
+
+KERNELS = (fill_coefficients, resize_once, start_colours, finish_colours, blur_lines)
+
+
 def _empty(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A buffer whose size differs from batch to batch: rounded up, so that the allocator finds the last one again."""
     return torch.empty(
@@ -228,24 +342,23 @@ def _launch(pixels: torch.Tensor, plan: ViewPlan, lut: torch.Tensor, out: torch.
     table, side, pitch = plan.table, plan.side_px, plan.pitch_bytes
     n, device = len(table), pixels.device
     first = torch.empty((n, 2, side), dtype=torch.int32, device=device)
-    coefficients = _empty(plan.taps * side, torch.int32, device)
+    fill, resize, start, finish, blur = (EXACT | SETTINGS[k.__name__] for k in KERNELS)
+    coefficients = _empty(plan.taps * side + READ_PAST, torch.int32, device)
     between = _empty(plan.between_bytes, torch.uint8, device)
     planes = torch.empty((n, 3, side, pitch), dtype=torch.uint8, device=device)
     sums = torch.zeros(n, dtype=torch.int64, device=device)
-    tiles = (n, triton.cdiv(side, TILE_PX), triton.cdiv(side, TILE_PX))
-    lines = (n, triton.cdiv(3 * side, 64))
-    exact = {"enable_fp_fusion": False}  # Pillow is compiled without fused multiply-add
+    hues, shape = _exact_hues(device), (side, pitch)
 
-    fill_coefficients[(n, 2, triton.cdiv(side, 128))](table, first, coefficients, side, OUTPUTS=128, **exact)
-    tile = {"ROWS": 16, "COLUMNS": 32, "LINES": 4, "BYTES": 512}
-    resize_once[(n, 28)](pixels, table, first, coefficients, between, side, pitch, **tile, **exact)
-    tile = {"ROWS": TILE_PX, "COLUMNS": TILE_PX}
-    start_colours[tiles](between, table, first, coefficients, planes, sums, side, pitch, **tile, **exact)
-    finish_colours[tiles](table, planes, sums, lut, out, side, pitch, **tile, **exact)
+    def tiles(settings: dict[str, int]) -> tuple[int, int]:
+        return n, pitch // TILE_PX * triton.cdiv(side, settings["LANES"] // TILE_PX * settings["ROWS"])
+
+    fill_coefficients[(n, 2, triton.cdiv(side, fill["OUTPUTS"]))](table, first, coefficients, side, **fill)
+    resize_once[(n, STRIDES)](pixels, table, first, coefficients, between, *shape, **resize)
+    start_colours[tiles(start)](between, table, first, coefficients, planes, sums, hues, *shape, **start)
+    finish_colours[tiles(finish)](table, planes, sums, hues, lut, out, *shape, **finish)
     if plan.blur_radius < 0:
         return
-    turned = torch.empty_like(planes)
-    walk = {"RADIUS": max(plan.blur_radius, 1), "LINES": 64, "num_warps": 2}  # one kernel for all sigma up to 2.4 px
+    turned, lines = torch.empty_like(planes), (n, triton.cdiv(3 * side, blur["LINES"]))
+    blur["RADIUS"] = max(plan.blur_radius, 1)  # one kernel for all sigma up to 2.4 px
     for source, target, last in ((planes, turned, False), (turned, out, True)):
-        words = source.view(torch.int32)
-        blur_lines[lines](table, words, target, lut, side, pitch, LAST=last, **walk, **exact)
+        blur_lines[lines](table, source.view(torch.int32), target, lut, *shape, LAST=last, **blur)

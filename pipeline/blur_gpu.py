@@ -9,16 +9,8 @@ import triton
 import triton.language as tl
 
 from pipeline.resample_gpu import BLUR, BLUR_EDGE, BLUR_INNER, BLUR_RADIUS, SOLARIZE, field
-from pipeline.spec import SOLARIZE_THRESHOLD
 
-_THRESHOLD = tl.constexpr(SOLARIZE_THRESHOLD)
-
-
-@triton.jit
-def normalized(value, channel, solarized, lut):
-    """An 8-bit value (int32) as the network gets it; `lut` is (3, 256)."""
-    value = tl.where((value >= _THRESHOLD) & solarized, 255 - value, value)
-    return tl.load(lut + channel * 256 + value)
+LUT_SIZE = tl.constexpr(3 * 256)  # values of a look-up table: what the network gets, by channel and 8-bit value
 
 
 @triton.jit
@@ -68,9 +60,7 @@ def _walk(
     weights,
     to,
     step,
-    channel,
-    solarized,
-    lut,
+    values,
     wanted,
     side,
     END: tl.constexpr,
@@ -79,7 +69,7 @@ def _walk(
 ):
     """Sixteen pixels further along a line, from `start` on: three passes, each RADIUS + 1 pixels behind the one before.
 
-    END: the line may begin or end here. LAST: results are normalized.
+    END: the line may begin or end here. LAST: results are looked up in `values`, a table for each line's channel.
     """
     delay: tl.constexpr = RADIUS + 1
     first, second, third = passes
@@ -102,14 +92,24 @@ def _walk(
         if (not END) or ((done >= 0) & (done < side)):
             blurred = _box(third, weights, RADIUS).to(tl.int32)
             if LAST:
-                tl.store(to + done * step, normalized(blurred, channel, solarized, lut), mask=wanted)
+                tl.store(to + done * step, tl.load(values + blurred), mask=wanted)
             else:
                 tl.store(to + done * step, blurred.to(tl.uint8), mask=wanted)
     return first, second, third
 
 
 @triton.jit
-def blur_lines(table, source, out, lut, side, pitch, RADIUS: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr):
+def blur_lines(
+    table,
+    source,
+    out,
+    lut,
+    side: tl.constexpr,
+    pitch: tl.constexpr,
+    RADIUS: tl.constexpr,
+    LAST: tl.constexpr,
+    LINES: tl.constexpr,
+):
     """Grid (views, ⌈3 · side / LINES⌉): three box passes along every line of blurred views, in registers.
 
     A lane walks down one line of `source` (planes as int32, sixteen pixels a load), keeps a window of 2 · RADIUS + 3
@@ -131,17 +131,13 @@ def blur_lines(table, source, out, lut, side, pitch, RADIUS: tl.constexpr, LAST:
             to = out + view.to(tl.int64) * (3 * side * pitch) + channel * (side * pitch) + line
         at = view.to(tl.int64) * (3 * side * pitch // 4) + (channel * side + line) * (pitch // 4)
         words = source + tl.multiple_of(at, 8)[:, None] + tl.arange(0, 4)[None, :]
-        solarized = field(table, view, SOLARIZE) != 0
+        values = lut + field(table, view, SOLARIZE) * LUT_SIZE + channel * 256
         weights = _box_weights(table, view, RADIUS)
         window = (tl.full((LINES,), 0, tl.uint32),) * (2 * RADIUS + 3)
         passes = (window, window, window)
         for start in range(0, side + 3 * (RADIUS + 1), 16):
             loaded = tl.load(words + tl.minimum(start, pitch - 16) // 4)
             if (start > 3 * RADIUS + 2) & (start + 16 <= side):
-                passes = _walk(
-                    loaded, start, passes, weights, to, step, channel, solarized, lut, wanted, side, False, LAST, RADIUS
-                )
+                passes = _walk(loaded, start, passes, weights, to, step, values, wanted, side, False, LAST, RADIUS)
             else:
-                passes = _walk(
-                    loaded, start, passes, weights, to, step, channel, solarized, lut, wanted, side, True, LAST, RADIUS
-                )
+                passes = _walk(loaded, start, passes, weights, to, step, values, wanted, side, True, LAST, RADIUS)

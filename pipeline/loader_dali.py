@@ -155,7 +155,7 @@ class DaliLoader:
 
             plan = plan_views(params, starts, heights, widths, self._interpolations, side)
             with torch.cuda.stream(self._stream):
-                views = make_views(pixels, plan.to(self.device), self.config.normalization, torch.float32)
+                views = make_views(pixels, plan.to(self.device), self.config.normalization, self.config.view_type)
             if self._stream:
                 self._stream.synchronize()
             return views
@@ -171,7 +171,7 @@ class DaliLoader:
 
         for done in [self._pool.submit(job, int(a), int(z)) for a, z in cuts]:
             done.result()
-        return tuple(view.permute(0, 3, 1, 2).to(self.device) for view in views)
+        return tuple(view.permute(0, 3, 1, 2).to(self.device, self.config.view_type) for view in views)
 
     def _jpegs(self, ids: np.ndarray) -> list[np.ndarray]:
         """The bytes of some samples, where the file is mapped. Raises UserError, naming the image, for changed ones.
@@ -244,7 +244,10 @@ class DaliLoader:
                 graph.schedule_run()
             else:
                 side = self.config.resolution_at(epoch)
-                views = tuple(torch.empty((0, 3, side, side), device=self.device) for _ in range(count))
+                views = tuple(
+                    torch.empty((0, 3, side, side), dtype=self.config.view_type, device=self.device)
+                    for _ in range(count)
+                )
             label, sample = torch.from_numpy(self.labels[ids]), torch.from_numpy(ids)
             yield Batch(views, label.to(self.device), sample.to(self.device), step, epoch, substituted)
 

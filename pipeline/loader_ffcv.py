@@ -230,10 +230,13 @@ class FfcvLoader:
             from pipeline.augment_gpu import make_views
 
             plan = pending.plan.result().to(device)
-            views = make_views(memory, plan, self.config.normalization, torch.float32)
+            views = make_views(memory, plan, self.config.normalization, self.config.view_type)
+        elif self._cuda:
+            from pipeline.augment_gpu import normalize_views
+
+            views = normalize_views(memory, self.config.normalization, self.config.view_type)
         else:
-            views = self._normalized_on_gpu(memory) if self._cuda else memory
-            views = tuple(view.permute(0, 3, 1, 2) for view in views)
+            views = tuple(view.permute(0, 3, 1, 2).to(self.config.view_type) for view in memory)
         label, sample = torch.from_numpy(self.labels[pending.ids]), torch.from_numpy(pending.ids)
         substituted = int((pending.ids != pending.wanted).sum())
         return Batch(views, label.to(device), sample.to(device), pending.step, pending.epoch, substituted)
@@ -254,14 +257,6 @@ class FfcvLoader:
         for tensor in (*batch.views, batch.label, batch.sample):
             tensor.record_stream(current)  # made on the other stream: its memory is free once this one is past it
         return batch
-
-    def _normalized_on_gpu(self, views: torch.Tensor) -> torch.Tensor:
-        """torchvision's ToTensor and Normalize: uint8 (V, B, H, W, 3) → float32."""
-        mean, std = (
-            torch.tensor(x, device=views.device)
-            for x in (self.config.normalization.mean, self.config.normalization.std)
-        )
-        return views.float().div_(255).sub_(mean).div_(std)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""

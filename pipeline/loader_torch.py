@@ -167,7 +167,7 @@ class TorchLoader:
                 raise made
             step, epoch, ids, views, substituted = made
             yield Batch(
-                tuple(view.to(c.device) for view in views),
+                tuple(view.to(c.device, c.view_type) for view in views),
                 torch.from_numpy(self.labels[ids]).to(c.device),
                 torch.from_numpy(ids).to(c.device),
                 step,

@@ -166,7 +166,7 @@ def plan_views(
         "taps_x": taps_x,
         "coefficients_y": _starts(taps),
         "coefficients_x": _starts(taps) + taps_y,
-        "between": _starts(between),
+        "between": _starts(between) // TILE_PX,  # in units of PITCH_BYTES
         "steps_before_mean": np.where(p.jitter, contrast_at, 0),
         "steps": np.where(p.jitter, 4, 0),
         "hue": (p.hue.astype(np.float64) * 255).astype(np.int64) & 255,
@@ -205,11 +205,12 @@ def _weight(x, support):
 
 
 @triton.jit
-def fill_coefficients(table, first, coefficients, side, OUTPUTS: tl.constexpr):
+def fill_coefficients(table, first, coefficients, side: tl.constexpr, OUTPUTS: tl.constexpr):
     """Grid (views, 2 axes, ⌈side / OUTPUTS⌉) → first int32 (views, 2, side), coefficients int32 (taps, side).
 
-    Axis 0 is y, 1 is x. The flip is in here: it is the coefficients of x in the reverse order. An output outside
-    the resized box gets zeros.
+    Axis 0 is y, 1 is x. The flip is in here: it is the coefficients of x in the reverse order. `first` is the first
+    input that an output reads; where its taps would leave the box it lies before the filter, and the weights of what
+    comes too early are zero. An output outside the resized box gets zeros. So nobody has to clamp or to mask a tap.
     """
     view, axis = tl.program_id(0), tl.program_id(1)
     i = tl.program_id(2) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -231,17 +232,19 @@ def fill_coefficients(table, first, coefficients, side, OUTPUTS: tl.constexpr):
     centre = (out.to(tl.float64) + 0.5) * scale
     begin = tl.maximum((centre - reach + 0.5).to(tl.int32), 0)
     end = tl.minimum((centre + reach + 0.5).to(tl.int32), box)
+    start = tl.where(inside, tl.minimum(begin, box - taps), 0)
     total = tl.full((OUTPUTS,), 0.0, tl.float64)
     for k in range(taps):
-        weight = _weight(((begin + k).to(tl.float64) - centre + 0.5) * inverse, support)
-        total += tl.where(begin + k < end, weight, 0.0)
+        weight = _weight(((start + k).to(tl.float64) - centre + 0.5) * inverse, support)
+        total += tl.where((start + k >= begin) & (start + k < end), weight, 0.0)
     total = tl.where(inside & (total != 0.0), total, 1.0)
     for k in range(taps):
-        weight = _weight(((begin + k).to(tl.float64) - centre + 0.5) * inverse, support)
+        weight = _weight(((start + k).to(tl.float64) - centre + 0.5) * inverse, support)
         fixed = weight / total * _ONE
         rounded = tl.where(fixed < 0.0, fixed - 0.5, fixed + 0.5).to(tl.int32)
-        tl.store(target + k * side + i, tl.where(inside & (begin + k < end), rounded, 0), mask=i < side)
-    tl.store(first + (view * 2 + axis).to(tl.int64) * side + i, tl.where(inside, begin, 0), mask=i < side)
+        wanted = inside & (start + k >= begin) & (start + k < end)
+        tl.store(target + k * side + i, tl.where(wanted, rounded, 0), mask=i < side)
+    tl.store(first + (view * 2 + axis).to(tl.int64) * side + i, start, mask=i < side)
 
 
 @triton.jit
@@ -251,41 +254,64 @@ def clip8(fixed):
 
 
 @triton.jit
-def _narrow(source, row_bytes, weights, taps, begin, last, y, x, side):
-    """A pass along rows, from pixels (n, w, 3): red, green, blue at y (ROWS,), x (COLUMNS,), int32 of 8 bits.
-
-    Lanes run along x: the three bytes of a tap are three loads, each with its lanes close together. Nothing is
-    masked: y, and the tap by `last`, stay inside, and where x is outside the weights are zero.
-    """
-    red = tl.full((y.shape[0], x.shape[0]), _HALF, tl.int32)
-    green, blue = red, red
-    for k in range(taps):
-        weight = tl.load(weights + k * side + x, mask=x < side, other=0)[None, :]
-        at = (y * row_bytes)[:, None] + (tl.minimum(begin + k, last) * 3)[None, :]
-        red += tl.load(source + at).to(tl.int32) * weight
-        green += tl.load(source + at + 1).to(tl.int32) * weight
-        blue += tl.load(source + at + 2).to(tl.int32) * weight
-    return clip8(red), clip8(green), clip8(blue)
-
-
-@triton.jit
-def _shorten(columns, row_bytes, weights, taps, begin, last, y, side):
-    """A pass along columns of bytes: int32 of 8 bits at y (ROWS,), in columns that start at pointers (BYTES,)."""
-    total = tl.full((y.shape[0], columns.shape[0]), _HALF, tl.int32)
-    for k in range(taps):
-        weight = tl.load(weights + k * side + y, mask=y < side, other=0)[:, None]
-        row = tl.minimum(begin + k, last) * row_bytes
-        total += tl.load(columns[None, :] + row[:, None]).to(tl.int32) * weight
-    return clip8(total)
-
-
-@triton.jit
 def _axis(table, first, coefficients, view, axis: tl.constexpr, i, side):
-    """Of outputs i along an axis (0 = y): taps, first input, last input there is, where their weights start."""
-    taps = field(table, view, TAPS_Y + axis)
-    begin = tl.load(first + (view * 2 + axis).to(tl.int64) * side + i, mask=i < side, other=0)
+    """Of outputs i along an axis (0 = y): taps, the first input of each, pointers to their first weights.
+
+    Outputs past the side are taken for the last one: what is made of them is never stored.
+    """
+    i = tl.minimum(i, side - 1)
+    begin = tl.load(first + (view * 2 + axis).to(tl.int64) * side + i)
     weights = coefficients + field64(table, view, COEFFICIENTS_Y + axis) * side
-    return taps, begin, field(table, view, BOX_HEIGHT + axis) - 1, weights
+    return field(table, view, TAPS_Y + axis), begin, weights + i
+
+
+@triton.jit
+def _narrow_rows(rows, begin, taps, weights, side, ROWS: tl.constexpr, TAPS: tl.constexpr):
+    """A pass along ROWS rows of pixels (n, w, 3), `rows` their starts: a tuple, red, green, blue of each, int32.
+
+    Lanes run along x: the three bytes of a tap are three loads, each with its lanes close together.
+    """
+    sums = (tl.full(begin.shape, _HALF, tl.int32),) * (3 * ROWS)
+    at = ()
+    for row in tl.static_range(ROWS):
+        at += (rows[row] + begin * 3,)
+    for _ in tl.range(taps, loop_unroll_factor=TAPS):
+        weight = tl.load(weights)
+        weights += side
+        added, moved = (), ()
+        for i in tl.static_range(3 * ROWS):
+            added += (sums[i] + tl.load(at[i // 3] + i % 3).to(tl.int32) * weight,)
+        for row in tl.static_range(ROWS):
+            moved += (at[row] + 3,)
+        sums, at = added, moved
+    return sums
+
+
+@triton.jit
+def _shorten_lines(at, row_bytes, begin, fourth, taps, weights, side, LINES: tl.constexpr, TAPS: tl.constexpr):
+    """A pass along columns of bytes, for LINES outputs: a tuple, int32, of LINES × four neighbouring bytes.
+
+    `at` points to a lane's first byte in the first row; it has a fourth one where `fourth`. `begin` is a tuple
+    of scalars, one a line, `weights` points to the first line's.
+    """
+    sums = (tl.full(at.shape, _HALF, tl.int32),) * (LINES * 4)
+    rows = ()
+    for line in tl.static_range(LINES):
+        rows += (at + begin[line] * row_bytes,)
+    for _ in tl.range(taps, loop_unroll_factor=TAPS):
+        added, moved = (), ()
+        for line in tl.static_range(LINES):
+            weight = tl.load(weights + line)
+            for i in tl.static_range(4):
+                if i < 3:
+                    value = tl.load(rows[line] + i)
+                else:
+                    value = tl.load(rows[line] + 3, mask=fourth, other=0)
+                added += (sums[line * 4 + i] + value.to(tl.int32) * weight,)
+            moved += (rows[line] + row_bytes,)
+        sums, rows = added, moved
+        weights += side
+    return sums
 
 
 @triton.jit
@@ -295,55 +321,100 @@ def resize_once(
     first,
     coefficients,
     between,
-    side,
-    pitch,
+    side: tl.constexpr,
+    pitch: tl.constexpr,
     ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
     LINES: tl.constexpr,
-    BYTES: tl.constexpr,
+    LANES: tl.constexpr,
+    TAPS: tl.constexpr,
 ):
-    """Grid (views, strides): the first pass. A program makes every strides-th tile of its view's intermediate."""
+    """Grid (views, strides): the first pass. A program makes every strides-th tile of its view's intermediate.
+
+    A tile is 32 columns × LANES / 32 · ROWS rows, every lane with ROWS of them; where height goes first, LINES lines ×
+    4 · LANES bytes, every lane with four of each.
+    """
     view = tl.program_id(0)
     height, row_bytes = field(table, view, BOX_HEIGHT), field(table, view, ROW_BYTES)
     box_bytes = field(table, view, BOX_WIDTH) * 3
     source = pixels + field64(table, view, PIXEL)
-    target = between + field64(table, view, BETWEEN)
+    target = between + field64(table, view, BETWEEN) * PITCH_BYTES
+    lane = tl.arange(0, LANES)
     if field(table, view, HEIGHT_FIRST) != 0:
-        across = (box_bytes + BYTES - 1) // BYTES
+        across = (box_bytes + 4 * LANES - 1) // (4 * LANES)
         for tile in range(tl.program_id(1), across * ((side + LINES - 1) // LINES), tl.num_programs(1)):
-            y = tile // across * LINES + tl.arange(0, LINES)
-            at = tile % across * BYTES + tl.arange(0, BYTES)
-            taps, begin, last, weights = _axis(table, first, coefficients, view, 0, y, side)
-            columns = source + tl.minimum(at, box_bytes - 1)
-            value = _shorten(columns, row_bytes, weights, taps, begin, last, y, side)
-            to = target + (y * box_bytes)[:, None] + at[None, :]
-            tl.store(to, value.to(tl.uint8), mask=(y < side)[:, None] & (at < box_bytes)[None, :])
+            top = tile // across * LINES
+            # The last lanes of a row make the same four bytes, all inside; one pixel has three.
+            at = tl.maximum(tl.minimum(tile % across * (4 * LANES) + lane * 4, box_bytes - 4), 0)
+            begin = ()
+            for line in tl.static_range(LINES):
+                taps, own, _ = _axis(table, first, coefficients, view, 0, top + line, side)
+                begin += (own,)
+            weights = coefficients + field64(table, view, COEFFICIENTS_Y) * side + top
+            fourth = at + 3 < box_bytes
+            sums = _shorten_lines(source + at, row_bytes, begin, fourth, taps, weights, side, LINES, TAPS)
+            for i in tl.static_range(LINES * 4):
+                to = target + (top + i // 4) * box_bytes + at + i % 4
+                tl.store(to, clip8(sums[i]).to(tl.uint8), mask=at + i % 4 < tl.where(top + i // 4 < side, box_bytes, 0))
     else:
-        across = (side + COLUMNS - 1) // COLUMNS
-        for tile in range(tl.program_id(1), across * ((height + ROWS - 1) // ROWS), tl.num_programs(1)):
-            y = tile // across * ROWS + tl.arange(0, ROWS)
-            x = tile % across * COLUMNS + tl.arange(0, COLUMNS)
-            taps, begin, last, weights = _axis(table, first, coefficients, view, 1, x, side)
-            inside = tl.minimum(y, height - 1)
-            red, green, blue = _narrow(source, row_bytes, weights, taps, begin, last, inside, x, side)
-            to = target + (y * (3 * pitch))[:, None] + x[None, :]
-            mask = (y < height)[:, None] & (x < side)[None, :]
-            tl.store(to, red.to(tl.uint8), mask=mask)
-            tl.store(to + pitch, green.to(tl.uint8), mask=mask)
-            tl.store(to + 2 * pitch, blue.to(tl.uint8), mask=mask)
+        rows: tl.constexpr = LANES // PITCH_BYTES * ROWS
+        across: tl.constexpr = pitch // PITCH_BYTES
+        for tile in range(tl.program_id(1), (height + rows - 1) // rows * across, tl.num_programs(1)):
+            down = tile // across
+            top = down * rows + lane // PITCH_BYTES * ROWS
+            x = (tile - down * across) * PITCH_BYTES + lane % PITCH_BYTES
+            taps, begin, weights = _axis(table, first, coefficients, view, 1, x, side)
+            starts = ()
+            for row in tl.static_range(ROWS):
+                starts += (source + tl.minimum(top + row, height - 1) * row_bytes,)
+            sums = _narrow_rows(starts, begin, taps, weights, side, ROWS, TAPS)
+            to = target + top * (3 * pitch) + x
+            for i in tl.static_range(3 * ROWS):
+                tl.store(to + i * pitch, clip8(sums[i]).to(tl.uint8), mask=top + i // 3 < height)
 
 
 @triton.jit
-def resized_tile(between, table, first, coefficients, view, y, x, side, pitch):
-    """The second pass: red, green, blue, int32 of 8 bits, at y (ROWS,), x (COLUMNS,) of one view, x < pitch."""
-    source = between + tl.multiple_of(field64(table, view, BETWEEN), PITCH_BYTES)
+def _shorten_rows(at, pitch, begin, taps, weights, side, ROWS: tl.constexpr, TAPS: tl.constexpr):
+    """A pass along columns of planes (n, 3, pitch), for ROWS rows of outputs: a tuple, red, green, blue of each, int32.
+
+    `at` points to the first row at each lane's column; `begin` is a tuple, one a row; `weights` points to the first's.
+    """
+    sums = (tl.full(at.shape, _HALF, tl.int32),) * (3 * ROWS)
+    rows = ()
+    for row in tl.static_range(ROWS):
+        rows += (at + begin[row] * (3 * pitch),)
+    for _ in tl.range(taps, loop_unroll_factor=TAPS):
+        added, moved = (), ()
+        for row in tl.static_range(ROWS):
+            weight = tl.load(weights + row)
+            for channel in tl.static_range(3):
+                value = tl.load(rows[row] + channel * pitch)
+                added += (sums[3 * row + channel] + value.to(tl.int32) * weight,)
+            moved += (rows[row] + 3 * pitch,)
+        sums, rows = added, moved
+        weights += side
+    return sums
+
+
+@triton.jit
+def resized_rows(
+    between, table, first, coefficients, view, top, x, side, pitch, ROWS: tl.constexpr, TAPS: tl.constexpr
+):
+    """The second pass, for ROWS rows from `top` on, at x, both (LANES,): a tuple of red, green, blue of each."""
+    source = between + field64(table, view, BETWEEN) * PITCH_BYTES
     if field(table, view, HEIGHT_FIRST) != 0:
-        taps, begin, last, weights = _axis(table, first, coefficients, view, 1, x, side)
-        inside = tl.minimum(y, side - 1)
-        r, g, b = _narrow(source, (last + 1) * 3, weights, taps, begin, last, inside, x, side)
+        taps, begin, weights = _axis(table, first, coefficients, view, 1, x, side)
+        row_bytes, starts = field(table, view, BOX_WIDTH) * 3, ()
+        for row in tl.static_range(ROWS):
+            starts += (source + tl.minimum(top + row, side - 1) * row_bytes,)
+        sums = _narrow_rows(starts, begin, taps, weights, side, ROWS, TAPS)
     else:
-        taps, begin, last, weights = _axis(table, first, coefficients, view, 0, y, side)
-        r = _shorten(source + x, 3 * pitch, weights, taps, begin, last, y, side)
-        g = _shorten(source + pitch + x, 3 * pitch, weights, taps, begin, last, y, side)
-        b = _shorten(source + 2 * pitch + x, 3 * pitch, weights, taps, begin, last, y, side)
-    return r, g, b
+        begins = ()
+        for row in tl.static_range(ROWS):
+            begins += (_axis(table, first, coefficients, view, 0, top + row, side)[1],)
+        taps = field(table, view, TAPS_Y)
+        of_y = coefficients + field64(table, view, COEFFICIENTS_Y) * side + top
+        sums = _shorten_rows(source + x, pitch, begins, taps, of_y, side, ROWS, TAPS)
+    levels = ()
+    for i in tl.static_range(3 * ROWS):
+        levels += (clip8(sums[i]),)
+    return levels

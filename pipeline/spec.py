@@ -99,7 +99,7 @@ class Normalization:
 class Batch(NamedTuple):
     """One rank's share of one step.
 
-    views   V tensors (B, 3, H, W), channels-last in memory, normalized float, on the loader's device
+    views   V tensors (B, 3, H, W), channels-last in memory, normalized, of config.view_type, on the loader's device
     label   (B,) int64, the class index
     sample  (B,) int64, the position in the dataset file; with (seed, epoch, view) it names the pixels
     step    the global step this batch belongs to
@@ -139,6 +139,8 @@ class LoaderConfig:
     workers         threads (ffcv, resident, dali) or processes (torch) of this rank; 0 for one a core it may use
     device          where the views end up
     views_on        "cpu" or "gpu": who makes the views (not torch); "auto" for the device they end up on
+    view_type       of the normalized values: float32, or what autocast would round them to in any case, at half the
+                    memory and copying
     """
 
     data: Path
@@ -158,6 +160,7 @@ class LoaderConfig:
     workers: int = 0
     device: str = "cpu"
     views_on: str = "auto"
+    view_type: torch.dtype = torch.float32
 
     def resolution_at(self, epoch: int) -> int:
         """Side of an epoch's views, px."""

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from pipeline import augment_gpu
 from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch
-from pipeline.augment_gpu import make_views
+from pipeline.augment_gpu import make_views, normalize_views
 from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, centre_views, draw_views
 from pipeline.draws import empty_params as empty
 from pipeline.loader_torch import apply_view_pil
@@ -237,10 +237,10 @@ def test_many_photographs_at_224_px_against_numba(imagenet_sample):
 
 
 @triton.jit
-def turn_hues(colours, out, shift, COUNT: tl.constexpr):
+def turn_hues(colours, exact_hues, out, shift, COUNT: tl.constexpr):
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     colour = tl.load(colours + at)
-    r, g, b = augment_gpu._turn_hue((colour >> 16) & 255, (colour >> 8) & 255, colour & 255, shift)
+    r, g, b = augment_gpu._turn_hue((colour >> 16) & 255, (colour >> 8) & 255, colour & 255, shift, exact_hues)
     tl.store(out + at, (r << 16) | (g << 8) | b)
 
 
@@ -251,11 +251,21 @@ def test_hue_of_every_colour_there_is(device):
     codes = torch.arange(0, 1 << 24, step, dtype=torch.int32, device=device)
     codes = codes[: len(codes) // count * count].contiguous()
     out = torch.empty_like(codes)
-    turn_hues[(len(codes) // count,)](codes, out, 41, COUNT=count, enable_fp_fusion=False)
+    hues = augment_gpu._exact_hues(codes.device)
+    turn_hues[(len(codes) // count,)](codes, hues, out, 41, COUNT=count, enable_fp_fusion=False)
     image = codes.cpu().numpy().view(np.uint8).reshape(-1, count, 4)[..., 2::-1]
     theirs = np.asarray(F.adjust_hue(Image.fromarray(np.ascontiguousarray(image)), 41.5 / 255)).astype(np.int32)
     theirs = (theirs[..., 0] << 16) | (theirs[..., 1] << 8) | theirs[..., 2]
     assert np.array_equal(out.cpu().numpy(), theirs.ravel())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_finished_bytes_are_normalized_as_on_the_cpu(device, dtype):
+    """Every value of every channel; a division by a number would round otherwise on a GPU."""
+    levels = torch.arange(256, dtype=torch.uint8)[:, None].repeat(1, 3).reshape(1, 1, 16, 16, 3)
+    (view,) = normalize_views(levels.to(device), Normalization(), dtype)
+    theirs = F.normalize(F.to_tensor(levels[0, 0].numpy()), Normalization().mean, Normalization().std)
+    assert torch.equal(view[0].cpu(), theirs.to(dtype)) and view.is_contiguous(memory_format=torch.channels_last)
 
 
 @triton.jit
@@ -316,8 +326,8 @@ from pipeline.spec import Normalization
 POINTERS = {"table": "*i64", "sums": "*i64", "first": "*i32", "coefficients": "*i32", "source": "*i32"}
 POINTERS |= dict.fromkeys(("pixels", "between", "planes"), "*u8") | {"lut": "*bf16"}
 KERNELS = [
-    (resample_gpu.fill_coefficients, {"OUTPUTS": 128}, {}),
-    (resample_gpu.resize_once, {"ROWS": 16, "COLUMNS": 32, "LINES": 4, "BYTES": 512}, {}),
+    (resample_gpu.fill_coefficients, {"side": 224, "OUTPUTS": 128}, {}),
+    (resample_gpu.resize_once, SIZE | {"ROWS": 8, "LINES": 4, "LANES": 128, "TAPS": 4}, {}),
     (augment_gpu.start_colours, {"ROWS": 32, "COLUMNS": 32}, {}),
     (augment_gpu.finish_colours, {"ROWS": 32, "COLUMNS": 32}, {"out": "*bf16"}),
     (blur_gpu.blur_lines, {"RADIUS": 1, "LAST": False, "LINES": 64}, {"out": "*u8"}),

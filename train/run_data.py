@@ -6,12 +6,14 @@ The trainer and whatever looks at "the run's own batches" afterwards call `loade
 import hashlib
 from pathlib import Path
 
+import torch
+
 from pipeline.beton import Beton
 from pipeline.command import UserError
 from pipeline.order import balanced_subset, rank_batch
 from pipeline.shards import Shards, open_stored
 from pipeline.spec import LoaderConfig
-from train.config import NORMALIZATIONS, PretrainConfig, order_blocks, resolution_rows
+from train.config import AMP, NORMALIZATIONS, PretrainConfig, order_blocks, resolution_rows
 from train.distributed import Ranks
 from train.methods.choose import view_table
 
@@ -55,4 +57,5 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
         workers=config.workers,
         device=str(ranks.device),
         views_on=config.views_on,
+        view_type=AMP[config.amp] if ranks.device.type == "cuda" else torch.float32,
     )

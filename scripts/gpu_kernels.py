@@ -12,15 +12,16 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
 import triton.runtime.jit as triton_jit
 from gpu_record import GB, Interval, Record, StageConfig, interval
 
-from pipeline.augment_cpu import make_scratch, normalization_table, views_of_images
 from pipeline.augment_gpu import make_views
 from pipeline.draws import ViewParams, draw_views
+from pipeline.loader import make_loader
 from pipeline.loader_resident import ResidentLoader
 from pipeline.resample_gpu import FIELDS, ViewPlan, plan_views
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig, Normalization
@@ -57,15 +58,14 @@ class Images:
     def views(self, plan: ViewPlan, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         return make_views(self.pixels, plan, Normalization(), dtype)
 
-    def views_by_numba(self, epoch: int) -> torch.Tensor:
-        """(V, B, H, W, 3) float32 on the CPU."""
-        scratch = make_scratch(int(self.heights.max()), int(self.widths.max()), self.side_px)
-        out = np.empty((len(INTERPOLATIONS), len(self.ids), self.side_px, self.side_px, 3), np.float32)
-        images = self.pixels.cpu().numpy(), self.starts, self.heights, self.widths
-        bicubic = np.array([name == "bicubic" for name in INTERPOLATIONS])
-        table = normalization_table(Normalization())
-        views_of_images(*images, self.params(epoch), bicubic, scratch, table, 0, out)
-        return torch.from_numpy(out)
+    def views_by_numba(self, epochs: int) -> Iterator[torch.Tensor]:
+        """Of each epoch (V, B, H, W, 3) float32, from the loader that makes them on the CPU; every image once."""
+        own = {"views_on": "cpu", "device": "cpu", "ids": self.ids, "global_batch": len(self.ids), "backend": "ffcv"}
+        loader = make_loader(replace(self.loader.config, **own))
+        for batch in loader.batches(0, epochs):
+            order = torch.argsort(batch.sample)
+            yield torch.stack([view[order].permute(0, 2, 3, 1) for view in batch.views])
+        loader.close()
 
     def close(self) -> None:
         self.loader.close()
@@ -75,8 +75,8 @@ def measure_gate(config: StageConfig, record: Record) -> None:
     images = Images(config, 2 if config.dry_run else 8)
     compared, differ = dict.fromkeys(TYPES, 0), dict.fromkeys(TYPES, 0)
     epochs = 1 if config.dry_run else 8
-    for epoch in range(epochs):
-        expected, plan = images.views_by_numba(epoch), images.plan(epoch).to(images.device)
+    for epoch, expected in enumerate(images.views_by_numba(epochs)):
+        plan = images.plan(epoch).to(images.device)
         for name, dtype in TYPES.items():
             for view, numbas in zip(images.views(plan, dtype), expected.to(dtype), strict=True):
                 compared[name] += numbas.numel()
@@ -253,19 +253,23 @@ def measure_tune(config: StageConfig, record: Record) -> None:
     """Each setting is {"kernel": name, "grid": [null, 7, 7]} and keywords of the launch: "ROWS": 16, "num_warps": 4."""
     images = Images(config, 1 if config.dry_run else 1024)
     plans = [images.plan(epoch).to(images.device) for epoch in range(1 if config.dry_run else 4)]
-    work = lambda plan=plans[0]: images.views(plan, torch.bfloat16)  # noqa: E731
-    usual, launches = work(), apart_ms(work)
-    kernels = dict.fromkeys(name.split()[0] for name in launches)
+    usual = images.views(plans[0], torch.bfloat16)
+    runs = [apart_ms(lambda p=plan: images.views(p, torch.bfloat16)) for plan in plans]
+    kernels = dict.fromkeys(name.split()[0] for name in runs[0])
+    rows = [{"settings": {"kernel": kernel}, "ms": ms_of(kernel, runs), "equal": True} for kernel in kernels]
     tried = [{"kernel": name, "num_warps": warps} for name in kernels for warps in WARPS]
     if config.launches:
         tried = json.loads(config.launches.read_text("utf-8"))
-    rows = []
-    for settings in ({"kernel": name} for name in kernels), tried:
-        for setting in settings:
-            rows.append({"settings": setting} | tuned(images, plans, setting, usual))
-            record.write(rounds=len(rows), rows=rows)
+    for setting in tried:
+        rows.append({"settings": setting} | tuned(images, plans, setting, usual))
+        record.write(rounds=len(rows), rows=rows)
     images.close()
     record.write(complete=True)
+
+
+def ms_of(kernel: str, runs: list[dict[str, float]]) -> Interval:
+    """Of all its launches together."""
+    return interval([sum(ms for name, ms in run.items() if name.split()[0] == kernel) for run in runs])
 
 
 def tuned(images: Images, plans: list[ViewPlan], setting: dict, usual: tuple[torch.Tensor, ...]) -> dict:
@@ -274,8 +278,7 @@ def tuned(images: Images, plans: list[ViewPlan], setting: dict, usual: tuple[tor
         with each_launch(lambda _, launch: launch(), setting):
             views = images.views(plans[0], torch.bfloat16)
         equal = all(torch.equal(own, other) for own, other in zip(views, usual, strict=True))
-        runs = [apart_ms(lambda p=plan: images.views(p, torch.bfloat16), setting) for plan in plans]
+        runs = [apart_ms(lambda p=plan: images.views(p, torch.bfloat16), setting) for plan in plans * 2]
     except Exception as error:  # a setting that cannot be compiled or launched keeps no other from being tried
         return {"error": f"{type(error).__name__}: {error}"[:200]}
-    ms = [sum(value for name, value in run.items() if name.split()[0] == setting["kernel"]) for run in runs]
-    return {"ms": interval(ms), "equal": equal}
+    return {"ms": ms_of(setting["kernel"], runs[len(plans) :]), "equal": equal}

@@ -198,7 +198,7 @@ def test_card_and_gate(toy):
 def test_kernels_and_tuning(toy, tmp_path):
     found = toy("kernels")
     assert {"resize_once", "blur_lines 2"} <= set(found["bf16"]["kernels"]) and found["float32"]["ms"]["mean"] > 0
-    launches = [{"kernel": "finish_colours", "num_warps": 8}, {"kernel": "finish_colours", "NONSENSE": 1}]
+    launches = [{"kernel": "finish_colours", "num_warps": 8}, {"kernel": "finish_colours", "grid": [1]}]
     (tmp_path / "launches.json").write_text(json.dumps(launches))
     rows = toy("tune", launches=tmp_path / "launches.json")["rows"]
     assert rows[-2]["equal"] and rows[-2]["ms"]["mean"] > 0 and "error" in rows[-1]

@@ -1,4 +1,4 @@
-"""Compiles the kernels of the fast loader for this machine, so that no later program waits for it.
+"""Compiles the CPU's kernels of the loaders for this machine, so that no later program waits for it.
 
     python scripts/compile_kernels.py
 
@@ -7,7 +7,7 @@ needed, so this saves time and changes nothing else.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -33,6 +33,9 @@ def main(config: CompileConfig) -> None:
         loader = make_loader(LoaderConfig(Path(folder) / "one.beton", BARLOW_TWINS_VIEWS, 32, 1, workers=1))
         next(iter(loader.batches(0, 1)))
         loader.close()
+        beside_gpu = make_loader(replace(loader.config, backend="resident", views_on="gpu"))  # decodes all at once
+        beside_gpu._plan(0, beside_gpu.ids, beside_gpu._starts)
+        beside_gpu.close()
 
 
 if __name__ == "__main__":

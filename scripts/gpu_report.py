@@ -1,68 +1,85 @@
-"""What scripts/gpu_report.sh runs: stage after stage in processes of their own, as many as the time allows.
+"""What scripts/gpu_report.sh runs: the stages of a slot, each in a process of its own with a time limit of its own.
 
-    tests           pytest -m gpu: kernels natively against numba and Pillow, streams, bf16, compile, graphs, NCCL …
-    kernels, step, loader-ffcv, loader-resident, loader-dali, loader-torch, cifar10-speed      see gpu_stages.py
-    cifar10-200     a run of --preset cifar10 with its kNN over time, in the fastest way cifar10-speed found; then
-    cifar10-1000    eval/knn.py and eval/linear.py --cached of its encoder
+    A   card  gate  kernels  step  ways  tests  loader    the machine, kernels, steps, pytest -m gpu, real images
+    B   card  cifar  linear                               200 epochs of CIFAR-10 in the fastest way found, evaluated
+    C   card  decoders  loader-dali                       what NVIDIA DALI decodes, and how fast
+        tune                                              by --only: launch settings of the kernels
 
-A stage is done when OUT/stages/STAGE.json is there, and is not run again. What is not there is not yet measured.
+From the start on, numba compiles the CPU's kernels (and --images are converted) beside the first stages. Meanwhile come
+those that need the GPU alone; the others in the order above. A stage that fails, hangs or lacks something keeps no
+other from being measured: its record has what it measured and the reason. A stage is done when its record is complete,
+and is not run again.
 """
 
 import json
 import os
-import shutil
+import platform
+import re
 import signal
 import subprocess
 import sys
 import time
-import xml.etree.ElementTree
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from gpu_table import markdown
 from PIL import Image
 
-from pipeline.beton import manifest_path
 from pipeline.command import DATA, REPO, RUNS, UserError, run_command
-from pipeline.disk import read_lines, write_whole
+from pipeline.disk import write_whole
 
-# Stage → seconds that must be left for it to begin: what it may take on a GPU of the H100's class. A run of CIFAR-10
-# takes what there is.
-LEAST_S = {
-    "tests": 330,
-    "kernels": 60,
-    "step": 150,
-    "loader-ffcv": 240,
-    "loader-resident": 150,
-    "loader-dali": 150,
-    "loader-torch": 180,
-    "cifar10-speed": 150,
-    "cifar10-200": 60,
-    "cifar10-1000": 60,
+SLOTS = {
+    "A": ("card", "gate", "kernels", "step", "ways", "tests", "loader"),
+    "B": ("card", "cifar", "linear"),
+    "C": ("card", "decoders", "loader-dali"),
 }
-EPOCHS = {"cifar10-200": 200, "cifar10-1000": 1000}
-EVALUATIONS = {"cifar10-200": [("eval/knn.py",)], "cifar10-1000": [("eval/knn.py",), ("eval/linear.py", "--cached")]}
-IMAGES, DRY_IMAGES = 4096, 32
+# Stage → the most seconds it may take.
+LIMIT_S = {
+    "card": 40,
+    "gate": 60,
+    "kernels": 60,
+    "tune": 120,
+    "step": 180,
+    "ways": 150,
+    "tests": 150,
+    "loader": 120,
+    "cifar": 560,
+    "linear": 60,
+    "decoders": 90,
+    "loader-dali": 150,
+}
+GPU_ONLY = ("card", "step")  # need neither numba nor images
+LEAST_S = 15  # with less left, nothing more is begun
+TO_STOP_S, TAIL_S = 10, 3  # a stage that is told to stop has these to write what it has; the report takes these
+PICTURES, DRY_PICTURES = 256, 32
 MAX_SIDE_PX = 400
-TO_STOP_S = 30  # a run that is told to stop has these to write its checkpoint
+RESULT = re.compile(r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL) (\S+::.*)|(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)")
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """Where things are and how long it may take."""
 
+    slot: Literal["A", "B", "C"] = "A"
+    """Which stages, in which order."""
+    only: tuple[str, ...] = ()
+    """Stages to run in place of a slot's."""
     images: Path | None = None
-    """A folder with one folder of JPEGs a class, repeated until there are 4096. None: pictures made of noise."""
+    """A folder with one folder of JPEGs a class; they are converted, at most 400 px large."""
+    data: Path | None = None
+    """A folder with a train.beton of such images, in place of --images. Neither: pictures made of noise."""
     cifar: Path = DATA / "cifar10"
     """A folder with CIFAR-10's train.beton and val.beton (scripts/demo.sh makes them)."""
     out: Path = RUNS / "gpu-report"
-    """Folder for the report, the stages' records and the runs."""
-    budget_s: float = 540.0
-    """Seconds after which nothing more is begun and a run is stopped."""
-    only: tuple[str, ...] = ()
-    """Stages to run; all that are not done where none is named."""
+    """Folder for the report, the stages' records and the run."""
+    way: str = ""
+    """How CIFAR-10 is trained: eager, or compile, graph, together joined by +. Empty: the fastest one measured."""
+    launches: Path | None = None
+    """For the stage tune: a JSON list of launch settings (scripts/gpu_kernels.py). None: each kernel's warps."""
+    budget_s: float = 270.0
+    """Seconds after which everything is over, the report included."""
     dry_run: bool = False
     """Every stage at toy size on the CPU; the numbers mean nothing."""
 
@@ -71,167 +88,156 @@ class Report:
     """The stages of one output folder."""
 
     def __init__(self, config: ReportConfig):
-        self.config, self.end = config, time.monotonic() + config.budget_s
-        self.folder = config.out.resolve()
+        self.config, self.end = config, time.monotonic() + config.budget_s - TAIL_S
+        self.folder = config.out.expanduser().resolve()
         self.stages = self.folder / "stages"
         self.stages.mkdir(parents=True, exist_ok=True)
-        self.cifar = self.folder / "data" if config.dry_run else config.cifar.expanduser().resolve()
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"), "PYTHONUNBUFFERED": "1"}
-        toy = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"} if config.dry_run else {}
-        self.environment = os.environ | cache | toy
+        self.log = self.folder / "log.txt"
+        self.log.touch()
+        own = config.data.expanduser().resolve() if config.data else self.folder / "data"
+        self.data, self.cifar = own, self.folder / "data" if config.dry_run else config.cifar.expanduser().resolve()
+        self.environment = os.environ | {
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
+            "PYTHONUNBUFFERED": "1",
+            "TQDM_DISABLE": "1",
+        }
+        if config.dry_run:
+            self.environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        self.beside: list[subprocess.Popen] = []
 
     def left_s(self) -> float:
         return self.end - time.monotonic()
 
+    def read(self, stage: str) -> dict:
+        path = self.stages / f"{stage}.json"
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+
     def done(self, stage: str) -> bool:
-        return (self.stages / f"{stage}.json").is_file()
+        return self.read(stage).get("complete", False)
+
+    # ---- processes ----
+
+    def start(self, *arguments: object, **environment: str) -> subprocess.Popen:
+        """A Python process of ours; its output goes to OUT/log.txt."""
+        command = [sys.executable, *(str(argument) for argument in arguments)]
+        print(f"{self.left_s():4.0f} s left:", *command[1:], file=sys.stderr, flush=True)
+        with open(self.log, "a", encoding="utf-8", errors="surrogateescape") as log:
+            log.write(f"+ {' '.join(command[1:])}\n")
+            log.flush()
+            own = self.environment | environment
+            return subprocess.Popen(command, cwd=REPO, env=own, stdout=log, stderr=log, start_new_session=True)
+
+    def prepare(self) -> None:
+        """Starts what the first stages need not wait for."""
+        self.beside.append(self.start("scripts/compile_kernels.py"))
+        if self.config.data or (self.data / "train.manifest.json").is_file():
+            return
+        source = self.config.images
+        if source is None:
+            source = self.folder / "images"
+            for i in range(DRY_PICTURES if self.config.dry_run else PICTURES):
+                make_picture(source / f"class_{i % 4}" / f"{i:05d}.jpg", i, 32 if self.config.dry_run else 460)
+        for split in ("train", "val") if self.config.dry_run else ("train",):
+            flags = ("--max-side", MAX_SIDE_PX, "--skip-unreadable")
+            to = self.data / f"{split}.beton"
+            self.beside.append(self.start("pipeline/convert.py", "--source", source.resolve(), "--out", to, *flags))
+
+    def prepared(self) -> bool:
+        return all(process.poll() is not None for process in self.beside)
+
+    def run(self, stage: str) -> None:
+        """One stage, to its end or its limit; afterwards its record says how it ended."""
+        (self.stages / f"{stage}.json").unlink(missing_ok=True)
+        log_from, limit_s = self.log.stat().st_size, max(1, self.left_s() - TO_STOP_S)
+        if not self.config.dry_run:
+            limit_s = min(limit_s, LIMIT_S[stage])
+        if stage == "tests":
+            process = self.start(*self.tests(), OMP_NUM_THREADS="2")
+        else:
+            flags = ["--stage", stage, "--out", self.folder, "--data", self.data, "--cifar", self.cifar]
+            flags += ["--way", self.config.way] if self.config.way else []
+            flags += ["--launches", self.config.launches.resolve()] if self.config.launches else []
+            process = self.start("scripts/gpu_stages.py", *flags, *["--dry-run"] * self.config.dry_run)
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        end_group(process)
+        output = self.log.read_bytes()[log_from:].decode("utf-8", "replace")
+        if stage == "tests":
+            self.write("tests", tests_found(output, ended=code == 0))
+        if not self.done(stage):
+            lines = [line for line in output.splitlines() if line.strip()]
+            why = f"stopped after {limit_s:.0f} s" if code is None else f"exit code {code}: {lines[-1][:300]}"
+            found = self.read(stage)
+            if stage == "tests" and code in (0, 5):  # of pytest: all that were not skipped passed; there were none
+                why = "no test passed"
+            self.write(stage, found | {"rounds": found.get("rounds", 0), "complete": False} | {"error": why})
 
     def write(self, stage: str, found: dict) -> None:
         write_whole(self.stages / f"{stage}.json", json.dumps(found, indent=1) + "\n")
 
-    def read(self, stage: str) -> dict:
-        return json.loads((self.stages / f"{stage}.json").read_text("utf-8"))
+    def tests(self) -> tuple[str, ...]:
+        """The files that have tests for a GPU, side by side."""
+        files = [
+            str(path) for path in sorted((REPO / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")
+        ]
+        files = ["tests/test_recorded.py"] if self.config.dry_run else files
+        return ("-m", "pytest", "-m", "gpu", "-n", "1" if self.config.dry_run else "8", "-v", "-W", "default", *files)
 
-    def call(self, *arguments: object) -> subprocess.CompletedProcess:
-        """A Python process of ours within the time left; its output goes through and to OUT/log.txt."""
-        command = [sys.executable, *(str(argument) for argument in arguments)]
-        print("+", *command[1:], file=sys.stderr, flush=True)
-        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="surrogateescape") as log:
-            log.write(f"+ {' '.join(command[1:])}\n")
-            log.flush()
-            return subprocess.run(
-                command, cwd=REPO, env=self.environment, stdout=log, stderr=log, timeout=max(1, self.left_s())
-            )
+    # ---- the whole ----
 
-    # ---- what is measured on ----
-
-    def make_data(self) -> Path:
-        """A folder with train.beton and val.beton of photographs at most 400 px large."""
-        folder = self.folder / "data"
-        source, count = self.folder / "images", DRY_IMAGES if self.config.dry_run else IMAGES
-        if not manifest_path(folder / "val.beton").is_file():
-            shutil.rmtree(source, ignore_errors=True)
-            files = (
-                sorted(path for path in self.config.images.glob("*/*") if path.is_file()) if self.config.images else []
-            )
-            if self.config.images and not files:
-                raise UserError(f"--images {self.config.images} has no class folders with images in them")
-            for i in range(count):
-                target = source / f"class_{i % 4}" / f"{i:05d}.jpg"
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if files:
-                    target.symlink_to(files[i % len(files)].resolve())
-                else:
-                    make_picture(target, i, 32 if self.config.dry_run else 460)
-            for split in ("train", "val"):
-                flags = ("--max-side", MAX_SIDE_PX, "--skip-unreadable")
-                self.call("pipeline/convert.py", "--source", source, "--out", folder / f"{split}.beton", *flags)
-        return folder
-
-    # ---- stages ----
-
-    def run_tests(self) -> None:
-        report = self.folder / "tests.xml"
-        some = ["tests/test_recorded.py"] if self.config.dry_run else ["tests"]
-        self.call("-m", "pytest", "-m", "gpu", "-q", "-W", "default", f"--junitxml={report}", *some)
-        suite = xml.etree.ElementTree.parse(report).getroot().find("testsuite")
-        failed = [f"{case.get('classname')}.{case.get('name')}" for case in suite if case.find("failure") is not None]
-        failed += [f"{case.get('classname')} (error)" for case in suite if case.find("error") is not None]
-        counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-        self.write("tests", counts | {"failed": failed, "seconds": float(suite.get("time"))})
-
-    def run_stages(self, stages: list[str]) -> None:
-        flags = ("--data", self.make_data(), "--cifar", self.cifar, "--out", self.stages)
-        dry = ("--dry-run",) if self.config.dry_run else ()
-        self.call("scripts/gpu_stages.py", "--stages", *stages, *flags, *dry)
-
-    def run_cifar(self, stage: str) -> None:
-        """Goes on with the run for as long as there is time; measures its encoder when it is through."""
-        speed = self.read("cifar10-speed") if self.done("cifar10-speed") else {}
-        run, progress = self.folder / stage, self.folder / f"{stage}-progress.json"
-        flags = ["--preset", "cifar10", "--data", self.cifar, "--run", run, "--epochs", EPOCHS[stage]]
-        flags += ["--loader", "resident", "--knn-every", 10, "--knn-images", 10_000]
-        if not self.config.dry_run:
-            flags += speed.get("flags", [])
-        else:
-            flags[flags.index("--epochs") + 1] = 1
-            flags += ["--arch", "test_resnet", "--stem", "imagenet", "--projector", "16-16", "--global-batch", 8]
-            flags += ["--amp", "off", "--workers", 1, "--warmup-epochs", 0, "--knn-every", 1]
-        before = json.loads(progress.read_text("utf-8")) if progress.is_file() else {"seconds": 0.0, "starts": 0}
-        start = time.monotonic()
-        code = self.train_until(self.left_s() - TO_STOP_S, "train/pretrain.py", *flags)
-        spent = {"seconds": before["seconds"] + time.monotonic() - start, "starts": before["starts"] + 1}
-        write_whole(progress, json.dumps(spent) + "\n")
-        if code != 0:
-            print(
-                f"{stage}: exit code {code} after {spent['seconds']:.0f} s; see {self.folder / 'log.txt'}",
-                file=sys.stderr,
-            )
-            return
-        results = self.evaluate(run, EVALUATIONS[stage][-1 if self.config.dry_run else 0 :])
-        metrics = read_lines(run / "metrics.jsonl")
-        speeds = [line["images_per_s"] for line in metrics if "images_per_s" in line]
-        online = {line["epoch"]: round(line["knn_top1"], 2) for line in metrics if "knn_top1" in line}
-        images = json.loads(manifest_path(self.cifar / "train.beton").read_text("utf-8"))["images"]
-        epoch_s = {"epoch_s": round(images / float(np.median(speeds)), 3)}
-        spent |= {"dry_run": self.config.dry_run}
-        self.write(stage, spent | epoch_s | {"epochs": EPOCHS[stage], "results": results, "knn_by_epoch": online})
-
-    def evaluate(self, run: Path, evaluations: list[tuple[str, ...]]) -> dict[str, float]:
-        """What these evaluations of a run measure now: the folder may hold older lines, of an earlier step.
-
-        By protocol, without the "-modified" that every result at CIFAR-10's 32 px has.
-        """
-        path = run / "results.jsonl"
-        before = len(read_lines(path)) if path.is_file() else 0
-        for evaluation in evaluations:
-            if code := self.call(*evaluation, "--checkpoint", run).returncode:
-                raise UserError(f"{evaluation[0]} ended with exit code {code}; see {self.folder / 'log.txt'}")
-        return {r["protocol"].removesuffix("-modified"): r["value"] for r in read_lines(path)[before:]}
-
-    def train_until(self, seconds: float, *arguments: object) -> int:
-        """The exit code of a training, told to stop after so many seconds."""
-        command = [sys.executable, *(str(argument) for argument in arguments)]
-        print("+", *command[1:], file=sys.stderr, flush=True)
-        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="surrogateescape") as log:
-            process = subprocess.Popen(command, cwd=REPO, env=self.environment, stdout=log, stderr=log)
-            try:
-                return process.wait(max(1, seconds))
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)
-                return process.wait()
-
-    def attempt(self, run: Callable[[object], None], what: str | list[str]) -> None:
-        """A stage that fails does not keep the others from being measured."""
-        try:
-            run(what)
-        except subprocess.TimeoutExpired as error:
-            print(f"{what}: stopped after {error.timeout:.0f} s", file=sys.stderr)
-        except UserError as error:
-            print(f"{what}: {error}", file=sys.stderr)
-
-    def run(self, stage: str) -> None:
-        if stage == "tests":
-            self.run_tests()
-        elif stage in EPOCHS:
-            if not manifest_path(self.cifar / "train.beton").is_file():
-                raise UserError(
-                    f"there is no CIFAR-10 in {self.cifar}; scripts/demo.sh makes it, --cifar says where it is"
-                )
-            self.run_cifar(stage)
-        else:
-            self.run_stages([stage])
+    def run_all(self, stages: list[str]) -> None:
+        """Every stage, in order, but none that must wait before one that need not."""
+        while stages and self.left_s() - TO_STOP_S > LEAST_S:
+            prepared = self.prepared()
+            ready = [stage for stage in stages if prepared or stage in GPU_ONLY]
+            if not ready:
+                time.sleep(0.2)
+                continue
+            stages.remove(ready[0])
+            self.run(ready[0])
+            self.write_report()
 
     def write_report(self) -> str:
-        found = {stage: self.read(stage) for stage in LEAST_S if self.done(stage)}
-        text = markdown(found, list(LEAST_S))
-        write_whole(self.folder / "report.json", json.dumps(found, indent=1) + "\n")
+        found = {stage: of for stage in LIMIT_S if (of := self.read(stage))}
+        whole = {
+            "command": f"bash scripts/gpu_report.sh {' '.join(sys.argv[1:])}",
+            "host_python": platform.python_version(),
+        }
+        text = markdown(found, list(self.config.only or SLOTS[self.config.slot]), whole["command"])
+        write_whole(self.folder / "report.json", json.dumps(whole | {"stages": found}, indent=1) + "\n")
         write_whole(self.folder / "report.md", text)
         return text
 
 
+def end_group(process: subprocess.Popen) -> None:
+    """Ends a process and all that it has started, which may outlive it."""
+    for number, wait_s in ((signal.SIGTERM, TO_STOP_S - 2), (signal.SIGKILL, 2)):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(wait_s)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def tests_found(output: str, ended: bool) -> dict:
+    """Counts of pytest -v so far, and its short reasons for what failed. Complete: ended, some passed, none failed."""
+    by_test = {}
+    for match in map(RESULT.search, output.splitlines()):
+        if match:
+            result, test = (match[1], match[2]) if match[1] else (match[4], match[3])
+            by_test.setdefault(test.split(" - ")[0].split(" [")[0].strip(), result)
+    counts = {name: list(by_test.values()).count(name.upper()) for name in ("passed", "failed", "error", "skipped")}
+    reasons = re.findall(r"^(?:FAILED|ERROR) (\S+::.*)$", output, re.MULTILINE)
+    failed = reasons or [test for test, result in by_test.items() if result in ("FAILED", "ERROR")]
+    good = ended and counts["passed"] > 0 and not failed and not counts["failed"] + counts["error"]
+    return counts | {"rounds": len(by_test), "complete": good, "failed_tests": [line[:300] for line in failed]}
+
+
 def make_picture(path: Path, seed: int, side_px: int) -> None:
     """Noise, smooth and sharp, with about the bytes of a photograph."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     width = side_px * (3 + seed % 3) // 4
     coarse = Image.fromarray(random.integers(0, 256, (side_px // 8, width // 8, 3), np.uint8))
@@ -241,28 +247,22 @@ def make_picture(path: Path, seed: int, side_px: int) -> None:
 
 
 def main(config: ReportConfig) -> None:
-    unknown = [stage for stage in config.only if stage not in LEAST_S]
+    unknown = [stage for stage in config.only if stage not in LIMIT_S]
     if unknown:
-        raise UserError(f"--only {unknown[0]} is no stage; there are {', '.join(LEAST_S)}")
+        raise UserError(f"--only {unknown[0]} is no stage; there are {', '.join(LIMIT_S)}")
     report = Report(config)
-    wanted = [stage for stage in config.only or LEAST_S if not report.done(stage)]
-    measured = [stage for stage in wanted if stage != "tests" and stage not in EPOCHS]
-    if config.dry_run and measured:  # together: most of the time is each process's start
-        report.attempt(report.run_stages, measured)
-    for stage in wanted:
-        if report.done(stage):
-            continue
-        if report.left_s() < LEAST_S[stage] and not config.dry_run:
-            print(f"{stage}: not begun, {report.left_s():.0f} s are left", file=sys.stderr)
-            continue
-        report.attempt(report.run, stage)
-        if not report.done(stage):
-            print(f"{stage}: not done; {report.folder / 'log.txt'} has its output", file=sys.stderr)
-        report.write_report()
-    print(report.write_report())
+    wanted = [stage for stage in config.only or SLOTS[config.slot] if not report.done(stage)]
+    if wanted:
+        report.prepare()
+    try:
+        report.run_all(list(wanted))
+    finally:
+        for process in report.beside:
+            end_group(process)
+        print(report.write_report())
     missing = [stage for stage in wanted if not report.done(stage)]
     if missing:
-        raise UserError(f"not yet measured: {', '.join(missing)}; the same command goes on")
+        raise UserError(f"not completely measured: {', '.join(missing)}; the same command measures them again")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""The report of a GPU: every stage at toy size, what is done is not done again, what is missing is called so."""
+"""The report of a GPU: every stage at toy size, partial records, what is missing or fails is called so."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from pipeline.command import UserError
-from pipeline.disk import append_line
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -26,16 +26,24 @@ def scripts():
 
 def test_what_is_not_measured_is_called_so(scripts):
     table = scripts("gpu_table")
-    text = table.markdown({}, ["tests", "kernels"])
-    assert text.count(table.MISSING) == 1 + len(table.BARS)
-    assert "Not yet measured: tests, kernels." in text
-    kernels = {"views": 2, "images": 1024, "side_px": 224, "copy_gb_per_s": 4300.0, "device": "a GPU", "torch": "2"}
-    ways = {"ms": {"mean": 7.125, "ci95": 0.25}, "moved_bytes": 33e8, "least_bytes": 11e8}
-    kernels["bf16"] = ways | {"share_of_copy_bandwidth": 0.108}
-    text = table.markdown({"kernels": kernels}, ["tests", "kernels"])
-    assert "| two views of 1024 images, ms | ≤ 12 | ≤ 4 | 7.12 ± 0.25 |" in text
-    assert "11% of 4300 GB/s" in text and "dry run" not in text
-    assert text.count(table.MISSING) == len(table.BARS) - 1 and "Not yet measured: tests." in text
+    text = table.markdown({}, ["tests", "kernels"], "a command")
+    assert text.count(table.MISSING) == 1 + len(table.BARS) + 2
+    interval = {"mean": 1.7125, "ci95": 0.25}
+    step = {"ours_over_published": interval, "rounds": 2, "complete": False, "error": "stopped after 9 s"}
+    gate = {"values": {"bf16": 9}, "differ": {"bf16": 0}, "rounds": 8, "complete": True, "device": "H", "torch": "2"}
+    text = table.markdown({"step": step, "gate": gate}, ["gate", "step"], "a command")
+    assert "| 1.71 ± 0.25 (after 2 rounds, not complete) |" in text and "0 of 9 differ (bf16)" in text
+    assert "step: stopped after 9 s (after 2 rounds)" in text and "gate:" not in text and "dry run" not in text
+
+
+def test_the_report_is_short(scripts):
+    table = scripts("gpu_table")
+    rows = [
+        {"settings": {"kernel": "resize", "ROWS": n}, "error": "no registers are left for this " * 9}
+        for n in range(999)
+    ]
+    text = table.markdown({"tune": {"rows": rows, "rounds": 999, "complete": True}}, ["tune"], "a command")
+    assert len(text) <= table.MOST_CHARACTERS and text.endswith("The rest is in report.json.\n")
 
 
 def test_bytes_of_the_kernels(scripts):
@@ -43,17 +51,42 @@ def test_bytes_of_the_kernels(scripts):
     from pipeline.draws import empty_params
     from pipeline.resample_gpu import plan_views
 
-    moved_bytes = scripts("gpu_stages").moved_bytes
+    kernels = scripts("gpu_kernels")
     for sigma_px in (0.0, 1.0):
         params = empty_params(1, 1)
         params.box_height[:], params.box_width[:], params.resized_height[:], params.resized_width[:] = 20, 30, 8, 8
         params.sigma_px[:] = sigma_px
         plan = plan_views(params, np.array([0]), np.array([20]), np.array([30]), ["bilinear"], 8)
-        found, between, plane, view = moved_bytes(plan, 2), 20 * 32 * 3, 3 * 8 * 32, 3 * 8 * 8 * 2
+        between, plane, view = 20 * 32 * 3, 3 * 8 * 32, 3 * 8 * 8 * 2
         assert plan.between_bytes == between and plan.taps == 5 + 8
-        assert found["least_bytes"] == 20 * 30 * 3 + view
+        assert kernels.least_bytes(plan, 2) == 20 * 30 * 3 + view
         resize = 20 * 30 * 3 + 2 * between + 3 * 13 * 8 * 4
-        assert found["moved_bytes"] == resize + 2 * plane + (4 * plane + view if sigma_px else view)
+        total = resize + 2 * plane + (4 * plane + view if sigma_px else view)
+        assert sum(kernels.moved_bytes(plan, 2).values()) == total
+
+
+def test_launches_are_named_and_changed(scripts):
+    """Whatever a kernel is given by its [grid], one of them with another grid and keyword."""
+    import triton.runtime.jit as jit
+
+    kernels, seen = scripts("gpu_kernels"), []
+
+    class Kernel(jit.KernelInterface):
+        def __init__(self, name):
+            self.__name__ = name
+
+        def run(self, *arguments, grid, warmup, **keywords):
+            seen.append((self.__name__, grid, keywords))
+
+    def work():
+        for kernel in map(Kernel, ("resize", "blur", "blur")):
+            kernel[(2, 3)](1, num_warps=4)
+
+    assert list(kernels.apart_ms(work)) == ["resize", "blur", "blur 2"]
+    kernels.apart_ms(work, {"kernel": "blur", "grid": [None, 7], "num_warps": 2, "ROWS": 8})
+    assert seen[3:5] == [("resize", (2, 3), {"num_warps": 4}), ("blur", (2, 7), {"num_warps": 2, "ROWS": 8})]
+    work()
+    assert seen[-1] == ("blur", (2, 3), {"num_warps": 4})
 
 
 def test_a_loop_over_parameters_is_lars_too(scripts):
@@ -64,7 +97,7 @@ def test_a_loop_over_parameters_is_lars_too(scripts):
 
     generator, ends = torch.Generator().manual_seed(0), []
     gradients = [[torch.randn(shape, generator=generator) for shape in ((4, 3), (3,))] for _ in range(3)]
-    for kind in (LARS, scripts("gpu_stages").LoopLARS):
+    for kind in (LARS, scripts("gpu_steps").LoopLARS):
         torch.manual_seed(1)
         p = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))]
         groups = [{"params": p[:1], "weight_decay": 1e-2, "lr": 2.0}, {"params": p[1:], "adapt": False, "lr": 0.1}]
@@ -77,47 +110,128 @@ def test_a_loop_over_parameters_is_lars_too(scripts):
     assert all(torch.allclose(one, other, rtol=1e-6) for one, other in zip(*ends, strict=True))
 
 
-def test_only_what_was_measured_now_counts(scripts, tmp_path):
-    """The run's folder has results of an earlier step; one evaluation adds its line, another fails."""
-    gpu_report = scripts("gpu_report")
-    report = gpu_report.Report(gpu_report.ReportConfig(out=tmp_path))
-    run = tmp_path / "run"
-    run.mkdir()
-    old = {"protocol": "linear-cached-modified", "value": 10.0}
-    (run / "results.jsonl").write_text(json.dumps(old) + '\n{"protocol": "torn')
+def test_ways_of_stepping(scripts):
+    steps = scripts("gpu_steps")
+    assert steps.way_fields("compile+graph") | {"views_together": False} == {
+        "compile": True,
+        "cuda_graph": True,
+        "views_together": False,
+    }
+    assert not any(steps.way_fields("eager").values())
+    with pytest.raises(UserError, match="--way eager\\+fast has the part 'fast'"):
+        steps.way_fields("eager+fast")
 
-    def call(evaluation, *flags):
-        append_line(run / "results.jsonl", json.dumps({"protocol": "knn-mmselfsup-modified", "value": 50.0}))
-        return subprocess.CompletedProcess((), 3 if evaluation == "eval/linear.py" else 0)
 
-    report.call = call
-    assert report.evaluate(run, [("eval/knn.py",)]) == {"knn-mmselfsup": 50.0}
-    with pytest.raises(UserError, match=r"eval/linear\.py ended with exit code 3"):
-        report.evaluate(run, [("eval/linear.py", "--cached")])
+PASSED = """[gw0] [ 33%] PASSED tests/test_a.py::test_one[a-1]
+[gw1] [ 66%] SKIPPED tests/test_a.py::test_two
+"""
+FAILED = (
+    PASSED + "[gw1] [100%] FAILED tests/test_b.py::test_three\nFAILED tests/test_b.py::test_three - assert 1 == 2\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("output", "ended", "complete"),
+    [(PASSED, True, True), (PASSED, False, False), (FAILED, True, False), ("usage: pytest", True, False)],
+)
+def test_tests_that_pass_are_needed(scripts, output, ended, complete):
+    found = scripts("gpu_report").tests_found(output, ended)
+    assert found["complete"] == complete
+    if output == FAILED:
+        assert (found["passed"], found["failed"], found["skipped"], found["rounds"]) == (1, 1, 1, 3)
+        assert found["failed_tests"] == ["tests/test_b.py::test_three - assert 1 == 2"]
+
+
+def test_a_stage_that_ends_early_leaves_what_it_has(scripts, tmp_path, monkeypatch):
+    """One fails after a round, one hangs after a round with a child of its own, one cannot even begin."""
+    report_module = scripts("gpu_report")
+    report = report_module.Report(report_module.ReportConfig(out=tmp_path))
+    monkeypatch.setitem(report_module.LIMIT_S, "step", 3)
+    record = 'import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(\'{"rounds": 1, "complete": false}\')\n'
+    hang = 'import subprocess; subprocess.run(["sleep", "99"])'
+    programs = {"gate": record + "raise MemoryError(9)", "step": record + hang, "ways": "import nonsense"}
+    start = report.start
+
+    def stand_in(script, _, stage, *flags):
+        return start("-c", programs[stage], report.stages / f"{stage}.json")
+
+    monkeypatch.setattr(report, "start", stand_in)
+    monkeypatch.setattr(report_module, "GPU_ONLY", tuple(programs))
+    report.run_all(list(programs))
+    found = json.loads((tmp_path / "report.json").read_text())["stages"]
+    assert found["gate"] == {"rounds": 1, "complete": False, "error": "exit code 1: MemoryError: 9"}
+    assert found["step"] == {"rounds": 1, "complete": False, "error": "stopped after 3 s"}
+    assert found["ways"]["rounds"] == 0 and found["ways"]["error"].endswith("No module named 'nonsense'")
+    assert "gate: exit code 1: MemoryError: 9 (after 1 rounds)" in (tmp_path / "report.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def toy(scripts, tmp_path_factory):
+    """(stage) → its record, measured in this process at toy size."""
+    from pipeline.convert import ConvertConfig
+    from pipeline.convert import main as convert
+
+    out = tmp_path_factory.mktemp("report")
+    report, record, stages = scripts("gpu_report"), scripts("gpu_record"), scripts("gpu_stages")
+    for i in range(report.DRY_PICTURES):
+        report.make_picture(out / "images" / f"class_{i % 4}" / f"{i}.jpg", i, 32)
+    for split in ("train", "val"):
+        convert(ConvertConfig(out / "data" / f"{split}.beton", out / "images", workers=1))
+    config = record.StageConfig("", out, out / "data", out / "data", dry_run=True)
+
+    def measure(stage: str, **flags) -> dict:
+        stages.main(replace(config, stage=stage, **flags))
+        found = json.loads(record.record_path(out, stage).read_text())
+        assert found["complete"] and found["rounds"] > 0 and found["dry_run"]
+        return found
+
+    return measure
+
+
+def test_card_and_gate(toy):
+    card, gate = toy("card"), toy("gate")
+    assert card["copy_gb_per_s"] > 0 and {"python", "torch", "numba"} <= set(card["versions"])
+    assert gate["passed"] and gate["values"]["bf16"] == gate["values"]["float32"] > 0
 
 
 @pytest.mark.slow
-def test_every_stage_at_toy_size(tmp_path):
+def test_kernels_and_tuning(toy, tmp_path):
+    found = toy("kernels")
+    assert {"resize_once", "blur_lines 2"} <= set(found["bf16"]["kernels"]) and found["float32"]["ms"]["mean"] > 0
+    launches = [{"kernel": "finish_colours", "num_warps": 8}, {"kernel": "finish_colours", "grid": [1]}]
+    (tmp_path / "launches.json").write_text(json.dumps(launches))
+    rows = toy("tune", launches=tmp_path / "launches.json")["rows"]
+    assert rows[-2]["equal"] and rows[-2]["ms"]["mean"] > 0 and "error" in rows[-1]
+
+
+@pytest.mark.slow
+def test_steps(toy):
+    step, ways, loader = toy("step"), toy("ways"), toy("loader")
+    assert step["ours_over_published"]["mean"] > 0 and step["ours_full"]["images_per_s"]["mean"] > 0
+    assert ways["fastest"] in ways["by_way"] and all(of["epoch_s"] > 0 for of in ways["by_way"].values())
+    assert loader["by_cores"]["1"]["real_over_synthetic"]["mean"] > 0
+
+
+@pytest.mark.slow
+def test_cifar(toy):
+    found = toy("cifar")
+    assert found["knn"] > 0 and found["knn_by_epoch"] and found["rounds"] == found["epochs"] == 1
+    assert toy("linear")["linear_cached"] > 0
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
     def report(*flags: str) -> subprocess.CompletedProcess:
         command = ["bash", str(REPO / "scripts" / "gpu_report.sh"), "--dry-run", "--out", str(tmp_path), *flags]
         environment = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580)
 
-    done = report()
-    assert done.returncode == 0, done.stderr + (tmp_path / "log.txt").read_text()[-4000:]
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert set(found) == {
-        *("tests", "kernels", "step", "loader-ffcv", "loader-resident", "loader-dali", "loader-torch"),
-        *("cifar10-speed", "cifar10-200", "cifar10-1000"),
-    }
-    assert found["tests"]["tests"] == found["tests"]["skipped"] > 0
-    assert found["step"]["ours_over_published"]["mean"] > 0
-    assert found["loader-ffcv"]["by_cores"]["1"]["real_over_synthetic"]["mean"] > 0
-    assert set(found["cifar10-200"]["results"]) == {"knn-mmselfsup"}
-    assert set(found["cifar10-1000"]["results"]) == {"linear-cached"}
-    assert found["cifar10-200"]["knn_by_epoch"]
+    done = report("--only", "card", "tests", "gate")
+    assert done.returncode == 2 and "not completely measured: tests" in done.stderr, done.stderr
+    found = json.loads((tmp_path / "report.json").read_text())["stages"]
+    assert found["card"]["complete"] and found["gate"]["passed"] and found["tests"]["error"] == "no test passed"
     text = (tmp_path / "report.md").read_text()
     assert text in done.stdout and "These numbers mean nothing" in text
     before = (tmp_path / "log.txt").read_text()
-    assert report().returncode == 0 and (tmp_path / "log.txt").read_text() == before
+    assert report("--only", "card", "gate").returncode == 0 and (tmp_path / "log.txt").read_text() == before
     assert report("--only", "nonsense").returncode == 2

@@ -15,7 +15,7 @@ from pipeline.order import epoch_order
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks
 from train.plots import plot_loss
-from train.runlog import RunLog, describe_run, keep_lines_before, open_run_folder
+from train.runlog import RunLog, describe_run, installed_version, keep_lines_before, open_run_folder
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 IMAGES = 40
@@ -199,3 +199,8 @@ def test_picture(tmp_path):
         png = (tmp_path / "loss.png").read_bytes() if (tmp_path / "loss.png").exists() else None
         widths.append(png and Image.open(io.BytesIO(png)).width // 440)
     assert widths == [3, 4, 1, None, None]
+
+
+def test_a_package_that_is_missing_ends_no_run():
+    """A machine without FFCV trains all the same."""
+    assert installed_version("torch") and installed_version("no-such-package") is None

@@ -69,8 +69,16 @@ def environment(ranks: Ranks, start_step: int) -> dict:
         "cpu_cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: installed_version(name) for name in PACKAGES},
     }
+
+
+def installed_version(package: str) -> str | None:
+    """None where it is not installed: a run needs not all of them (FFCV's own loader alone needs ffcv)."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class RunLog:

@@ -69,8 +69,16 @@ def environment(ranks: Ranks, start_step: int) -> dict:
         "cpu_cores": len(os.sched_getaffinity(0)),
         "torch_threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        **{name: version_of(name) for name in PACKAGES},
     }
+
+
+def version_of(package: str) -> str | None:
+    """None where it is not installed: training reads and writes .beton files without FFCV itself."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class RunLog:

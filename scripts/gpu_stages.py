@@ -281,7 +281,7 @@ def measure_cifar(config: StageConfig, ranks: Ranks) -> dict:
         ways |= {"cuda_graph": {"cuda_graph": True}, "compile_cuda_graph": {"compile": True, "cuda_graph": True}}
     benches, turns = {}, {}
     for name, flags in ways.items():
-        flags = {"compile": False} | ({} if config.dry_run else flags)
+        flags = {"compile": False, "cuda_graph": False} | ({} if config.dry_run else flags)
         card = bench_config(config, cifar=True, data=config.cifar, loader="resident", **flags)
         benches[name] = Bench(card, ranks)
         turns[name] = benches[name].together

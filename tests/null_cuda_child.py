@@ -1,7 +1,7 @@
 """What tests/test_null_cuda.py runs in a program of its own, on a CUDA runtime whose kernels do nothing.
 
 steps plain|graph FOLDER   a short run of the trainer with every method: what its last steps called, by method
-memory WAY BATCH           steps of the ImageNet card at full size, not compiled: what they took, and the estimate
+memory WAY BATCH           steps of the ImageNet card at full size: what they took, and the estimate
 chosen BATCH ...           what --activations auto chooses for the ImageNet card, by batch; null where nothing fits
 """
 
@@ -20,7 +20,7 @@ from train.cards import PRESETS, resolved
 from train.config import AMP, METHOD_NAMES
 from train.distributed import Ranks
 from train.lars import LARS
-from train.memory import apply_activations, needed_bytes, with_activations, with_device_defaults
+from train.memory import apply_activations, compile_parts, needed_bytes, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.model import make_backbone
 from train.pretrain import train
@@ -71,6 +71,8 @@ def memory(way: str, batch: str) -> dict:
     method = network(config)
     estimate = needed_bytes(method, config, GPU)[way]
     apply_activations(config, method)
+    if way == "half":
+        compile_parts(config, method)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta)
     views = tuple(torch.empty(int(batch), 3, 224, 224, device="cuda") for _ in range(2))
     views = tuple(view.contiguous(memory_format=torch.channels_last) for view in views)

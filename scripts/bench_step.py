@@ -46,9 +46,10 @@ from train.cards import chosen_preset, resolved
 from train.config import AMP, PretrainConfig, as_plain
 from train.distributed import Ranks, say, start_ranks, stop_ranks
 from train.lars import LARS
+from train.memory import apply_activations, compile_parts, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.model import make_backbone
-from train.recompute import recompute_blocks, run_in_parts
+from train.recompute import run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
 from train.run_data import loader_config
 
@@ -78,12 +79,14 @@ class Bench:
     MEMORY_FORMAT = torch.channels_last
 
     def __init__(self, config: BenchConfig, ranks: Ranks):
-        self.config, self.ranks = config, ranks
         self.cuda = ranks.device.type == "cuda"
+        config = with_device_defaults(config, ranks)
         torch.manual_seed(config.seed)
         network = make_backbone(config.arch, config.stem)
         method = make_method(*network, config).to(ranks.device, memory_format=self.MEMORY_FORMAT)
         self.method = with_global_batch_norm(method, ranks.device)
+        self.config, self.ranks = with_activations(config, self.method, ranks), ranks
+        config = self.config
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.loader = None if config.data == SYNTHETIC else make_loader(loader_config(config, ranks))
@@ -93,13 +96,11 @@ class Bench:
         with FlopCounterMode(display=False) as counter:  # of two images: they grow with the batch, as memory does
             self._loss(self.method, [view[:2] for view in self.views])[0].backward()
         self.operations = counter.get_total_flops() * share / 2
-        if config.checkpoint_activations:
-            recompute_blocks(self.method.backbone)
+        apply_activations(config, self.method)
         if config.accumulate > 1:
             run_in_parts(self.method.backbone, config.accumulate)
         if config.compile:
-            for part in self.method.children():
-                part.compile(dynamic=False)
+            compile_parts(config, self.method)
         else:  # hooks would be compiled away
             for part in self.method.children():
                 part.register_forward_pre_hook(lambda *_: self._mark("loss"))

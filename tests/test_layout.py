@@ -23,8 +23,8 @@ train.config train.cards train.distributed train.batchnorm train.model
 train.methods.contract train.methods.barlow_twins train.methods.barlow_ablations
 train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicreg train.methods.choose train.lars
 train.run_data train.schedule train.knn_vote train.content train.foreign train.checkpoint train.initial
-train.agreement train.runstate train.recompute train.guard train.watchdog train.runlog train.plots train.online_knn
-train.recorded train.pretrain
+train.agreement train.runstate train.recompute train.memory train.guard train.watchdog train.runlog train.plots
+train.online_knn train.recorded train.pretrain
 eval.kept eval.features eval.metrics eval.supervised eval.frozen eval.splits eval.subject
 eval.extract eval.knn eval.linear eval.heads eval.semisup eval.svm eval.transfer
 eval.detection_data eval.detection_model eval.detection_scores eval.detection_train eval.detection

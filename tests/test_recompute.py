@@ -79,7 +79,7 @@ def test_less_is_kept():
 
 def test_a_whole_run(tmp_path):
     run(tmp_path / "plain", epochs=2)
-    run(tmp_path / "thrifty", epochs=2, checkpoint_activations=True)
+    run(tmp_path / "thrifty", epochs=2, activations="blocks")
     assert end_of(tmp_path / "plain") == end_of(tmp_path / "thrifty")
 
 
@@ -88,7 +88,7 @@ def test_a_network_without_stages_is_refused():
         recompute_blocks(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("again", [{"checkpoint_activations": True}, {"accumulate": 2}])
+@pytest.mark.parametrize("again", [{"activations": "blocks"}, {"accumulate": 2}])
 @pytest.mark.parametrize("recorded", ["compile", "cuda_graph"])
 def test_not_with_a_recorded_network(again, recorded):
     with pytest.raises(UserError, match=f"--{recorded.replace('_', '-')} do not go together"):

@@ -158,7 +158,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "bn 1d": batch_norm(ranks, 5),
         "float64": run(folder / "float64", ranks, torch.float64),
         "float32": smooth_run(folder / "float32", ranks),
-        "recomputed": run(folder / "recomputed", ranks, torch.float64, checkpoint_activations=True),
+        "recomputed": run(folder / "recomputed", ranks, torch.float64, activations="blocks"),
         "no disk": run_without_disk(folder / "full", ranks),
         "alike": started_alike(ranks, "same", seed=3),
         "other flags": started_alike(ranks, "same", seed=min(rank, 1), lr_weights=0.5 if rank else 0.25),

@@ -187,11 +187,13 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
         )
     if config.cuda_graph and (config.amp == "fp16" or config.on_nan == "skip"):
         raise UserError("--cuda-graph cannot look at numbers within a step, as --amp fp16 and --on-nan skip do")
-    again = {"--checkpoint-activations": config.checkpoint_activations, "--accumulate": config.accumulate > 1}
+    again = {"--activations blocks": config.activations == "blocks", "--accumulate": config.accumulate > 1}
     recorded = {"--compile": config.compile, "--cuda-graph": config.cuda_graph}
     for one, other in itertools.product(again, recorded):
         if again[one] and recorded[other]:
             raise UserError(f"{one} and {other} do not go together; leave one of them out")
+    if config.activations == "half" and (config.compile is False or config.accumulate > 1):
+        raise UserError("--activations half is the compiler's work; leave --no-compile and --accumulate out")
     if config.lr_weights is None:
         config = replace(config, lr_weights=lr_weights_for(config.global_batch))
     if config.lr_biases is None:

@@ -29,7 +29,7 @@ CARDS = tuple(
 
 # Flags that change where a run lives or how fast it goes, not which weights come out of it.
 NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
-NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "checkpoint_activations", "accumulate")
+NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "activations", "accumulate")
 # Substitution is among them: up to the first bad image, where a run that stops ends, it changes nothing.
 NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb", "cuda_graph", "deterministic")
 NOT_RECIPE += ("knn_every", "knn_images")
@@ -139,18 +139,21 @@ class PretrainConfig:
     """auto: continue from the run's checkpoint where there is one. never: start over, replacing it."""
     amp: Literal["bf16", "fp16", "off"] = "bf16"
     """Autocast of backbone and projector; the loss is float32 always. fp16 scales the loss, at one sync a step."""
-    checkpoint_activations: bool = False
-    """Keep each block's input alone and compute the rest again in the backward pass: the same bits, much less memory,
-    about a third more work."""
+    activations: Literal["auto", "all", "half", "blocks"] = "auto"
+    """What a step keeps for its backward pass; the rest is computed again. all: everything, the fastest. half: half of
+    it, with --compile. blocks: the input of each block alone, not compiled: the same bits, the least memory, about a
+    third more work. auto: the first of these that fits the GPU; on a CPU all."""
     accumulate: int = 1
     """Parts of each rank's batch that the backbone takes one after another, keeping the activations of one: the same
     update, about a third more work. Only for a backbone without batch norm (a vision transformer): with it, parts
     would be another method, which is refused."""
-    compile: bool = False
-    """torch.compile backbone and projector: minutes at the start, faster steps on a GPU."""
-    cuda_graph: bool = False
+    compile: bool | None = None
+    """torch.compile backbone and projector: minutes at the start, faster steps on a GPU. None: on a GPU, but not with
+    --deterministic, --accumulate or --activations blocks."""
+    cuda_graph: bool | None = None
     """Record a whole step once and replay it: for steps so small that starting their kernels takes longer than running
-    them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding."""
+    them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding. None: on the CIFAR-10 cards,
+    where it works and without --deterministic."""
     knn_every: int = 0
     """Epochs between two nearest-neighbour accuracies of the network in training (metrics.jsonl, TensorBoard, bar); 0:
     none. Rank 0 computes them from a copy of the backbone beside the steps; the weights do not change by it."""

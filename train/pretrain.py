@@ -32,10 +32,11 @@ from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.guard import UpdateGuard
 from train.initial import initial_network, start_heads_
 from train.lars import LARS, gradient_norm
+from train.memory import apply_activations, compile_parts, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.online_knn import OnlineKnn
 from train.plots import plot_loss
-from train.recompute import recompute_blocks, run_in_parts
+from train.recompute import run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
 from train.run_data import dataset_sha256, loader_config, train_beton
 from train.runlog import RunLog, describe_run, open_run_folder
@@ -71,7 +72,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str = "")
 
     `images_sha256` is the digest of the loader's dataset, "" where there is none to compare.
     """
-    folder = Path(config.run)
+    folder, config = Path(config.run), with_device_defaults(config, ranks)
     if config.cuda_graph:
         require_one_gpu(ranks)
     open_run_folder(folder)
@@ -91,8 +92,8 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str
     del theirs  # hundreds of MB
     method = method.to(ranks.device, memory_format=torch.channels_last)
     method = with_global_batch_norm(method, ranks.device)
-    if config.checkpoint_activations:
-        recompute_blocks(method.backbone)
+    config = with_activations(config, method, ranks)
+    apply_activations(config, method)
     if config.accumulate > 1:
         run_in_parts(method.backbone, config.accumulate)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
@@ -111,9 +112,8 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str
     where = f"{ranks.world_size} × {ranks.device.type}"
     say(ranks, f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images on {where}")
 
-    if config.compile:  # in place, so that parameter names stay; anew for each size of views
-        for part in method.children():
-            part.compile(dynamic=False)
+    if config.compile:
+        compile_parts(config, method)
     torch.backends.cudnn.benchmark = not config.deterministic
     model = method
     if ranks.world_size > 1:

@@ -1,8 +1,8 @@
 """Less memory for activations: they are computed anew in the backward pass instead of being kept.
 
-    --checkpoint-activations   block by block, for any network. Every bit of the update stays.
-    --accumulate K             in K parts of the batch, for networks without batch norm. The same update up to the
-                               rounding of other shapes; dropout draws other masks.
+    --activations blocks   block by block, for any network. Every bit of the update stays.
+    --accumulate K         in K parts of the batch, for networks without batch norm. The same update up to the
+                           rounding of other shapes; dropout draws other masks.
 
 Both cost one more forward pass of the backbone, about a third more work. With parts, a first pass keeps the images
 alone and collects all embeddings; the heads and the loss see the whole global batch, as Barlow Twins' matrix needs
@@ -42,17 +42,25 @@ def first_and_second_time(block: nn.Module) -> tuple:
     return contextlib.nullcontext(), kept_statistics(block)
 
 
+def blocks_of(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of every stage, in order; none where a network is not built so.
+
+    A stage is a Sequential right inside the backbone, a block one of its parts that has parts itself: a residual
+    block of a ResNet, a transformer block.
+    """
+    stages = [stage for stage in backbone.children() if isinstance(stage, nn.Sequential)]
+    return [block for stage in stages for block in stage if list(block.children())]
+
+
 def recompute_blocks(backbone: nn.Module) -> None:
     """Lets every block of every stage keep its input alone. In place; parameter names stay.
 
-    A stage is a Sequential right inside the backbone, a block one of its parts that has parts itself: a residual
-    block of a ResNet, a transformer block. Raises UserError for a network that is not built so.
+    Raises UserError for a network without blocks.
     """
-    stages = [stage for stage in backbone.children() if isinstance(stage, nn.Sequential)]
-    blocks = [block for stage in stages for block in stage if list(block.children())]
+    blocks = blocks_of(backbone)
     if not blocks:
         raise UserError(
-            f"--checkpoint-activations finds no stages of blocks in this {type(backbone).__name__}; "
+            f"--activations blocks finds no stages of blocks in this {type(backbone).__name__}; "
             "leave it out, or choose a ResNet or a vision transformer"
         )
     for block in blocks:
@@ -69,7 +77,7 @@ def run_in_parts(backbone: nn.Module, parts: int) -> None:
     if norm is not None:
         raise UserError(
             f"--accumulate {parts} is exact only without batch norm, and this backbone has {type(norm).__name__}, whose"
-            " statistics are those of the whole batch; use more ranks or --checkpoint-activations, which keeps every"
+            " statistics are those of the whole batch; use more ranks or --activations blocks, which keeps every"
             " bit, or an --arch without it, such as a vision transformer"
         )
     backbone.forward = partial(forward_in_parts, backbone.forward, parts)  # partial: a deep copy runs its own weights

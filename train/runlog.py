@@ -74,7 +74,7 @@ def environment(ranks: Ranks, start_step: int) -> dict:
 
 
 def installed_version(package: str) -> str | None:
-    """None where it is not installed: a run needs not all of them (FFCV's own loader alone needs ffcv)."""
+    """None where it is not installed: training reads and writes .beton files without FFCV itself."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

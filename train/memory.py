@@ -1,0 +1,199 @@
+"""What a step keeps for its backward pass (--activations), chosen so that the run fits its GPU.
+
+    all      everything: the fastest
+    half     a compiled network that keeps half of it and computes the rest again (the compiler chooses what)
+    blocks   each residual or transformer block's input alone; not compiled (recompute.py)
+
+auto takes the first of them that fits. How much each needs is not known from a table but counted: a forward pass of
+two small batches through a copy of the network shows what autograd saves, and that grows in a line with the batch.
+
+    all      weights, gradients, momentum + views in the making + what autograd saves
+    half     the same with half of what grows with the batch
+    blocks   the same with what is saved then, and at the worst moment the inside of one block as well
+
+The counts are held against the memory that steps really took in tests/test_null_cuda.py and results/README.md.
+"""
+
+import copy
+import gc
+import os
+import shutil
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.command import UserError
+from pipeline.order import rank_batch
+from train.config import AMP, PretrainConfig, resolution_rows
+from train.distributed import Ranks, largest, say
+from train.recompute import blocks_of, recompute_blocks
+
+GB = 1e9
+PROBES = 4, 8  # images of the two batches that are counted
+BATCHES_OF_VIEWS = 4  # the one in use, those that the loader has ready, and the decoded pixels of one in the making
+HALF = 0.5  # what the compiler may keep, as a share of what it would keep (activation_memory_budget)
+# Left free: cuDNN's and cuBLAS's workspaces, gaps between blocks of memory. 5 % is what the gaps took with `all`.
+RESERVE_SHARE, RESERVE_BYTES = 0.05, 1e9
+
+
+class Saved(NamedTuple):
+    """Bytes that autograd saves in a forward pass."""
+
+    tensors: np.ndarray  # one by one, in the order in which they are saved
+    at_blocks: np.ndarray  # together, when each block begins
+
+    @property
+    def total(self) -> float:
+        return float(self.tensors.sum())
+
+
+def with_device_defaults(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
+    """--compile and --cuda-graph where neither was said: what is fast on this device.
+
+    Raises UserError for --compile, or what needs it, without a C compiler.
+    """
+    cuda = ranks.device.type == "cuda"
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if config.compile is None:
+        # The bits of --deterministic come before speed; what recomputes otherwise is not compiled.
+        wanted = cuda and config.activations != "blocks" and config.accumulate == 1 and not config.deterministic
+        if wanted and not compiler:
+            say(ranks, "note: no C compiler (gcc or clang) here, so the network is not compiled: slower steps")
+        config = replace(config, compile=config.activations == "half" or bool(wanted and compiler))
+    if config.compile and cuda and not compiler:
+        raise UserError("--compile: no C compiler here, gcc or clang is expected; install one, or leave --compile out")
+    if config.cuda_graph is None:
+        again = config.activations == "blocks" or config.accumulate > 1 or config.deterministic
+        reads = config.amp == "fp16" or config.on_nan == "skip"
+        small = config.preset.startswith("cifar10") and cuda and ranks.world_size == 1
+        config = replace(config, cuda_graph=small and not again and not reads)
+    return config
+
+
+def largest_side(config: PretrainConfig) -> int:
+    """Side of the largest views of a run, px."""
+    return max([config.resolution, *(side for _, side in resolution_rows(config.resolution_schedule))])
+
+
+def saved_bytes(method: nn.Module, images: int, config: PretrainConfig, device: torch.device) -> Saved:
+    """What autograd saves of a forward pass of so many images, parameters left out."""
+    side, found, kept, at_blocks = largest_side(config), {}, [], []
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        kept.append(storage)  # so that no memory is used twice and counted once
+        return tensor.detach()  # the tensor itself may hold the node that holds it, for good
+
+    hooks = [
+        block.register_forward_pre_hook(lambda *_: at_blocks.append(sum(found.values())))
+        for block in blocks_of(method.backbone)
+    ]
+    views = [
+        torch.zeros(images, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        for _ in method.VIEWS[config.views]
+    ]
+    # The views are the loader's, whatever is saved of them.
+    own |= {view.untyped_storage().data_ptr() for view in views}
+    autocast = torch.autocast(device.type, AMP[config.amp], enabled=config.amp != "off")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        method(views)
+    for hook in hooks:
+        hook.remove()
+    return Saved(np.array(list(found.values()), float), np.array(at_blocks, float))
+
+
+def at_batch(method: nn.Module, batch: int, config: PretrainConfig, device: torch.device) -> Saved:
+    """What autograd saves of `batch` images: on the line through two small batches."""
+    few, more = (saved_bytes(method, images, config, device) for images in PROBES)
+    steps = (batch - PROBES[0]) / (PROBES[1] - PROBES[0])
+    return Saved(*(a + steps * (b - a) for a, b in zip(few, more, strict=True)))
+
+
+def needed_bytes(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> dict[str, float]:
+    """Peak of a step's memory by way of keeping activations; "blocks" only where the backbone has blocks.
+
+    Takes a copy of the network, which lies on the ranks' device, and leaves random numbers as they were.
+    """
+    batch, device = rank_batch(config.global_batch, ranks.world_size), ranks.device
+    weights = sum(p.nbytes for p in method.parameters())
+    trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    view = batch * 3 * largest_side(config) ** 2 * 4
+    always = weights + 2 * trained + BATCHES_OF_VIEWS * len(method.VIEWS[config.views]) * view
+    # Tensors that no one saves: the backward pass's gradients, or what a target network's own forward pass holds.
+    passing = 3 if trained < weights else 1
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        copied = copy.deepcopy(method)
+        plain = at_batch(copied, batch, config, device)
+        fixed = at_batch(copied, 0, config, device).total
+        always += passing * float(plain.tensors.max())
+        needed = {"all": always + plain.total, "half": always + fixed + HALF * (plain.total - fixed)}
+        if blocks_of(copied.backbone):
+            recompute_blocks(copied.backbone)
+            thrifty = at_batch(copied, batch, config, device)
+            # The backward pass goes from the last block to the first: what lies behind a block is gone by then.
+            inside = np.diff(plain.at_blocks, append=plain.total)
+            worst = max(thrifty.total, float((thrifty.at_blocks + inside).max()))
+            needed["blocks"] = always + worst
+    return needed
+
+
+def free_bytes(ranks: Ranks) -> float:
+    """What a step may take on every rank's GPU: what others use there counts, our own network included, the reserve."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(ranks.device)
+    usable = free - RESERVE_SHARE * total - RESERVE_BYTES
+    return float(-largest(ranks, -int(usable)))
+
+
+def ways_allowed(config: PretrainConfig) -> list[str]:
+    """What auto may choose, the fastest first."""
+    half = ["half"] if config.compile and config.accumulate == 1 else []
+    return ["all", *half, "blocks"]
+
+
+def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) -> PretrainConfig:
+    """--activations auto decided for this network, which lies on the ranks' device.
+
+    Raises UserError before the first step where nothing fits.
+    """
+    if config.activations != "auto":
+        return config
+    if ranks.device.type != "cuda" or config.accumulate > 1:
+        return replace(config, activations="all")
+    needed, own = needed_bytes(method, config, ranks), sum(p.nbytes for p in method.parameters())
+    usable, asked = free_bytes(ranks) + own, config
+    way = next((way for way in ways_allowed(config) if needed.get(way, np.inf) <= usable), None)
+    batch = rank_batch(config.global_batch, ranks.world_size)
+    where = f"{batch} images a GPU, {usable / GB:.0f} GB usable"
+    if way is None:
+        least = min(needed[way] for way in ways_allowed(config) if way in needed)
+        raise UserError(
+            f"a step needs about {least / GB:.0f} GB even with the fewest activations kept ({where}); give a smaller"
+            " --global-batch, more GPUs, a smaller --resolution or a narrower --projector"
+        )
+    if way == "blocks":
+        config = replace(config, compile=False, cuda_graph=False)
+    told = ", so not compiled" if asked.compile and not config.compile else ""
+    say(ranks, f"--activations {way}{told}: about {needed[way] / GB:.1f} GB for a step of {where}")
+    return replace(config, activations=way)
+
+
+def apply_activations(config: PretrainConfig, method: nn.Module) -> None:
+    """Lets the network keep what --activations says. In place; before `compile_parts`."""
+    if config.activations == "blocks":
+        recompute_blocks(method.backbone)
+
+
+def compile_parts(config: PretrainConfig, method: nn.Module) -> None:
+    """torch.compile of every part, in place, so that parameter names stay; anew for each size of views."""
+    # Read when a part is compiled, at its first step.
+    torch._functorch.config.activation_memory_budget = HALF if config.activations == "half" else 1.0
+    for part in method.children():
+        part.compile(dynamic=False)

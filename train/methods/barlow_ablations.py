@@ -29,12 +29,13 @@ def is_ablated(config: PretrainConfig) -> bool:
 
 def ablated_loss(c: torch.Tensor, config: PretrainConfig) -> torch.Tensor:
     """C (D, D) → the loss, 0-d, before --loss-scale."""
-    diagonal, others = c.diagonal(), ~torch.eye(len(c), dtype=torch.bool, device=c.device)
+    diagonal, itself = c.diagonal(), torch.eye(len(c), dtype=torch.bool, device=c.device)
+    # Masks and no c[others]: how many entries a boolean index takes is a number that the GPU must be asked for.
     if config.loss == "cross-entropy":
         attract = torch.logsumexp(diagonal / config.temperature, 0)
-        repel = torch.logsumexp(c[others].clamp(min=0) / config.temperature, 0)
-        return config.lambd * repel - attract
-    invariance, redundancy = (diagonal - 1).square().sum(), c[others].square().sum()
+        others = (c.clamp(min=0) / config.temperature).masked_fill(itself, float("-inf"))
+        return config.lambd * torch.logsumexp(others, (0, 1)) - attract
+    invariance, redundancy = (diagonal - 1).square().sum(), c.masked_fill(itself, 0).square().sum()
     weights = {"barlow-twins": (1, config.lambd), "invariance": (1, 0), "redundancy": (0, config.lambd)}[config.loss]
     return weights[0] * invariance + weights[1] * redundancy
 

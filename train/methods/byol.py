@@ -15,7 +15,7 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
 from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks
 from train.methods.contract import collapse_metrics, weight_and_bias_groups
-from train.model import make_projector
+from train.model import Layers, make_projector
 
 
 def momentum_at(step: int, stop_step: int, start: float) -> float:
@@ -34,7 +34,7 @@ class BYOL(nn.Module):
         self.projector = make_projector(features, widths)
         self.predictor = make_projector(widths[-1], projector_widths(config.predictor))
         # Neither DistributedDataParallel nor the optimizer sees it; a checkpoint does.
-        self.target = copy.deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
+        self.target = copy.deepcopy(Layers(backbone, self.projector)).requires_grad_(False)
         self.config = config
 
     def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -83,7 +83,7 @@ class Bench:
         torch.manual_seed(config.seed)
         network = make_backbone(config.arch, config.stem)
         method = make_method(*network, config).to(ranks.device, memory_format=self.MEMORY_FORMAT)
-        self.method = with_global_batch_norm(method, ranks.device)
+        self.method = with_global_batch_norm(method)
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.loader = None if config.data == SYNTHETIC else make_loader(loader_config(config, ranks))

@@ -29,7 +29,7 @@ NAMES = (*METHOD_NAMES, *ABLATIONS)
 def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
     """Loss, metrics and gradients of one step on this rank's share, averaged as DistributedDataParallel does."""
     flags = ABLATIONS.get(name, {})
-    module = with_global_batch_norm(method("barlow_twins" if flags else name, **flags), torch.device("cpu"))
+    module = with_global_batch_norm(method("barlow_twins" if flags else name, **flags))
     views = tuple(torch.from_numpy(z).chunk(world_size())[rank] for z in embeddings(IMAGES, WIDTH))
     loss, metrics = module(views)
     loss.backward()

@@ -90,7 +90,7 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str
         say(ranks, f"{folder}: a new run begins with {heads} of {config.init_from}")
     del theirs  # hundreds of MB
     method = method.to(ranks.device, memory_format=torch.channels_last)
-    method = with_global_batch_norm(method, ranks.device)
+    method = with_global_batch_norm(method)
     if config.checkpoint_activations:
         recompute_blocks(method.backbone)
     if config.accumulate > 1:

@@ -51,6 +51,7 @@ from train.model import make_backbone
 from train.recompute import recompute_blocks, run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
 from train.run_data import loader_config
+from train.together import keep_views_apart
 
 SYNTHETIC = Path("synthetic")
 READY = 3  # batches that a loader may have ready when nobody has asked for a while; they are not timed
@@ -84,6 +85,8 @@ class Bench:
         network = make_backbone(config.arch, config.stem)
         method = make_method(*network, config).to(ranks.device, memory_format=self.MEMORY_FORMAT)
         self.method = with_global_batch_norm(method)
+        if config.views_together:
+            keep_views_apart(self.method)
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.loader = None if config.data == SYNTHETIC else make_loader(loader_config(config, ranks))

@@ -32,6 +32,7 @@ NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume"
 NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "checkpoint_activations", "accumulate")
 # Substitution is among them: up to the first bad image, where a run that stops ends, it changes nothing.
 NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb", "cuda_graph", "deterministic")
+NOT_RECIPE += ("views_together",)
 NOT_RECIPE += ("knn_every", "knn_images")
 
 
@@ -151,6 +152,9 @@ class PretrainConfig:
     cuda_graph: bool = False
     """Record a whole step once and replay it: for steps so small that starting their kernels takes longer than running
     them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding."""
+    views_together: bool = False
+    """Both views through the networks in one pass, each batch norm still over one view at a time: the same update up to
+    rounding, with half as many kernels to start (CIFAR-10)."""
     knn_every: int = 0
     """Epochs between two nearest-neighbour accuracies of the network in training (metrics.jsonl, TensorBoard, bar); 0:
     none. Rank 0 computes them from a copy of the backbone beside the steps; the weights do not change by it."""

@@ -41,6 +41,7 @@ from train.run_data import dataset_sha256, loader_config, train_beton
 from train.runlog import RunLog, describe_run, open_run_folder
 from train.runstate import RunState
 from train.schedule import lr_share
+from train.together import keep_views_apart
 from train.watchdog import Watchdog
 
 EXIT_FINISHED, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 75, 130  # 75 is sysexits' EX_TEMPFAIL: worth another try
@@ -91,6 +92,8 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str
     del theirs  # hundreds of MB
     method = method.to(ranks.device, memory_format=torch.channels_last)
     method = with_global_batch_norm(method)
+    if config.views_together:
+        keep_views_apart(method)
     if config.checkpoint_activations:
         recompute_blocks(method.backbone)
     if config.accumulate > 1:

@@ -19,6 +19,7 @@ from train.distributed import mean_over_ranks, sum_over_ranks, world_size
 from train.methods.barlow_twins import CORNER, BarlowTwins
 from train.methods.contract import collapse_metrics
 from train.model import make_projector
+from train.together import of_each_view
 
 
 def is_ablated(config: PretrainConfig) -> bool:
@@ -57,7 +58,7 @@ class AblatedBarlowTwins(BarlowTwins):
         return F.normalize(z, dim=1) if self.config.embedding_norm == "feature" else z
 
     def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z1, z2 = (self.projector(self.backbone(view)) for view in views)
+        z1, z2 = of_each_view(views, self.config.views_together, self.backbone, self.projector)
         if self.config.predictor:
             z1 = self.predictor(z1)
         if self.config.stop_gradient:

@@ -86,7 +86,7 @@ def run(folder: Path, name: str, kind=SyntheticLoader) -> dict:
     heads = {"byol": ("24-16", "24-16"), "simsiam": ("24-16", "8-16")}.get(name, ("24-16", ""))
     card = PRESETS["cifar10-demo" if name == "barlow_twins" else f"cifar10-demo-{name}"]
     config = replace(card, arch="test_resnet", projector=heads[0], predictor=heads[1], resolution=16, global_batch=8)
-    config = replace(config, epochs=3, run=str(folder), log_every=1)
+    config = replace(config, epochs=3, run=str(folder), log_every=1, checkpoint_every_steps=4)
     train(resolved(config), Ranks(0, 1, torch.device("cpu"), None), kind(images=32, global_batch=8))
     return read_checkpoint(folder / "checkpoint.pt")
 

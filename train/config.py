@@ -170,7 +170,8 @@ class PretrainConfig:
     wandb: str = ""
     """A project on Weights & Biases that the same numbers go to (`pip install wandb` first). Empty: none."""
     checkpoint_every_steps: int = 0
-    """Steps between two checkpoints, besides those at the end of every epoch and on signals; 0: none by steps."""
+    """Steps between two checkpoints, besides those on signals, at the end of the run, and at the end of an epoch that
+    comes a minute or more after the last one; 0: none by steps."""
     checkpoint_every_minutes: float = 15.0
     """Minutes after which one more is written; 0: none by the clock. Training waits for the copy, not for the disk."""
     keep: int = 2

@@ -170,7 +170,7 @@ def make_training(
         settings["sizes_px"],
         settings["rois"],
     )
-    detector = with_global_batch_norm(detector.to(ranks.device), ranks.device)
+    detector = with_global_batch_norm(detector.to(ranks.device))
     about = settings | {"task": config.task, "seed": config.seed, "encoder": encoder.info.sha256}
     about |= {"images": images.sha256()}
     training = Training(detector, schedule, ranks, config.workers, folder / "checkpoint.pt", about, writer)

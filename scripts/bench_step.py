@@ -52,6 +52,7 @@ from train.model import make_backbone
 from train.recompute import run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
 from train.run_data import loader_config
+from train.together import keep_views_apart
 
 SYNTHETIC = Path("synthetic")
 READY = 3  # batches that a loader may have ready when nobody has asked for a while; they are not timed
@@ -84,9 +85,11 @@ class Bench:
         torch.manual_seed(config.seed)
         network = make_backbone(config.arch, config.stem)
         method = make_method(*network, config).to(ranks.device, memory_format=self.MEMORY_FORMAT)
-        self.method = with_global_batch_norm(method, ranks.device)
+        self.method = with_global_batch_norm(method)
         self.config, self.ranks = with_activations(config, self.method, ranks), ranks
         config = self.config
+        if config.views_together:
+            keep_views_apart(self.method)
         self.optimizer = self._optimizer()
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.loader = None if config.data == SYNTHETIC else make_loader(loader_config(config, ranks))

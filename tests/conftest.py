@@ -61,6 +61,17 @@ def shared_voc(tmp_path_factory, shared_data) -> Path:
     return root
 
 
+@pytest.fixture
+def same_arithmetic(monkeypatch) -> None:
+    """What a GPU would otherwise decide for itself: TF32, whose 10 bits hide small differences, is off in convolutions
+    too, as it is in matrix products, and cuDNN takes kernels that add in the same order every time."""
+    import torch
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
 @pytest.fixture(scope="session")
 def training_forkserver() -> None:
     """A fork server with the trainer loaded, so that no child imports it anew. Another test's server lacks it."""

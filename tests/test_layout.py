@@ -19,7 +19,7 @@ pipeline.vector_cpu pipeline.resample_cpu pipeline.colour_cpu pipeline.blur_cpu 
 pipeline.resample_gpu pipeline.blur_gpu pipeline.augment_gpu
 pipeline.loader_torch pipeline.loader_ffcv pipeline.loader_resident pipeline.loader_dali pipeline.loader
 pipeline.preview
-train.config train.cards train.distributed train.batchnorm train.model
+train.config train.cards train.distributed train.batchnorm train.model train.together
 train.methods.contract train.methods.barlow_twins train.methods.barlow_ablations
 train.methods.simclr train.methods.byol train.methods.simsiam train.methods.vicreg train.methods.choose train.lars
 train.run_data train.schedule train.knn_vote train.content train.foreign train.checkpoint train.initial

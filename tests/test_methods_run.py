@@ -29,7 +29,7 @@ NAMES = (*METHOD_NAMES, *ABLATIONS)
 def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
     """Loss, metrics and gradients of one step on this rank's share, averaged as DistributedDataParallel does."""
     flags = ABLATIONS.get(name, {})
-    module = with_global_batch_norm(method("barlow_twins" if flags else name, **flags), torch.device("cpu"))
+    module = with_global_batch_norm(method("barlow_twins" if flags else name, **flags))
     views = tuple(torch.from_numpy(z).chunk(world_size())[rank] for z in embeddings(IMAGES, WIDTH))
     loss, metrics = module(views)
     loss.backward()
@@ -86,7 +86,7 @@ def run(folder: Path, name: str, kind=SyntheticLoader) -> dict:
     heads = {"byol": ("24-16", "24-16"), "simsiam": ("24-16", "8-16")}.get(name, ("24-16", ""))
     card = PRESETS["cifar10-demo" if name == "barlow_twins" else f"cifar10-demo-{name}"]
     config = replace(card, arch="test_resnet", projector=heads[0], predictor=heads[1], resolution=16, global_batch=8)
-    config = replace(config, epochs=3, run=str(folder), log_every=1)
+    config = replace(config, epochs=3, run=str(folder), log_every=1, checkpoint_every_steps=4)
     train(resolved(config), Ranks(0, 1, torch.device("cpu"), None), kind(images=32, global_batch=8))
     return read_checkpoint(folder / "checkpoint.pt")
 

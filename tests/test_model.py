@@ -1,5 +1,8 @@
 """Backbones by name, stems, projector, and their errors."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 import torchvision
@@ -7,6 +10,8 @@ from torch import nn
 
 from pipeline.command import UserError
 from train.batchnorm import CrossRankBatchNorm, with_global_batch_norm
+from train.cards import PRESETS, resolved
+from train.methods.choose import make_method
 from train.model import make_backbone, make_projector
 
 
@@ -80,12 +85,67 @@ def test_our_batch_norm_is_torchs_at_world_size_1(theirs, shape):
 
 def test_one_process_keeps_torchs_batch_norm():
     backbone, _ = make_backbone("resnet18")
-    assert with_global_batch_norm(backbone, torch.device("cpu")) is backbone
+    assert with_global_batch_norm(backbone) is backbone
     assert not any(isinstance(m, CrossRankBatchNorm) for m in backbone.modules())
 
 
-def test_foreign_batch_norm_on_several_cpu_ranks(monkeypatch):
+def test_timms_batch_norm_keeps_its_activation(monkeypatch):
+    plain, _ = make_backbone("test_efficientnet")
+    ours = copy.deepcopy(plain)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.batchnorm.world_size", lambda: 2)
+        with_global_batch_norm(ours)
+    assert sum(isinstance(m, CrossRankBatchNorm) for m in ours.modules()) > 10
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), plain(images), rtol=1e-4, atol=1e-4)  # here one rank is all there are
+
+
+def test_foreign_batch_norm_on_several_ranks(monkeypatch):
     monkeypatch.setattr("train.batchnorm.world_size", lambda: 2)
-    backbone, _ = make_backbone("test_efficientnet")
-    with pytest.raises(UserError, match="BatchNormAct2d"):
-        with_global_batch_norm(backbone, torch.device("cpu"))
+    with pytest.raises(UserError, match="BatchNorm3d has no form here that sees all ranks"):
+        with_global_batch_norm(nn.Sequential(nn.BatchNorm3d(2)))
+
+
+def test_the_type_and_the_memory_format_are_torchs():
+    x = torch.randn(5, 6, 3, 4).contiguous(memory_format=torch.channels_last).bfloat16().requires_grad_()
+    out, expected = CrossRankBatchNorm(6)(x), nn.BatchNorm2d(6)(x)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+    out.float().square().sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and x.grad.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_a_large_mean_costs_no_digits(shift):
+    """In float32, against float64: Σ x² alone would have lost the variance."""
+    x = torch.randn(64, 3, dtype=torch.float64).float().double() + shift
+    norm = CrossRankBatchNorm(3, affine=False)
+    expected = nn.BatchNorm1d(3, affine=False).double()(x)
+    torch.testing.assert_close(
+        norm(x.float()).double(), expected, rtol=1e-3 if shift else 1e-5, atol=2e-3 if shift else 1e-5
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.11's own
+def test_our_batch_norm_compiles_in_one_piece():
+    torch._dynamo.reset()
+    norm = CrossRankBatchNorm(6)
+    x = torch.randn(5, 6, 3, 4, requires_grad=True)
+    compiled = torch.compile(nn.Sequential(norm, nn.ReLU()), fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled(x).square().sum().backward()
+    assert norm.num_batches_tracked == 1 and x.grad.isfinite().all()
+    ours = x.grad.clone()
+    x.grad = None
+    nn.BatchNorm2d(6)(x).relu().square().sum().backward()
+    torch.testing.assert_close(ours, x.grad)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("cifar10-demo")])
+def test_every_part_of_a_method_has_its_own_forward(preset):
+    """torch 2.11's compile() silently leaves out a module whose forward is nn.Sequential's."""
+    config = resolved(replace(PRESETS[preset], run="x"))
+    method = make_method(*make_backbone(config.arch, config.stem), config)
+    assert all(type(part).forward is not nn.Sequential.forward for part in method.children())

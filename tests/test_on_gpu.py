@@ -45,7 +45,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, loader, flags):
     if "--cuda-graph" in flags and loader == "ffcv":
         pytest.skip("one loader is enough for the graph, whose first steps after a start are ordinary ones")
     data = write_dataset(tmp_path / "data")
-    whole = start(data, tmp_path / "whole", "--loader", loader)
+    whole = start(data, tmp_path / "whole", "--loader", loader, *flags)
     assert whole.wait(300) == 0, whole.stderr.read()
     cut = start(data, tmp_path / "cut", "--loader", loader, "--knn-every", "2", *flags)
     lines = tmp_path / "cut" / "metrics.jsonl"
@@ -56,7 +56,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, loader, flags):
     again = start(data, tmp_path / "cut", "--loader", loader, "--knn-every", "2", *flags)
     assert again.wait(300) == 0, again.stderr.read()
     ends = [read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "cut")]
-    if flags:  # the rates are multiplied in another place, so rounded otherwise
+    if flags:  # the same kernels, three steps of them started one by one again: the bits are not promised
         for name, weight in ends[0]["model"].items():
             distance = (ends[1]["model"][name] - weight).float().norm() / weight.float().norm().clamp(min=1)
             assert distance < 5e-2, name
@@ -66,7 +66,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, loader, flags):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
-def test_compiled_is_the_same_network(tmp_path, monkeypatch, amp):
+def test_compiled_is_the_same_network(tmp_path, monkeypatch, same_arithmetic, amp):
     monkeypatch.setattr("train.runlog.RUNS", tmp_path)
     losses = {}
     for compiled in (False, True):
@@ -79,7 +79,7 @@ def test_compiled_is_the_same_network(tmp_path, monkeypatch, amp):
     assert np.allclose(losses[True][:3], losses[False][:3], rtol=0.02 if amp == "off" else 0.1)
 
 
-def test_nccl_with_one_rank(tmp_path):
+def test_nccl_with_one_rank(tmp_path, same_arithmetic):
     """DistributedDataParallel and the loss over a real NCCL group: the gradients of one process without any."""
     views = next(iter(GpuLoader(64, 16).batches(0, 2))).views
 

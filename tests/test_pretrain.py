@@ -101,7 +101,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert run(TINY, tmp_path / "r") == 0
     names = {p.name for p in (tmp_path / "r").iterdir()}
     assert names == {
-        "checkpoint.pt", "checkpoint-00000016.pt", "backbone.safetensors", "config.json", "env.json", "metrics.jsonl",
+        "checkpoint.pt", "checkpoint-00000000.pt", "backbone.safetensors", "config.json", "env.json", "metrics.jsonl",
         "loss.png", "tensorboard",
     }  # fmt: skip
     lines = [json.loads(text) for text in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
@@ -157,7 +157,7 @@ def test_a_loss_that_is_no_number_never_reaches_a_checkpoint(tmp_path):
             return [v * (float("nan") if step >= 6 else 1) for v in super().global_views(step)]
 
     with pytest.raises(UserError, match="the loss became nan in step 7; its 16 images, .* are listed in"):
-        run(replace(TINY, log_every=100), tmp_path / "r", Broken(64, 16))
+        run(replace(TINY, log_every=100, checkpoint_every_steps=4), tmp_path / "r", Broken(64, 16))
     saved = read_checkpoint(tmp_path / "r" / "checkpoint.pt")
     assert saved["step"] == 4
     assert all(w.isfinite().all() for w in saved["model"].values())

@@ -27,7 +27,7 @@ from train.pretrain import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, train
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 TINY = PretrainConfig(
     arch="test_resnet", projector="24-16", resolution=16, global_batch=8, epochs=3, warmup_epochs=1, amp="off",
-    lr_weights=2.0, lr_biases=0.1, lars_eta=0.02, paper_world_size=1, log_every=3,
+    lr_weights=2.0, lr_biases=0.1, lars_eta=0.02, paper_world_size=1, log_every=3, checkpoint_every_steps=5,
 )  # fmt: skip
 STEPS = 15
 

@@ -49,14 +49,23 @@ def steps(folder) -> list[int]:
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({}, [5, 10, 15]),
-        ({"checkpoint_every_steps": 4}, [4, 5, 8, 10, 12, 15]),
+        ({}, [15]),
+        ({"checkpoint_every_steps": 4}, [4, 8, 12, 15]),
         ({"checkpoint_every_minutes": 1e-9}, list(range(1, 16))),
     ],
 )
 def test_when_a_checkpoint_is_due(tmp_path, flags, expected):
-    state, _ = state_of(tmp_path, **{"checkpoint_every_minutes": 0} | flags)
+    state, _ = state_of(tmp_path, **{"checkpoint_every_minutes": 0, "checkpoint_every_steps": 0} | flags)
     assert [step for step in range(1, STEPS + 1) if state.due(step)] == expected
+
+
+def test_an_epoch_ends_with_a_checkpoint_where_the_last_is_a_minute_old(tmp_path):
+    state, _ = state_of(tmp_path, checkpoint_every_minutes=0, checkpoint_every_steps=0)
+    state.since -= 61
+    assert [step for step in range(1, STEPS + 1) if state.due(step)] == [5, 10, 15]
+    state.save(5)
+    assert not state.due(10)
+    state.finish()
 
 
 def test_the_clock_starts_anew_with_every_checkpoint(tmp_path):
@@ -69,7 +78,7 @@ def test_the_clock_starts_anew_with_every_checkpoint(tmp_path):
     state.finish()
 
 
-@pytest.mark.parametrize(("keep", "expected"), [(1, [15]), (2, [15, 12]), (4, [15, 12, 10, 9])])
+@pytest.mark.parametrize(("keep", "expected"), [(1, [15]), (2, [15, 12]), (4, [15, 12, 9, 6])])
 def test_the_last_ones_stay(tmp_path, keep, expected):
     run(tmp_path / "r", checkpoint_every_steps=3, keep=keep)
     assert steps(tmp_path / "r") == expected
@@ -186,11 +195,11 @@ def test_a_disk_that_fills_up_ends_the_run_within_a_step_or_two(tmp_path):
     loader = FullDisk(43, 8)
     try:
         with pytest.raises(UserError, match=r"could not write .*the one before it is untouched"):
-            run(tmp_path / "r", loader, checkpoint_every_steps=8, log_every=1000)
+            run(tmp_path / "r", loader, checkpoint_every_steps=4, log_every=1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert loader.last < STEPS - 1
-    assert steps(tmp_path / "r") == [5, 0]
+    assert steps(tmp_path / "r") == [4, 0]
 
 
 def test_weights_that_are_no_numbers_are_not_written(tmp_path):

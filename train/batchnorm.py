@@ -1,21 +1,92 @@
 """Batch norm over all ranks: every statistic is the global batch's, so a network is the same at any world size.
 
-nn.SyncBatchNorm does this on GPUs and refuses CPU tensors; `CrossRankBatchNorm` does it on any device.
+    forward    mean and variance of this rank's images ── one message ──▶ those of the global batch
+    backward   Σ dy and Σ dy · x̂ of this rank's images ── one message ──▶ those of the global batch
+
+nn.SyncBatchNorm does the same on GPUs, but it asks the GPU for numbers three times a layer, ends the graph that
+torch.compile makes there, and refuses CPU tensors. Here the message alone is an operation that the compiler does not
+look into; what is computed before and after it becomes part of the kernels around it.
 """
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.command import UserError
-from train.distributed import sum_over_ranks, world_size
+from train.distributed import world_size
+
+
+@torch.library.custom_op("barlow_twins::from_all_ranks", mutates_args=())
+def from_all_ranks(x: torch.Tensor) -> torch.Tensor:
+    """Every rank's x, any shape, in the order of the ranks: (world_size, ...). Not seen by autograd."""
+    every = x.new_empty(world_size(), *x.shape)
+    if world_size() == 1:
+        return every.copy_(x[None])
+    dist.all_gather_into_tensor(every.flatten(0, 1), x.contiguous())
+    return every
+
+
+@from_all_ranks.register_fake
+def _(x):
+    return x.new_empty(world_size(), *x.shape)
+
+
+def _dims_and_shape(x: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Over which dimensions of (B, C) or (B, C, H, W) a channel's statistics go, and how (C,) lies beside x."""
+    return ((0,), (1, -1)) if x.dim() == 2 else ((0, 2, 3), (1, -1, 1, 1))
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """(x, weight (C,) or None, bias (C,) or None, eps) → output; mean, variance (C,) and count () of the global batch.
+
+    `count` is of values a channel; ranks may hold different shares. Written out by hand, because then x is all that
+    is kept of the activations, in its own type. The gradients of weight and bias are this rank's, as every
+    parameter's: DistributedDataParallel averages them.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        dims, shape = _dims_and_shape(x)
+        wide = _wide(x)
+        own_variance, own_mean = torch.var_mean(wide, dims, correction=0)
+        own_count = own_mean.new_full((1,), x.numel() // x.shape[1])
+        every = from_all_ranks(torch.cat([own_mean, own_variance, own_count]))
+        means, variances, counts = every.split([x.shape[1], x.shape[1], 1], 1)
+        count = counts.sum()
+        # From the ranks' means and not from Σ x²: that cancels where the mean is large.
+        mean = (means * (counts / count)).sum(0)
+        variance = ((variances + (means - mean).square()) * (counts / count)).sum(0)
+        inverse = torch.rsqrt(variance + eps)
+        out = (wide - mean.view(shape)) * inverse.view(shape)
+        if weight is not None:
+            out = out * weight.view(shape) + bias.view(shape)
+        ctx.save_for_backward(x, weight, mean, inverse, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return out.to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        x, weight, mean, inverse, count = ctx.saved_tensors
+        dims, shape = _dims_and_shape(x)
+        grad = _wide(grad)
+        normalized = (_wide(x) - mean.view(shape)) * inverse.view(shape)
+        own = torch.stack([grad.sum(dims), (grad * normalized).sum(dims)])
+        along_one, along_normalized = (from_all_ranks(own).sum(0) / count).unbind()
+        rest = grad - along_one.view(shape) - normalized * along_normalized.view(shape)
+        scale = inverse if weight is None else inverse * weight
+        of_bias, of_weight = own.unbind() if weight is not None else (None, None)
+        return (rest * scale.view(shape)).to(x.dtype), of_weight, of_bias, None
 
 
 class CrossRankBatchNorm(_BatchNorm):
     """BatchNorm1d/2d whose statistics are those of the global batch, on any device.
 
-    nn.SyncBatchNorm's equal where that refuses to run (CPU tensors). Every rank must hold as many images as
-    the others, as the loaders' full batches do. Input (B, C) or (B, C, H, W); statistics are float32 or finer.
+    Input (B, C) or (B, C, H, W); statistics are float32 or finer, the output has the input's type and memory format.
     """
 
     def _check_input_dim(self, x):
@@ -26,50 +97,47 @@ class CrossRankBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
-        dims = (0, 2, 3)[: x.dim() - 1]
-        wide = x if x.dtype == torch.float64 else x.float()
-        mean = sum_over_ranks(wide.mean(dims, keepdim=True)) / world_size()
-        centred = wide - mean
-        variance = sum_over_ranks(centred.square().mean(dims, keepdim=True)) / world_size()
+        out, mean, variance, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
-            self._update_running(mean.detach(), variance.detach(), x.numel() // x.shape[1] * world_size())
-        out = centred * torch.rsqrt(variance + self.eps)
-        if self.affine:
-            shape = (1, -1, 1, 1)[: x.dim()]
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(x.dtype)
+            self._update_running(mean, variance * (count / (count - 1)))
+        return out
 
     @torch.no_grad()
-    def _update_running(self, mean, variance, count):
+    def _update_running(self, mean, unbiased_variance):
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean.flatten(), self.momentum)
-        self.running_var.lerp_(variance.flatten() * (count / (count - 1)), self.momentum)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(unbiased_variance, self.momentum)
+
+
+class CrossRankBatchNormAct(CrossRankBatchNorm):
+    """timm's BatchNormAct2d: with the dropout and the activation behind it."""
+
+    def forward(self, x):
+        return self.act(self.drop(super().forward(x)))
 
 
 def _to_cross_rank(norm: _BatchNorm) -> CrossRankBatchNorm:
-    new = CrossRankBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-    new._parameters, new._buffers = norm._parameters, norm._buffers
-    return new
+    """Raises UserError for a kind of batch norm that is neither torch's nor timm's for (B, C) or (B, C, H, W)."""
+    from timm.layers import BatchNormAct2d
+
+    kinds = {nn.BatchNorm1d: CrossRankBatchNorm, nn.BatchNorm2d: CrossRankBatchNorm}
+    kind = (kinds | {BatchNormAct2d: CrossRankBatchNormAct}).get(type(norm))
+    if kind is None:
+        raise UserError(
+            f"this network's {type(norm).__name__} has no form here that sees all ranks; "
+            "run one process, or choose a ResNet of torchvision"
+        )
+    new = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    new._parameters, new._buffers, new._modules = norm._parameters, norm._buffers, norm._modules
+    return new.train(norm.training)
 
 
-def with_global_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Every batch norm inside made to see the global batch. Parameter names stay. At world size 1: unchanged.
-
-    On a GPU SyncBatchNorm, on the CPU ours; there a network with its own kind of batch norm is a UserError.
-    """
+def with_global_batch_norm(module: nn.Module) -> nn.Module:
+    """Every batch norm inside made to see the global batch. Parameter names stay. At world size 1: unchanged."""
     if world_size() == 1:
         return module
-    if device.type == "cuda":
-        from timm.layers import convert_sync_batchnorm  # knows timm's own batch norms beside torch's
-
-        return convert_sync_batchnorm(module)
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            if isinstance(child, _BatchNorm) and not isinstance(child, CrossRankBatchNorm):
                 setattr(parent, name, _to_cross_rank(child))
-            elif isinstance(child, _BatchNorm) and not isinstance(child, CrossRankBatchNorm):
-                raise UserError(
-                    f"this network's {type(child).__name__} has no form that sees all ranks on a CPU; "
-                    "run one process, use a GPU, or choose a ResNet of torchvision"
-                )
     return module

@@ -32,6 +32,7 @@ NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume"
 NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "activations", "accumulate")
 # Substitution is among them: up to the first bad image, where a run that stops ends, it changes nothing.
 NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb", "cuda_graph", "deterministic")
+NOT_RECIPE += ("views_together",)
 NOT_RECIPE += ("knn_every", "knn_images")
 
 
@@ -154,6 +155,9 @@ class PretrainConfig:
     """Record a whole step once and replay it: for steps so small that starting their kernels takes longer than running
     them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding. None: on the CIFAR-10 cards,
     where it works and without --deterministic."""
+    views_together: bool = False
+    """Both views through the networks in one pass, each batch norm still over one view at a time: the same update up to
+    rounding, with half as many kernels to start (CIFAR-10)."""
     knn_every: int = 0
     """Epochs between two nearest-neighbour accuracies of the network in training (metrics.jsonl, TensorBoard, bar); 0:
     none. Rank 0 computes them from a copy of the backbone beside the steps; the weights do not change by it."""
@@ -169,7 +173,8 @@ class PretrainConfig:
     wandb: str = ""
     """A project on Weights & Biases that the same numbers go to (`pip install wandb` first). Empty: none."""
     checkpoint_every_steps: int = 0
-    """Steps between two checkpoints, besides those at the end of every epoch and on signals; 0: none by steps."""
+    """Steps between two checkpoints, besides those on signals, at the end of the run, and at the end of an epoch that
+    comes a minute or more after the last one; 0: none by steps."""
     checkpoint_every_minutes: float = 15.0
     """Minutes after which one more is written; 0: none by the clock. Training waits for the copy, not for the disk."""
     keep: int = 2

@@ -69,7 +69,16 @@ def with_small_stem(resnet: nn.Module) -> nn.Module:
     return resnet
 
 
-def make_projector(features: int, widths: list[int], norm: bool = True) -> nn.Sequential:
+class Layers(nn.Sequential):
+    """nn.Sequential that --compile compiles: torch 2.11's compile() passes over a module without its own forward."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def make_projector(features: int, widths: list[int], norm: bool = True) -> Layers:
     """Linear, BN, ReLU for every width but the last, which is a bare Linear; no biases. (B, D_in) → (B, D_out).
 
     Without `norm` there is no BN.
@@ -79,4 +88,4 @@ def make_projector(features: int, widths: list[int], norm: bool = True) -> nn.Se
         layers += [nn.Linear(features, width, bias=False), *([nn.BatchNorm1d(width)] if norm else [])]
         layers += [nn.ReLU(inplace=True)]
         features = width
-    return nn.Sequential(*layers, nn.Linear(features, widths[-1], bias=False))
+    return Layers(*layers, nn.Linear(features, widths[-1], bias=False))

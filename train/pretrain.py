@@ -42,6 +42,7 @@ from train.run_data import dataset_sha256, loader_config, train_beton
 from train.runlog import RunLog, describe_run, open_run_folder
 from train.runstate import RunState
 from train.schedule import lr_share
+from train.together import keep_views_apart
 from train.watchdog import Watchdog
 
 EXIT_FINISHED, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 75, 130  # 75 is sysexits' EX_TEMPFAIL: worth another try
@@ -91,8 +92,10 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str
         say(ranks, f"{folder}: a new run begins with {heads} of {config.init_from}")
     del theirs  # hundreds of MB
     method = method.to(ranks.device, memory_format=torch.channels_last)
-    method = with_global_batch_norm(method, ranks.device)
+    method = with_global_batch_norm(method)
     config = with_activations(config, method, ranks)
+    if config.views_together:
+        keep_views_apart(method)
     apply_activations(config, method)
     if config.accumulate > 1:
         run_in_parts(method.backbone, config.accumulate)

@@ -5,8 +5,9 @@ Model, optimizer, scaler, step and seed are all of it: order and views are funct
     training   ── step ── step ─ copy ─ step ── step ── step ─ copy ─ step ──
     thread                         └─ serialize, write, rename ─┘ └─ …
 
-A checkpoint is due at the end of every epoch, on a signal, and every --checkpoint-every-steps and -minutes. Its
-copy in the CPU's memory is all that training waits for, unless the one before it is still being written.
+A checkpoint is due every --checkpoint-every-steps and -minutes, on a signal, at the end of the run, and at the end of
+an epoch unless there was one within the last minute: CIFAR-10's epochs take seconds. Its copy in the CPU's memory is
+all that training waits for, unless the one before it is still being written.
 """
 
 import threading
@@ -29,6 +30,8 @@ from train.checkpoint import (
 )
 from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import Ranks, largest, say
+
+EPOCHS_APART_S = 60.0  # since the last checkpoint, for the end of an epoch to be worth another
 
 
 def backbone_info(config: PretrainConfig, features: int, step: int, dataset_sha256: str = "") -> BackboneInfo:
@@ -119,8 +122,10 @@ class RunState:
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after `step` updates. By the clock, ranks may differ: only rank 0 writes."""
         every, minutes = self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes
-        late = 0 < minutes <= (time.monotonic() - self.since) / 60
-        return step % self.steps_per_epoch == 0 or late or (every > 0 and step % every == 0)
+        since_s = time.monotonic() - self.since
+        if step == self.config.epochs * self.steps_per_epoch or (every > 0 and step % every == 0):
+            return True
+        return 0 < minutes <= since_s / 60 or (step % self.steps_per_epoch == 0 and since_s >= EPOCHS_APART_S)
 
     def save(self, step: int) -> None:
         """Starts to write the state after `step` updates. An error shows in `failed` and is raised by `finish`."""

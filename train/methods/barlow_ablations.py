@@ -19,6 +19,7 @@ from train.distributed import mean_over_ranks, sum_over_ranks, world_size
 from train.methods.barlow_twins import CORNER, BarlowTwins
 from train.methods.contract import collapse_metrics
 from train.model import make_projector
+from train.together import of_each_view
 
 
 def is_ablated(config: PretrainConfig) -> bool:
@@ -29,12 +30,13 @@ def is_ablated(config: PretrainConfig) -> bool:
 
 def ablated_loss(c: torch.Tensor, config: PretrainConfig) -> torch.Tensor:
     """C (D, D) → the loss, 0-d, before --loss-scale."""
-    diagonal, others = c.diagonal(), ~torch.eye(len(c), dtype=torch.bool, device=c.device)
+    diagonal, itself = c.diagonal(), torch.eye(len(c), dtype=torch.bool, device=c.device)
+    # Masks and no c[others]: how many entries a boolean index takes is a number that the GPU must be asked for.
     if config.loss == "cross-entropy":
         attract = torch.logsumexp(diagonal / config.temperature, 0)
-        repel = torch.logsumexp(c[others].clamp(min=0) / config.temperature, 0)
-        return config.lambd * repel - attract
-    invariance, redundancy = (diagonal - 1).square().sum(), c[others].square().sum()
+        others = (c.clamp(min=0) / config.temperature).masked_fill(itself, float("-inf"))
+        return config.lambd * torch.logsumexp(others, (0, 1)) - attract
+    invariance, redundancy = (diagonal - 1).square().sum(), c.masked_fill(itself, 0).square().sum()
     weights = {"barlow-twins": (1, config.lambd), "invariance": (1, 0), "redundancy": (0, config.lambd)}[config.loss]
     return weights[0] * invariance + weights[1] * redundancy
 
@@ -56,7 +58,7 @@ class AblatedBarlowTwins(BarlowTwins):
         return F.normalize(z, dim=1) if self.config.embedding_norm == "feature" else z
 
     def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z1, z2 = (self.projector(self.backbone(view)) for view in views)
+        z1, z2 = of_each_view(views, self.config.views_together, self.backbone, self.projector)
         if self.config.predictor:
             z1 = self.predictor(z1)
         if self.config.stop_gradient:

@@ -16,6 +16,7 @@ from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks, world_size
 from train.methods.contract import collapse_metrics, weight_and_bias_groups
 from train.model import make_projector
+from train.together import of_each_view
 
 ROWS = 2048  # rows of C that are reduced over ranks while the next ones are computed
 CORNER = 64  # dimensions of C that are shown as a picture
@@ -68,6 +69,7 @@ class BarlowTwinsLoss(torch.autograd.Function):
 
 class BarlowTwins(nn.Module):
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}  # noqa: RUF012 (never changed)
+    TOGETHER = ("backbone", "projector")
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__()
@@ -78,8 +80,7 @@ class BarlowTwins(nn.Module):
         self.config = config
 
     def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        # Two passes, not one of 2B images: batch norm's statistics are each view's own.
-        z1, z2 = (self.projector(self.backbone(view)) for view in views)
+        z1, z2 = of_each_view(views, self.config.views_together, self.backbone, self.projector)
         with torch.autocast(z1.device.type, enabled=False):
             z1, z2 = (z if z.dtype == torch.float64 else z.float() for z in (z1, z2))
             collapse = mean_over_ranks(collapse_metrics(z1))

@@ -15,7 +15,8 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
 from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks
 from train.methods.contract import collapse_metrics, weight_and_bias_groups
-from train.model import make_projector
+from train.model import Layers, make_projector
+from train.together import of_each_view
 
 
 def momentum_at(step: int, stop_step: int, start: float) -> float:
@@ -26,6 +27,7 @@ def momentum_at(step: int, stop_step: int, start: float) -> float:
 class BYOL(nn.Module):
     # Barlow Twins took its two views from here.
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}  # noqa: RUF012 (never changed)
+    TOGETHER = ("backbone", "projector", "predictor", "target")
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__()
@@ -34,13 +36,14 @@ class BYOL(nn.Module):
         self.projector = make_projector(features, widths)
         self.predictor = make_projector(widths[-1], projector_widths(config.predictor))
         # Neither DistributedDataParallel nor the optimizer sees it; a checkpoint does.
-        self.target = copy.deepcopy(nn.Sequential(backbone, self.projector)).requires_grad_(False)
+        self.target = copy.deepcopy(Layers(backbone, self.projector)).requires_grad_(False)
         self.config = config
 
     def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        predictions = [self.predictor(self.projector(self.backbone(view))) for view in views]
+        together = self.config.views_together
+        predictions = of_each_view(views, together, self.backbone, self.projector, self.predictor)
         with torch.no_grad():
-            targets = [self.target(view) for view in views]
+            targets = of_each_view(views, together, self.target)
         with torch.autocast(views[0].device.type, enabled=False):
             p1, p2, t1, t2 = (z if z.dtype == torch.float64 else z.float() for z in (*predictions, *targets))
             loss = (4 - 2 * F.cosine_similarity(p1, t2) - 2 * F.cosine_similarity(p2, t1)).mean()

@@ -22,10 +22,12 @@ class Method(Protocol):
     A method may also have pictures(): {name: (H, W) in [-1, 1]} of the last step, for TensorBoard.
 
     VIEWS     the value of --views → the view table, one ViewSpec a view
+    TOGETHER  the networks that both views go through, by name: with --views-together in one pass (train/together.py)
     backbone  the network that evaluations keep; all else is dropped after pretraining
     """
 
     VIEWS: dict[str, tuple[ViewSpec, ...]]
+    TOGETHER: tuple[str, ...]
     backbone: nn.Module
 
     def forward(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -34,6 +34,7 @@ def nt_xent(z1: torch.Tensor, z2: torch.Tensor, temperature: float) -> tuple[tor
 
 class SimCLR(nn.Module):
     VIEWS = {"imagenet": (_VIEW, _VIEW), "cifar10": (_VIEW, _VIEW)}  # noqa: RUF012 (never changed)
+    TOGETHER = ()  # its batch norms see both views anyway, as published
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__()

@@ -14,6 +14,7 @@ from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks
 from train.methods.contract import collapse_metrics
 from train.model import make_projector
+from train.together import of_each_view
 
 _VIEW = ViewSpec(area=(0.2, 1.0), saturation=0.4, p_blur=0.5)  # Chen & He 2021, section 3
 _CIFAR_VIEW = ViewSpec(saturation=0.4, p_blur=0.5)  # solo-learn's for CIFAR-10
@@ -21,6 +22,7 @@ _CIFAR_VIEW = ViewSpec(saturation=0.4, p_blur=0.5)  # solo-learn's for CIFAR-10
 
 class SimSiam(nn.Module):
     VIEWS = {"imagenet": (_VIEW, _VIEW), "cifar10": (_CIFAR_VIEW, _CIFAR_VIEW)}  # noqa: RUF012 (never changed)
+    TOGETHER = ("backbone", "projector", "predictor")
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__()
@@ -32,8 +34,8 @@ class SimSiam(nn.Module):
         self.config = config
 
     def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z = [self.projector(self.backbone(view)) for view in views]
-        p = [self.predictor(one) for one in z]
+        z = of_each_view(views, self.config.views_together, self.backbone, self.projector)
+        p = of_each_view(z, self.config.views_together, self.predictor)
         with torch.autocast(views[0].device.type, enabled=False):
             z1, z2, p1, p2 = (one if one.dtype == torch.float64 else one.float() for one in (*z, *p))
             if self.config.stop_gradient:

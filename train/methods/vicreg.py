@@ -17,6 +17,7 @@ from train.config import PretrainConfig, projector_widths
 from train.distributed import gather_over_ranks
 from train.methods.contract import collapse_metrics, weight_and_bias_groups
 from train.model import make_projector
+from train.together import of_each_view
 
 INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # Bardes 2022, section 4.2
 _CIFAR_VIEW = ViewSpec(area=(0.2, 1.0), p_solarize=0.1)  # solo-learn's for CIFAR-10
@@ -33,6 +34,7 @@ def variance_and_covariance(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 class VICReg(nn.Module):
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": (_CIFAR_VIEW, _CIFAR_VIEW)}  # noqa: RUF012 (never changed)
+    TOGETHER = ("backbone", "projector")
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__()
@@ -41,7 +43,7 @@ class VICReg(nn.Module):
         self.config = config
 
     def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z = [self.projector(self.backbone(view)) for view in views]
+        z = of_each_view(views, self.config.views_together, self.backbone, self.projector)
         with torch.autocast(views[0].device.type, enabled=False):
             z1, z2 = (gather_over_ranks(one if one.dtype == torch.float64 else one.float()) for one in z)
             invariance = F.mse_loss(z1, z2)

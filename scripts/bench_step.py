@@ -51,7 +51,7 @@ from train.methods.choose import make_method
 from train.model import make_backbone
 from train.recompute import run_in_parts
 from train.recorded import RecordedStep, require_one_gpu
-from train.run_data import loader_config
+from train.run_data import loader_config, view_type
 from train.together import keep_views_apart
 
 SYNTHETIC = Path("synthetic")
@@ -94,7 +94,8 @@ class Bench:
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
         self.loader = None if config.data == SYNTHETIC else make_loader(loader_config(config, ranks))
         side, share = config.resolution, rank_batch(config.global_batch, ranks.world_size)
-        pixels = (torch.randn(share, 3, side, side, device=ranks.device) for _ in range(2))
+        kind = {"dtype": view_type(config, ranks.device), "device": ranks.device}
+        pixels = (torch.randn(share, 3, side, side, **kind) for _ in range(2))
         self.views = tuple(view.contiguous(memory_format=self.MEMORY_FORMAT) for view in pixels)
         with FlopCounterMode(display=False) as counter:  # of two images: they grow with the batch, as memory does
             self._loss(self.method, [view[:2] for view in self.views])[0].backward()

@@ -30,6 +30,7 @@ from pipeline.order import rank_batch
 from train.config import AMP, PretrainConfig, resolution_rows
 from train.distributed import Ranks, largest, say
 from train.recompute import blocks_of, recompute_blocks
+from train.run_data import view_type
 
 GB = 1e9
 PROBES = 4, 8  # images of the two batches that are counted
@@ -95,7 +96,9 @@ def saved_bytes(method: nn.Module, images: int, config: PretrainConfig, device: 
         for block in blocks_of(method.backbone)
     ]
     views = [
-        torch.zeros(images, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+        torch.zeros(images, 3, side, side, dtype=view_type(config, device), device=device).contiguous(
+            memory_format=torch.channels_last
+        )
         for _ in method.VIEWS[config.views]
     ]
     # The views are the loader's, whatever is saved of them.
@@ -123,7 +126,7 @@ def needed_bytes(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> dic
     batch, device = rank_batch(config.global_batch, ranks.world_size), ranks.device
     weights = sum(p.nbytes for p in method.parameters())
     trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
-    view = batch * 3 * largest_side(config) ** 2 * 4
+    view = batch * 3 * largest_side(config) ** 2 * view_type(config, device).itemsize
     always = weights + 2 * trained + BATCHES_OF_VIEWS * len(method.VIEWS[config.views]) * view
     # Tensors that no one saves: the backward pass's gradients, or what a target network's own forward pass holds.
     passing = 3 if trained < weights else 1

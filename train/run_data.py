@@ -34,6 +34,11 @@ def dataset_sha256(stored: Beton | Shards) -> str:
     return hashlib.sha256((stored.manifest["tables_sha256"] + stored.manifest["files_sha256"]).encode()).hexdigest()
 
 
+def view_type(config: PretrainConfig, device: torch.device) -> torch.dtype:
+    """Of the views' values: on a GPU what autocast rounds them to before the first layer."""
+    return AMP[config.amp] if device.type == "cuda" else torch.float32
+
+
 def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
     """What loads this rank's share of the run's batches. Raises UserError for data or a batch that does not do."""
     rank_batch(config.global_batch, ranks.world_size)
@@ -57,5 +62,5 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
         workers=config.workers,
         device=str(ranks.device),
         views_on=config.views_on,
-        view_type=AMP[config.amp] if ranks.device.type == "cuda" else torch.float32,
+        view_type=view_type(config, ranks.device),
     )

@@ -20,6 +20,7 @@ import itertools
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +221,7 @@ def _check_space(source: sources.Source, writer: BetonWriter, config: ConvertCon
 
 
 def _append_all(source: sources.Source, writer: BetonWriter, config: ConvertConfig) -> None:
-    start_bytes = writer.bytes_written
+    start_bytes, start_s = writer.bytes_written, time.monotonic()
     bar = tqdm(total=len(source), initial=writer.done, unit="img", desc=writer.path.name, smoothing=0.05)
     with bar, contextlib.closing(_stored_images(source, writer.done, config)) as results:
         for result, stamp in results:
@@ -236,8 +237,8 @@ def _append_all(source: sources.Source, writer: BetonWriter, config: ConvertConf
                 writer.append(result, stamp)
             bar.update()
             if writer.done % 64 == 0:
-                elapsed = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"{(writer.bytes_written - start_bytes) / 1e6 / elapsed:.0f} MB/s", refresh=False)
+                mb_per_s = (writer.bytes_written - start_bytes) / 1e6 / max(time.monotonic() - start_s, 1e-3)
+                bar.set_postfix_str(f"{mb_per_s:.0f} MB/s", refresh=False)
 
 
 def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:

@@ -10,6 +10,7 @@ leaves what it has measured:
 
 import json
 import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,11 @@ class Record:
         self.found = {"rounds": 0, "complete": False, "device": device, "torch": torch.__version__}
         if config.dry_run:
             self.found["dry_run"] = True
+
+    def wait_until_quiet(self) -> None:
+        """Until gpu_report.py says that nothing else runs beside."""
+        while not (self.path.parents[1] / "quiet").exists():
+            time.sleep(0.2)
 
     def write(self, complete: bool = False, **found) -> None:
         """Adds or replaces entries; on disk when this returns."""

@@ -1,14 +1,14 @@
 """What scripts/gpu_report.sh runs: the stages of a slot, each in a process of its own with a time limit of its own.
 
-    A   card  gate  kernels  step  ways  tests  loader    the machine, kernels, steps, pytest -m gpu, real images
+    A   card  step  gate  kernels  ways  tests            the machine, steps, real images, kernels, pytest -m gpu
     B   card  cifar  linear                               200 epochs of CIFAR-10 in the fastest way found, evaluated
     C   card  decoders  loader-dali                       what NVIDIA DALI decodes, and how fast
         tune                                              by --only: launch settings of the kernels
 
-From the start on, numba compiles the CPU's kernels (and --images are converted) beside the first stages. Meanwhile come
-those that need the GPU alone; the others in the order above. A stage that fails, hangs or lacks something keeps no
-other from being measured: its record has what it measured and the reason. A stage is done when its record is complete,
-and is not run again.
+From the start on, numba compiles the CPU's kernels, --images are converted and the tests run. Beside them `step`
+compiles its networks; it and everything else is measured when the machine is quiet. A stage that fails, hangs or lacks
+something keeps no other from being measured: its record has what it measured and the reason. A stage is done when its
+record is complete, and is not run again.
 """
 
 import json
@@ -31,7 +31,7 @@ from pipeline.command import DATA, REPO, RUNS, UserError, run_command
 from pipeline.disk import write_whole
 
 SLOTS = {
-    "A": ("card", "gate", "kernels", "step", "ways", "tests", "loader"),
+    "A": ("card", "step", "gate", "kernels", "ways", "tests"),
     "B": ("card", "cifar", "linear"),
     "C": ("card", "decoders", "loader-dali"),
 }
@@ -41,16 +41,15 @@ LIMIT_S = {
     "gate": 60,
     "kernels": 60,
     "tune": 120,
-    "step": 180,
+    "step": 240,
     "ways": 150,
     "tests": 150,
-    "loader": 120,
     "cifar": 560,
     "linear": 60,
     "decoders": 90,
     "loader-dali": 150,
 }
-GPU_ONLY = ("card", "step")  # need neither numba nor images
+BEGIN_EARLY = ("card", "step")  # have something to do until the machine is quiet
 LEAST_S = 15  # with less left, nothing more is begun
 TO_STOP_S, TAIL_S = 10, 3  # a stage that is told to stop has these to write what it has; the report takes these
 PICTURES, DRY_PICTURES = 256, 32
@@ -94,6 +93,7 @@ class Report:
         self.stages.mkdir(parents=True, exist_ok=True)
         self.log = self.folder / "log.txt"
         self.log.touch()
+        self.test_log, self.tests_end = self.folder / "tests.txt", 0.0
         own = config.data.expanduser().resolve() if config.data else self.folder / "data"
         self.data, self.cifar = own, self.folder / "data" if config.dry_run else config.cifar.expanduser().resolve()
         self.environment = os.environ | {
@@ -104,6 +104,9 @@ class Report:
         if config.dry_run:
             self.environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         self.beside: list[subprocess.Popen] = []
+        self.testing: subprocess.Popen | None = None
+        self.quiet = self.folder / "quiet"
+        self.quiet.unlink(missing_ok=True)
 
     def left_s(self) -> float:
         return self.end - time.monotonic()
@@ -117,19 +120,24 @@ class Report:
 
     # ---- processes ----
 
-    def start(self, *arguments: object, **environment: str) -> subprocess.Popen:
-        """A Python process of ours; its output goes to OUT/log.txt."""
+    def start(self, *arguments: object, log: Path | None = None, **environment: str) -> subprocess.Popen:
+        """A Python process of ours; its output goes to OUT/log.txt, or to `log`."""
         command = [sys.executable, *(str(argument) for argument in arguments)]
         print(f"{self.left_s():4.0f} s left:", *command[1:], file=sys.stderr, flush=True)
-        with open(self.log, "a", encoding="utf-8", errors="surrogateescape") as log:
-            log.write(f"+ {' '.join(command[1:])}\n")
-            log.flush()
+        with open(log or self.log, "a", encoding="utf-8", errors="surrogateescape") as file:
+            file.write(f"+ {' '.join(command[1:])}\n")
+            file.flush()
             own = self.environment | environment
-            return subprocess.Popen(command, cwd=REPO, env=own, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(command, cwd=REPO, env=own, stdout=file, stderr=file, start_new_session=True)
 
-    def prepare(self) -> None:
+    def prepare(self, stages: list[str]) -> None:
         """Starts what the first stages need not wait for."""
         self.beside.append(self.start("scripts/compile_kernels.py"))
+        if "tests" in stages:
+            self.test_log.unlink(missing_ok=True)
+            self.tests_end = time.monotonic() + LIMIT_S["tests"]
+            self.testing = self.start(*self.tests(), log=self.test_log, OMP_NUM_THREADS="2")
+            self.beside.append(self.testing)
         if self.config.data or (self.data / "train.manifest.json").is_file():
             return
         source = self.config.images
@@ -142,8 +150,24 @@ class Report:
             to = self.data / f"{split}.beton"
             self.beside.append(self.start("pipeline/convert.py", "--source", source.resolve(), "--out", to, *flags))
 
-    def prepared(self) -> bool:
-        return all(process.poll() is not None for process in self.beside)
+    def settle(self) -> bool:
+        """Whether nothing runs beside any more; then the stages that wait for it may go on."""
+        if self.testing and (self.testing.poll() is not None or time.monotonic() > self.tests_end):
+            end_group(self.testing)
+            self.write_tests(self.testing.returncode)
+            self.testing = None
+        if self.quiet.exists():
+            return True
+        quiet = all(process.poll() is not None for process in self.beside)
+        if quiet:
+            self.quiet.touch()
+        return quiet
+
+    def write_tests(self, code: int) -> None:
+        found = tests_found(self.test_log.read_text("utf-8", "replace"), ended=code == 0)
+        if not found["complete"]:
+            found["error"] = "no test passed" if code in (0, 5) else f"exit code {code}"
+        self.write("tests", found)
 
     def run(self, stage: str) -> None:
         """One stage, to its end or its limit; afterwards its record says how it ended."""
@@ -151,27 +175,21 @@ class Report:
         log_from, limit_s = self.log.stat().st_size, max(1, self.left_s() - TO_STOP_S)
         if not self.config.dry_run:
             limit_s = min(limit_s, LIMIT_S[stage])
-        if stage == "tests":
-            process = self.start(*self.tests(), OMP_NUM_THREADS="2")
-        else:
-            flags = ["--stage", stage, "--out", self.folder, "--data", self.data, "--cifar", self.cifar]
-            flags += ["--way", self.config.way] if self.config.way else []
-            flags += ["--launches", self.config.launches.resolve()] if self.config.launches else []
-            process = self.start("scripts/gpu_stages.py", *flags, *["--dry-run"] * self.config.dry_run)
-        try:
-            code = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
+        flags = ["--stage", stage, "--out", self.folder, "--data", self.data, "--cifar", self.cifar]
+        flags += ["--way", self.config.way] if self.config.way else []
+        flags += ["--launches", self.config.launches.resolve()] if self.config.launches else []
+        process = self.start("scripts/gpu_stages.py", *flags, *["--dry-run"] * self.config.dry_run)
+        end = time.monotonic() + limit_s
+        while process.poll() is None and time.monotonic() < end:
+            self.settle()
+            time.sleep(0.2)
+        code = process.poll()
         end_group(process)
         output = self.log.read_bytes()[log_from:].decode("utf-8", "replace")
-        if stage == "tests":
-            self.write("tests", tests_found(output, ended=code == 0))
         if not self.done(stage):
             lines = [line for line in output.splitlines() if line.strip()]
             why = f"stopped after {limit_s:.0f} s" if code is None else f"exit code {code}: {lines[-1][:300]}"
             found = self.read(stage)
-            if stage == "tests" and code in (0, 5):  # of pytest: all that were not skipped passed; there were none
-                why = "no test passed"
             self.write(stage, found | {"rounds": found.get("rounds", 0), "complete": False} | {"error": why})
 
     def write(self, stage: str, found: dict) -> None:
@@ -189,9 +207,9 @@ class Report:
 
     def run_all(self, stages: list[str]) -> None:
         """Every stage, in order, but none that must wait before one that need not."""
-        while stages and self.left_s() - TO_STOP_S > LEAST_S:
-            prepared = self.prepared()
-            ready = [stage for stage in stages if prepared or stage in GPU_ONLY]
+        while (stages or self.testing) and self.left_s() - TO_STOP_S > LEAST_S:
+            quiet = self.settle()
+            ready = [stage for stage in stages if quiet or stage in BEGIN_EARLY]
             if not ready:
                 time.sleep(0.2)
                 continue
@@ -253,10 +271,13 @@ def main(config: ReportConfig) -> None:
     report = Report(config)
     wanted = [stage for stage in config.only or SLOTS[config.slot] if not report.done(stage)]
     if wanted:
-        report.prepare()
+        report.prepare(wanted)
     try:
-        report.run_all(list(wanted))
+        report.run_all([stage for stage in wanted if stage != "tests"])
     finally:
+        if report.testing:
+            report.tests_end = 0
+            report.settle()
         for process in report.beside:
             end_group(process)
         print(report.write_report())

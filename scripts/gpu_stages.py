@@ -4,7 +4,7 @@
 
     card                    versions, and the bandwidth of a plain copy
     gate, kernels, tune     the view kernels                                                    gpu_kernels.py
-    step, ways, loader      training steps                                                      gpu_steps.py
+    step, ways              training steps                                                      gpu_steps.py
     cifar, linear           200 epochs of CIFAR-10 with kNN over time, then kNN; linear evaluation of the encoder
     decoders, loader-dali   how far DALI's pixels are from the others'; the step on images that it decodes
 
@@ -163,7 +163,6 @@ def stages() -> dict[str, Callable[[StageConfig, Record], None]]:
         "tune": measure_tune,
         "step": measure_step,
         "ways": measure_ways,
-        "loader": partial(measure_loader, name="ffcv"),
         "loader-dali": partial(measure_loader, name="dali"),
         "cifar": measure_cifar,
         "linear": measure_linear,

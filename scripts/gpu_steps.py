@@ -1,8 +1,9 @@
 """Training steps on a GPU: ours beside the published way, CIFAR-10's ways of stepping, real images beside synthetic.
 
-    step         ResNet-50 on synthetic images at batch 512, ours and the published way in turn; then ours at 1024
+    step         ResNet-50 on synthetic images at batch 512, ours and the published way in turn; ours on real images and
+                 on synthetic ones in turn, with the same cores; ours at batch 1024
     ways         the step of --preset cifar10 on resident images, way by way, each then in turn
-    loader…      the step at 1024 on real images and on synthetic ones in turn: the same network, the same cores
+    loader-dali  real ÷ synthetic where DALI decodes
 
 The published way (facebookresearch/barlowtwins): fp16 autocast with a loss scaler, NCHW, not compiled, every activation
 kept, LARS as a loop over parameters. At 1024 images it needs more than 80 GB, so the two are compared at 512. Between
@@ -13,7 +14,7 @@ import contextlib
 import os
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -21,16 +22,13 @@ from bench_step import PEAK, SYNTHETIC, Bench, BenchConfig
 from gpu_record import GB, Interval, Record, StageConfig, interval
 
 from pipeline.command import UserError
-from pipeline.loader import make_loader
+from pipeline.loader import Loader, make_loader
 from train.cards import PRESETS, resolved
-from train.config import PretrainConfig
-from train.distributed import start_ranks
+from train.distributed import Ranks, start_ranks
 from train.run_data import loader_config
 
-FIELDS = {field.name for field in fields(PretrainConfig)}
-PARTS = ("compile", "graph", "together") if "views_together" in FIELDS else ("compile", "graph")
-WAYS = ("eager", "graph", "compile", "compile+graph")
-WAYS += tuple(f"{way}+together" for way in WAYS) if "together" in PARTS else ()
+PARTS = ("compile", "graph", "together")
+WAYS = ("compile+graph", "compile+graph+together", "graph", "graph+together", "compile", "eager")
 EQUAL_BATCH, BATCH = 512, 1024
 CORES = (4, 2)
 ROUNDS = 5
@@ -79,19 +77,18 @@ def way_fields(way: str) -> dict:
     parts = [part for part in way.split("+") if part != "eager"]
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--way {way} has the part {unknown[0]!r}; give eager, or join some of {', '.join(PARTS)} by +")
-    chosen = {"compile": "compile" in parts, "cuda_graph": "graph" in parts}
-    return chosen | ({"views_together": "together" in parts} if "views_together" in FIELDS else {})
+    return {"compile": "compile" in parts, "cuda_graph": "graph" in parts, "views_together": "together" in parts}
 
 
 def ours() -> dict:
     """How this project steps ResNet-50 on one GPU: compiled, and what is kept of activations chosen by the card."""
-    return way_fields("compile") | ({"activations": "auto"} if "activations" in FIELDS else {})
+    return way_fields("compile") | {"activations": "auto"}
 
 
 def published(dry_run: bool) -> dict:
     """The published step's fields, as far as they are fields; PublishedBench is the rest."""
     amp = {"amp": "off" if dry_run else "fp16"}
-    return way_fields("eager") | amp | ({"activations": "all"} if "activations" in FIELDS else {})
+    return way_fields("eager") | amp | {"activations": "all"}
 
 
 def bench_card(config: StageConfig, preset: str, batch: int, chosen: dict) -> BenchConfig:
@@ -148,22 +145,28 @@ def ratio(of: list[Run], to: list[Run]) -> Interval:
 
 
 def measure_step(config: StageConfig, record: Record) -> None:
+    """Ours and the published way; then ours on real images; then ours at the card's own batch."""
     ranks, rounds = start_ranks(), 2 if config.dry_run else ROUNDS
     one = Bench(bench_card(config, "imagenet", EQUAL_BATCH, ours()), ranks)
     other = PublishedBench(bench_card(config, "imagenet", EQUAL_BATCH, published(config.dry_run)), ranks)
-    for runs in rounds_of({"ours": one.together, "published": other.together}, rounds):
+    turns = {"ours": one.together, "published": other.together}
+    for turn in turns.values():  # compiled, and cuDNN's kernels chosen
+        with_memory(turn)
+    record.wait_until_quiet()
+    for runs in rounds_of(turns, rounds):
         record.write(
             rounds=len(runs["ours"]),
             ours=summary(one, runs["ours"]),
             published=summary(other, runs["published"]),
             ours_over_published=ratio(runs["ours"], runs["published"]),
         )
-    del one, other
+    del other, turns
+    measure_real(config, record, "ffcv", one, ranks)
+    del one
     full = Bench(bench_card(config, "imagenet", BATCH, ours()), ranks)
     for runs in rounds_of({"full": full.together}, rounds):
         record.write(ours_full=summary(full, runs["full"]))
-    split = [full.apart() for _ in range(3)]
-    record.write(complete=True, our_stages_ms={stage: interval([part[stage] for part in split]) for stage in split[0]})
+    record.write(complete=True)
 
 
 def measure_ways(config: StageConfig, record: Record) -> None:
@@ -211,22 +214,30 @@ def use_cores(cores: int, all_cores: list[int]) -> None:
 
 
 def measure_loader(config: StageConfig, record: Record, name: str) -> None:
-    """Real and synthetic images in turn, by number of cores that the whole process has."""
-    ranks, all_cores = start_ranks(), sorted(os.sched_getaffinity(0))
-    counts = [1] if config.dry_run else [n for n in CORES if n <= len(all_cores)]
-    card = bench_card(config, "imagenet", BATCH, ours())
-    loaders = {}
-    for cores in counts:  # before minutes go into compiling: what is wrong with the data or the decoder shows now
-        real = loader_config(replace(card, data=config.data, loader=name, workers=cores), ranks)
-        loaders[cores] = make_loader(replace(real, ids=repeated(real.data, 4 * card.global_batch)))
-        first = loaders[cores].batches(0, 1)
-        next(first)
+    """Real images by another loader; an image that it cannot decode shows before minutes go into compiling."""
+    ranks = start_ranks()
+    card = bench_card(config, "imagenet", EQUAL_BATCH, ours())
+    with contextlib.closing(real_loader(config, card, name, CORES[0], ranks)) as loader:
+        next(first := loader.batches(0, 1))
         first.close()
-    bench, found = Bench(card, ranks), {}
+    bench = Bench(card, ranks)
     bench.together()  # compiled with all cores
-    for cores in counts:
+    measure_real(config, record, name, bench, ranks)
+    record.write(complete=True)
+
+
+def real_loader(config: StageConfig, card: BenchConfig, name: str, cores: int, ranks: Ranks) -> Loader:
+    real = loader_config(replace(card, data=config.data, loader=name, workers=cores), ranks)
+    return make_loader(replace(real, ids=repeated(real.data, 4 * card.global_batch)))
+
+
+def measure_real(config: StageConfig, record: Record, name: str, bench: Bench, ranks: Ranks) -> None:
+    """Real images and synthetic ones in turn, by number of cores that the whole process has."""
+    all_cores, found = sorted(os.sched_getaffinity(0)), {}
+    for cores in [1] if config.dry_run else [n for n in CORES if n <= len(all_cores)]:
         use_cores(cores, all_cores)
-        real, synthetic = bench.batches_of(loaders[cores]), bench.batches_of(None)
+        loader = real_loader(config, bench.config, name, cores, ranks)
+        real, synthetic = bench.batches_of(loader), bench.batches_of(None)
         turns = {"synthetic": lambda s=synthetic: bench.together(s), "real": lambda r=real: bench.together(r)}
         for runs in rounds_of(turns, 2 if config.dry_run else ROUNDS):
             found[str(cores)] = {
@@ -236,9 +247,8 @@ def measure_loader(config: StageConfig, record: Record, name: str) -> None:
             }
             record.write(rounds=len(runs["real"]), by_cores=found)
         real.close()
-        loaders[cores].close()
-    use_cores(len(all_cores), all_cores)
-    record.write(complete=True)
+        loader.close()
+        use_cores(len(all_cores), all_cores)
 
 
 def repeated(data, least: int) -> np.ndarray:

@@ -50,8 +50,8 @@ BARS = [
         "step",
         lambda stage: mean(stage["ours_over_published"], 2),
     ),
-    ("real ÷ synthetic, fast loader, 4 cores", "≥ 0.97", "", "loader", by_cores(4)),
-    ("the same, 2 cores", "", "≥ 0.99", "loader", by_cores(2)),
+    ("real ÷ synthetic, fast loader, 4 cores", "≥ 0.97", "", "step", by_cores(4)),
+    ("the same, 2 cores", "", "≥ 0.99", "step", by_cores(2)),
     ("real ÷ synthetic, DALI, 4 cores", "", "", "loader-dali", by_cores(4)),
     ("CIFAR-10, 200 epochs, kNN ≥ 84.2 %", "≤ 8 min", "≤ 5 min", "cifar", accuracy),
     ("its encoder, linear on kept features", "", "", "linear", lambda stage: f"{stage['linear_cached']:.2f} %"),
@@ -85,7 +85,7 @@ def step_rows(found: Found) -> Iterator[tuple[str, ...]]:
     for part, name in names.items():
         if of := found.get("step", {}).get(part):
             yield step_row(f"{name}, batch {of['batch']}", of)
-    for stage in ("loader", "loader-dali"):
+    for stage in ("step", "loader-dali"):
         for cores, of in found.get(stage, {}).get("by_cores", {}).items():
             name = "DALI" if stage == "loader-dali" else "fast loader"
             yield step_row(f"real, {name}, {cores} cores, batch {of['real']['batch']}", of["real"])

@@ -100,7 +100,13 @@ def measure_cifar(config: StageConfig, record: Record) -> None:
     run, way, spent = config.out / "cifar", chosen_way(config), config.out / "cifar-seconds.json"
     before_s = json.loads(spent.read_text("utf-8")) if spent.is_file() else 0.0
     card = replace(
-        PRESETS["cifar10"], data=config.cifar, run=str(run), epochs=200, loader="resident", knn_images=10_000
+        PRESETS["cifar10"],
+        data=config.cifar,
+        run=str(run),
+        epochs=200,
+        loader="resident",
+        knn_every=25,
+        knn_images=10_000,
     )
     card = replace(card, **TOY if config.dry_run else way_fields(way) if way else {})
     start, stop = time.monotonic(), threading.Event()

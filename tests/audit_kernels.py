@@ -64,7 +64,7 @@ def usage(cubin: bytes) -> dict[str, int]:
 
 
 def scattered(ttgir: str) -> list[str]:
-    """Loads and stores whose lanes do not run along the last dimension, or which take several elements each in a row."""
+    """Loads and stores whose lanes do not run along the last dimension, or take several elements in a row each."""
     layouts = {}
     for name, elements, lanes in re.findall(
         r"#(blocked\d*) = #ttg.blocked<\{sizePerThread = \[([\d, ]+)\], threadsPerWarp = \[([\d, ]+)\]", ttgir

@@ -155,9 +155,9 @@ class PretrainConfig:
     """Record a whole step once and replay it: for steps so small that starting their kernels takes longer than running
     them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding. None: on the CIFAR-10 cards,
     where it works and without --deterministic."""
-    views_together: bool = False
+    views_together: bool | None = None
     """Both views through the networks in one pass, each batch norm still over one view at a time: the same update up to
-    rounding, with half as many kernels to start (CIFAR-10)."""
+    rounding, with half as many kernels, each on twice the images. None: where the step is compiled and recorded."""
     knn_every: int = 0
     """Epochs between two nearest-neighbour accuracies of the network in training (metrics.jsonl, TensorBoard, bar); 0:
     none. Rank 0 computes them from a copy of the backbone beside the steps; the weights do not change by it."""

@@ -52,7 +52,7 @@ class Saved(NamedTuple):
 
 
 def with_device_defaults(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
-    """--compile and --cuda-graph where neither was said: what is fast on this device.
+    """--compile, --cuda-graph and --views-together where they were not said: what is fast on this device.
 
     Raises UserError for --compile, or what needs it, without a C compiler.
     """
@@ -71,6 +71,8 @@ def with_device_defaults(config: PretrainConfig, ranks: Ranks) -> PretrainConfig
         reads = config.amp == "fp16" or config.on_nan == "skip"
         small = config.preset.startswith("cifar10") and cuda and ranks.world_size == 1
         config = replace(config, cuda_graph=small and not again and not reads)
+    if config.views_together is None:  # faster by 7 % there, slower where batch norm's outputs are joined by a copy
+        config = replace(config, views_together=bool(config.compile and config.cuda_graph))
     return config
 
 

@@ -49,6 +49,7 @@ LIMIT_S = {
     "decoders": 90,
     "loader-dali": 150,
 }
+NEED_IMAGES = ("gate", "kernels", "tune", "step", "decoders", "loader-dali")
 BEGIN_EARLY = ("card", "step")  # have something to do until the machine is quiet
 LEAST_S = 15  # with less left, nothing more is begun
 TO_STOP_S, TAIL_S = 10, 3  # a stage that is told to stop has these to write what it has; the report takes these
@@ -138,7 +139,8 @@ class Report:
             self.tests_end = time.monotonic() + LIMIT_S["tests"]
             self.testing = self.start(*self.tests(), log=self.test_log, OMP_NUM_THREADS="2")
             self.beside.append(self.testing)
-        if self.config.data or (self.data / "train.manifest.json").is_file():
+        given = self.config.data or (self.data / "train.manifest.json").is_file()
+        if given or not (self.config.dry_run or set(stages) & set(NEED_IMAGES)):
             return
         source = self.config.images
         if source is None:

@@ -238,6 +238,10 @@ def finish_colours(
 ):
     """Grid (views, tiles): contrast and what follows, grey → planes; unblurred views normalized → out."""
     view = tl.program_id(0)
+    begin, end = field(table, view, STEPS_BEFORE_MEAN), field(table, view, STEPS)
+    grey, blur = field(table, view, GREY), field(table, view, BLUR)
+    if (blur != 0) & (grey == 0) & (begin == end):
+        return  # the planes are finished
     top, x = _place(pitch, ROWS, LANES)
     own = planes + view.to(tl.int64) * (3 * side * pitch) + top * pitch + x
     levels = ()
@@ -246,14 +250,13 @@ def finish_colours(
         levels += (tl.load(place, mask=top + i // 3 < side, other=0).to(tl.int32),)
     count = side * side
     mean = ((2 * tl.load(sums + view) + count) // (2 * count)).to(tl.int32)
-    begin, end = field(table, view, STEPS_BEFORE_MEAN), field(table, view, STEPS)
     levels = _jitter(levels, table, view, begin, end, mean, exact_hues)
-    if field(table, view, GREY) != 0:
-        grey = ()
+    if grey != 0:
+        lumas = ()
         for i in tl.static_range(0, 3 * ROWS, 3):
-            grey += (_luma(levels[i], levels[i + 1], levels[i + 2]),) * 3
-        levels = grey
-    if field(table, view, BLUR) != 0:
+            lumas += (_luma(levels[i], levels[i + 1], levels[i + 2]),) * 3
+        levels = lumas
+    if blur != 0:
         _store_rows(levels, own, top, side, pitch)
     else:
         values = lut + field(table, view, SOLARIZE) * LUT_SIZE

@@ -6,17 +6,19 @@
                                          the contrast     unblurred views   views only)   normalize
                                                           end here
 
-Between kernels everything is uint8, since Pillow rounds there, in planes (V · B, 3, side, pitch). Contrast needs the
-mean of the whole picture at its place in the drawn order: that cuts the colour operations in two. No randomness.
+Between kernels every value has 8 bits, since Pillow rounds there: a pixel's three in an int32, which is one load, until
+the colours are finished; planes (V · B, 3, side, pitch) for the blur. Contrast needs the mean of the whole picture at
+its place in the drawn order: that cuts the colour operations in two. A thread has one column and eight rows of a view,
+so that neighbours in a row are neighbours in a warp, whatever Triton's version. No randomness.
 
 Bytes for one image with two 224 px views, bf16, from boxes of 300 × 300 px, 1.1 of the 2 views blurred:
 
     kernel               reads     writes        kernel               reads     writes
-    resize_once          540 kB    403 kB        blur_lines, rows     166 kB    166 kB
-    start_colours        403 kB    301 kB        blur_lines, columns  166 kB    331 kB
-    finish_colours       301 kB    437 kB        coefficients         20 kB, written once, read twice
+    resize_once          540 kB    538 kB        blur_lines, rows     166 kB    166 kB
+    start_colours        538 kB    401 kB        blur_lines, columns  166 kB    331 kB
+    finish_colours       401 kB    437 kB        coefficients         20 kB, written once, read twice
 
-3.2 MB together, of which 1.1 MB (the boxes in, the views out) no design saves: 3.3 GB for 1024 images.
+3.7 MB together, of which 1.1 MB (the boxes in, the views out) no design saves: 3.8 GB for 1024 images.
 """
 
 from functools import lru_cache
@@ -38,24 +40,25 @@ from pipeline.resample_gpu import (
     GREY,
     HUE_SHIFT,
     ORDER,
-    PITCH_BYTES,
     SATURATION_FACTOR,
     SOLARIZE,
     STEPS,
     STEPS_BEFORE_MEAN,
+    TILE,
     TILE_PX,
     ViewPlan,
     field,
     fill_coefficients,
     resize_once,
     resized_rows,
+    words,
 )
 from pipeline.spec import SOLARIZE_THRESHOLD, Normalization
 
 # How the kernels are launched: the size of what a program makes, how far loops are unrolled, warps.
 SETTINGS = {
     "fill_coefficients": {"OUTPUTS": 128},
-    "resize_once": {"ROWS": 8, "LINES": 4, "LANES": 128, "TAPS": 4},
+    "resize_once": {"ROWS": 8, "LANES": 128, "TAPS": 4},
     "start_colours": {"ROWS": 8, "LANES": 128, "TAPS": 4},
     "finish_colours": {"ROWS": 8, "LANES": 128},
     "blur_lines": {"LINES": 64, "num_warps": 2},
@@ -174,18 +177,10 @@ def _jitter(levels, table, view, first, end, mean, exact_hues):
 @triton.jit
 def _place(pitch, ROWS: tl.constexpr, LANES: tl.constexpr):
     """The first row and the column of each lane: 32 columns × LANES / 32 · ROWS rows to a program."""
-    lane, across = tl.arange(0, LANES), pitch // PITCH_BYTES
+    lane, across = tl.arange(0, LANES), pitch // TILE
     down = tl.program_id(1) // across
-    top = (down * (LANES // PITCH_BYTES) + lane // PITCH_BYTES) * ROWS
-    return top, (tl.program_id(1) - down * across) * PITCH_BYTES + lane % PITCH_BYTES
-
-
-@triton.jit
-def _store_rows(levels, to, top, side, pitch):
-    """A tuple of red, green, blue, red, … to planes; `to` is the place of the first red."""
-    for i in tl.static_range(len(levels)):
-        place = to + (i // 3) * pitch + (i % 3) * (side * pitch)
-        tl.store(place, levels[i].to(tl.uint8), mask=top + i // 3 < side)
+    top = (down * (LANES // TILE) + lane // TILE) * ROWS
+    return top, (tl.program_id(1) - down * across) * TILE + lane % TILE
 
 
 @triton.jit
@@ -199,7 +194,7 @@ def start_colours(
     table,
     first,
     coefficients,
-    planes,
+    colours,
     sums,
     exact_hues,
     side: tl.constexpr,
@@ -208,13 +203,15 @@ def start_colours(
     LANES: tl.constexpr,
     TAPS: tl.constexpr,
 ):
-    """Grid (views, tiles): resize's second pass, jitter up to contrast → planes; sums of luma (views,)."""
+    """Grid (views, tiles): second pass, jitter up to contrast → colours, a pixel an int32; sums of luma (views,)."""
     view = tl.program_id(0)
     top, x = _place(pitch, ROWS, LANES)
     steps, before_mean = field(table, view, STEPS), field(table, view, STEPS_BEFORE_MEAN)
     levels = resized_rows(between, table, first, coefficients, view, top, x, side, pitch, ROWS, TAPS)
     levels = _jitter(levels, table, view, 0, before_mean, tl.full((), 0, tl.int32), exact_hues)
-    _store_rows(levels, planes + view.to(tl.int64) * (3 * side * pitch) + top * pitch + x, top, side, pitch)
+    to, packed = colours + view.to(tl.int64) * (side * pitch) + top * pitch + x, words(levels)
+    for row in tl.static_range(ROWS):
+        tl.store(to + row * pitch, packed[row], mask=top + row < side)
     if before_mean < steps:
         total = tl.full((LANES,), 0, tl.int32)
         for row in tl.static_range(ROWS):
@@ -226,44 +223,44 @@ def start_colours(
 @triton.jit
 def finish_colours(
     table,
-    planes,
+    colours,
     sums,
     exact_hues,
     lut,
+    planes,
     out,
     side: tl.constexpr,
     pitch: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
 ):
-    """Grid (views, tiles): contrast and what follows, grey → planes; unblurred views normalized → out."""
+    """Grid (views, tiles): contrast and what follows, grey; views to be blurred → planes, others normalized → out."""
     view = tl.program_id(0)
-    begin, end = field(table, view, STEPS_BEFORE_MEAN), field(table, view, STEPS)
-    grey, blur = field(table, view, GREY), field(table, view, BLUR)
-    if (blur != 0) & (grey == 0) & (begin == end):
-        return  # the planes are finished
     top, x = _place(pitch, ROWS, LANES)
-    own = planes + view.to(tl.int64) * (3 * side * pitch) + top * pitch + x
-    levels = ()
-    for i in tl.static_range(3 * ROWS):
-        place = own + (i // 3) * pitch + (i % 3) * (side * pitch)
-        levels += (tl.load(place, mask=top + i // 3 < side, other=0).to(tl.int32),)
+    own, levels = colours + view.to(tl.int64) * (side * pitch) + top * pitch + x, ()
+    for row in tl.static_range(ROWS):
+        word = tl.load(own + row * pitch, mask=top + row < side, other=0)
+        levels += (word & 255, (word >> 8) & 255, word >> 16)
     count = side * side
     mean = ((2 * tl.load(sums + view) + count) // (2 * count)).to(tl.int32)
+    begin, end = field(table, view, STEPS_BEFORE_MEAN), field(table, view, STEPS)
     levels = _jitter(levels, table, view, begin, end, mean, exact_hues)
-    if grey != 0:
-        lumas = ()
+    if field(table, view, GREY) != 0:
+        grey = ()
         for i in tl.static_range(0, 3 * ROWS, 3):
-            lumas += (_luma(levels[i], levels[i + 1], levels[i + 2]),) * 3
-        levels = lumas
-    if blur != 0:
-        _store_rows(levels, own, top, side, pitch)
+            grey += (_luma(levels[i], levels[i + 1], levels[i + 2]),) * 3
+        levels = grey
+    if field(table, view, BLUR) != 0:
+        plane = planes + view.to(tl.int64) * (3 * side * pitch) + top * pitch + x
+        for i in tl.static_range(3 * ROWS):
+            to = plane + (i // 3) * pitch + (i % 3) * (side * pitch)
+            tl.store(to, levels[i].to(tl.uint8), mask=top + i // 3 < side)
     else:
         values = lut + field(table, view, SOLARIZE) * LUT_SIZE
-        to = out + view.to(tl.int64) * (3 * count) + (top * side + x) * 3
+        pixel = out + view.to(tl.int64) * (3 * count) + (top * side + x) * 3
         for i in tl.static_range(3 * ROWS):
             value = tl.load(values + (i % 3) * 256 + levels[i])
-            tl.store(to + (i // 3) * (3 * side) + i % 3, value, mask=(x < side) & (top + i // 3 < side))
+            tl.store(pixel + (i // 3) * (3 * side) + i % 3, value, mask=(x < side) & (top + i // 3 < side))
 
 
 @triton.jit
@@ -342,13 +339,14 @@ def _empty(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor
 
 def _launch(pixels: torch.Tensor, plan: ViewPlan, lut: torch.Tensor, out: torch.Tensor) -> None:
     """The six kernels, and the memory between them."""
-    table, side, pitch = plan.table, plan.side_px, plan.pitch_bytes
+    table, side, pitch = plan.table, plan.side_px, plan.pitch_px
     n, device = len(table), pixels.device
     first = torch.empty((n, 2, side), dtype=torch.int32, device=device)
     fill, resize, start, finish, blur = (EXACT | SETTINGS[k.__name__] for k in KERNELS)
     coefficients = _empty(plan.taps * side + READ_PAST, torch.int32, device)
-    between = _empty(plan.between_bytes, torch.uint8, device)
-    planes = torch.empty((n, 3, side, pitch), dtype=torch.uint8, device=device)
+    between = _empty(plan.between_px, torch.int32, device)
+    colours = torch.empty((n, side, pitch), dtype=torch.int32, device=device)
+    planes, turned = torch.empty((2, n, 3, side, pitch), dtype=torch.uint8, device=device)
     sums = torch.zeros(n, dtype=torch.int64, device=device)
     hues, shape = _exact_hues(device), (side, pitch)
 
@@ -357,11 +355,11 @@ def _launch(pixels: torch.Tensor, plan: ViewPlan, lut: torch.Tensor, out: torch.
 
     fill_coefficients[(n, 2, triton.cdiv(side, fill["OUTPUTS"]))](table, first, coefficients, side, **fill)
     resize_once[(n, STRIDES)](pixels, table, first, coefficients, between, *shape, **resize)
-    start_colours[tiles(start)](between, table, first, coefficients, planes, sums, hues, *shape, **start)
-    finish_colours[tiles(finish)](table, planes, sums, hues, lut, out, *shape, **finish)
+    start_colours[tiles(start)](between, table, first, coefficients, colours, sums, hues, *shape, **start)
+    finish_colours[tiles(finish)](table, colours, sums, hues, lut, planes, out, *shape, **finish)
     if plan.blur_radius < 0:
         return
-    turned, lines = torch.empty_like(planes), (n, triton.cdiv(3 * side, blur["LINES"]))
+    lines = (n, triton.cdiv(3 * side, blur["LINES"]))
     blur["RADIUS"] = max(plan.blur_radius, 1)  # one kernel for all sigma up to 2.4 px
     for source, target, last in ((planes, turned, False), (turned, out, True)):
         blur_lines[lines](table, source.view(torch.int32), target, lut, *shape, LAST=last, **blur)

@@ -6,9 +6,9 @@ pass along an axis, 8 bits, then the other axis; the axis that shrinks more goes
 
     fill_coefficients ─┬──────────────────────────────────────────────────┐
                        ▼                                                  ▼
-    pixels ── resize_once ──▶ between, uint8: planes of rows resized ── resized_tile ──▶ r, g, b of a tile of a view
-                              in width (box height, 3, pitch), or
-                              in height (side, box width, 3)
+    pixels ── resize_once ──▶ between, a pixel an int32: rows resized ── resized_rows ──▶ r, g, b of a tile of a view
+                              in width (box height, pitch), or in
+                              height (side, box width)
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ SUPPORT = {"bicubic": 2, "bilinear": 1}  # px of the filter to each side, at sca
 COEFFICIENT_BITS = 22  # Pillow's fixed point
 MAX_SIGMA_PX = 9.4  # of the blur: a box radius of 8 px
 TILE_PX = 32  # of a view, both ways
-PITCH_BYTES = tl.constexpr(TILE_PX)  # planes' rows start at multiples of it: whole tiles of aligned, wide loads
+TILE = tl.constexpr(TILE_PX)
 
 # The columns of ViewPlan.table: names for the host, constants for the kernels.
 FIELDS = (
@@ -36,7 +36,7 @@ FIELDS = (
     *("box_height", "box_width", "resized_height", "resized_width", "window_top", "window_left"),
     *("flip", "support", "height_first"),
     *("taps_y", "taps_x", "coefficients_y", "coefficients_x"),  # taps of an output, where they start in their buffer
-    "between",  # byte where this view's intermediate starts
+    "between",  # pixel where this view's intermediate starts
     *("order_0", "order_1", "order_2", "order_3"),
     *("steps_before_mean", "steps"),  # how many of the four run before the contrast's mean is known, and in all
     *("brightness", "contrast", "saturation", "hue"),  # three float32 as their bits; hue as its 8-bit shift
@@ -60,8 +60,8 @@ class ViewPlan(NamedTuple):
     table          int64 (V · B, len(FIELDS)), row v · B + b
     images         B
     side_px        H = W of the views
-    pitch_bytes    from row to row of a plane: side_px, rounded up
-    between_bytes  of the intermediate of all views
+    pitch_px       from row to row of an intermediate: side_px, rounded up to whole tiles
+    between_px     of the intermediate of all views
     taps           of both axes of all views: rows of the coefficient buffer
     blur_radius    the largest box radius of any view, px; -1 = no view is blurred
     """
@@ -69,8 +69,8 @@ class ViewPlan(NamedTuple):
     table: torch.Tensor
     images: int
     side_px: int
-    pitch_bytes: int
-    between_bytes: int
+    pitch_px: int
+    between_px: int
     taps: int
     blur_radius: int
 
@@ -153,7 +153,7 @@ def plan_views(
     contrast_at = np.where(is_contrast.any(1), is_contrast.argmax(1), 4)
     pitch = _round_up(resolution_px, TILE_PX)
     between = np.where(rules[:, 0], p.box_width.astype(np.int64) * resolution_px, p.box_height.astype(np.int64) * pitch)
-    between = _round_up(between * 3, TILE_PX)
+    between = _round_up(between, TILE_PX)
     columns = {name: getattr(p, name) for name in FIELDS if name in ViewParams._fields}
     columns |= {name: columns[name].view(np.int32) for name in ("brightness", "contrast", "saturation")}
     columns |= {f"order_{i}": p.jitter_order[:, i] for i in range(4)}
@@ -166,7 +166,7 @@ def plan_views(
         "taps_x": taps_x,
         "coefficients_y": _starts(taps),
         "coefficients_x": _starts(taps) + taps_y,
-        "between": _starts(between) // TILE_PX,  # in units of PITCH_BYTES
+        "between": _starts(between),
         "steps_before_mean": np.where(p.jitter, contrast_at, 0),
         "steps": np.where(p.jitter, 4, 0),
         "hue": (p.hue.astype(np.float64) * 255).astype(np.int64) & 255,
@@ -266,52 +266,56 @@ def _axis(table, first, coefficients, view, axis: tl.constexpr, i, side):
 
 
 @triton.jit
-def _narrow_rows(rows, begin, taps, weights, side, ROWS: tl.constexpr, TAPS: tl.constexpr):
-    """A pass along ROWS rows of pixels (n, w, 3), `rows` their starts: a tuple, red, green, blue of each, int32.
-
-    Lanes run along x: the three bytes of a tap are three loads, each with its lanes close together.
-    """
-    sums = (tl.full(begin.shape, _HALF, tl.int32),) * (3 * ROWS)
-    at = ()
+def _tops(table, first, coefficients, view, top, side, ROWS: tl.constexpr):
+    """Of ROWS rows of outputs from `top` on: taps, a tuple of their first inputs, pointers to the first's weights."""
+    begins = ()
     for row in tl.static_range(ROWS):
-        at += (rows[row] + begin * 3,)
-    for _ in tl.range(taps, loop_unroll_factor=TAPS):
-        weight = tl.load(weights)
-        weights += side
-        added, moved = (), ()
-        for i in tl.static_range(3 * ROWS):
-            added += (sums[i] + tl.load(at[i // 3] + i % 3).to(tl.int32) * weight,)
-        for row in tl.static_range(ROWS):
-            moved += (at[row] + 3,)
-        sums, at = added, moved
-    return sums
+        begins += (_axis(table, first, coefficients, view, 0, top + row, side)[1],)
+    weights = coefficients + field64(table, view, COEFFICIENTS_Y) * side + top
+    return field(table, view, TAPS_Y), begins, weights
 
 
 @triton.jit
-def _shorten_lines(at, row_bytes, begin, fourth, taps, weights, side, LINES: tl.constexpr, TAPS: tl.constexpr):
-    """A pass along columns of bytes, for LINES outputs: a tuple, int32, of LINES × four neighbouring bytes.
+def _sums(
+    rows, step, taps, weights, side, ROWS: tl.constexpr, DOWN: tl.constexpr, WORDS: tl.constexpr, TAPS: tl.constexpr
+):
+    """A pass for ROWS rows of outputs: a tuple, red, green, blue of each, int32 of 8 bits.
 
-    `at` points to a lane's first byte in the first row; it has a fourth one where `fourth`. `begin` is a tuple
-    of scalars, one a line, `weights` points to the first line's.
+    `rows` are pointers to each row's first input at each lane's column, and a tap further is `step` further: along the
+    row with weights for each column or, DOWN, from row to row with weights for each row. Inputs are three bytes a pixel
+    or, WORDS, three in an int32, which is one load for three.
     """
-    sums = (tl.full(at.shape, _HALF, tl.int32),) * (LINES * 4)
-    rows = ()
-    for line in tl.static_range(LINES):
-        rows += (at + begin[line] * row_bytes,)
+    sums = (tl.full(rows[0].shape, _HALF, tl.int32),) * (3 * ROWS)
     for _ in tl.range(taps, loop_unroll_factor=TAPS):
         added, moved = (), ()
-        for line in tl.static_range(LINES):
-            weight = tl.load(weights + line)
-            for i in tl.static_range(4):
-                if i < 3:
-                    value = tl.load(rows[line] + i)
-                else:
-                    value = tl.load(rows[line] + 3, mask=fourth, other=0)
-                added += (sums[line * 4 + i] + value.to(tl.int32) * weight,)
-            moved += (rows[line] + row_bytes,)
+        weight = tl.load(weights)
+        for row in tl.static_range(ROWS):
+            if DOWN and row > 0:
+                weight = tl.load(weights + row)
+            if WORDS:
+                word = tl.load(rows[row])
+                r, g, b = word & 255, (word >> 8) & 255, word >> 16
+            else:
+                r = tl.load(rows[row]).to(tl.int32)
+                g = tl.load(rows[row] + 1).to(tl.int32)
+                b = tl.load(rows[row] + 2).to(tl.int32)
+            added += (sums[3 * row] + r * weight, sums[3 * row + 1] + g * weight, sums[3 * row + 2] + b * weight)
+            moved += (rows[row] + step,)
         sums, rows = added, moved
         weights += side
-    return sums
+    levels = ()
+    for i in tl.static_range(3 * ROWS):
+        levels += (clip8(sums[i]),)
+    return levels
+
+
+@triton.jit
+def words(levels):
+    """A tuple of red, green, blue, red, … as one of pixels, int32: red in the lowest byte."""
+    packed = ()
+    for i in tl.static_range(0, len(levels), 3):
+        packed += (levels[i] | (levels[i + 1] << 8) | (levels[i + 2] << 16),)
+    return packed
 
 
 @triton.jit
@@ -324,75 +328,40 @@ def resize_once(
     side: tl.constexpr,
     pitch: tl.constexpr,
     ROWS: tl.constexpr,
-    LINES: tl.constexpr,
     LANES: tl.constexpr,
     TAPS: tl.constexpr,
 ):
     """Grid (views, strides): the first pass. A program makes every strides-th tile of its view's intermediate.
 
-    A tile is 32 columns × LANES / 32 · ROWS rows, every lane with ROWS of them; where height goes first, LINES lines ×
-    4 · LANES bytes, every lane with four of each.
+    A tile is 32 columns × LANES / 32 · ROWS rows, every lane with ROWS of them below each other.
     """
     view = tl.program_id(0)
-    height, row_bytes = field(table, view, BOX_HEIGHT), field(table, view, ROW_BYTES)
-    box_bytes = field(table, view, BOX_WIDTH) * 3
-    source = pixels + field64(table, view, PIXEL)
-    target = between + field64(table, view, BETWEEN) * PITCH_BYTES
-    lane = tl.arange(0, LANES)
-    if field(table, view, HEIGHT_FIRST) != 0:
-        across = (box_bytes + 4 * LANES - 1) // (4 * LANES)
-        for tile in range(tl.program_id(1), across * ((side + LINES - 1) // LINES), tl.num_programs(1)):
-            top = tile // across * LINES
-            # The last lanes of a row make the same four bytes, all inside; one pixel has three.
-            at = tl.maximum(tl.minimum(tile % across * (4 * LANES) + lane * 4, box_bytes - 4), 0)
-            begin = ()
-            for line in tl.static_range(LINES):
-                taps, own, _ = _axis(table, first, coefficients, view, 0, top + line, side)
-                begin += (own,)
-            weights = coefficients + field64(table, view, COEFFICIENTS_Y) * side + top
-            fourth = at + 3 < box_bytes
-            sums = _shorten_lines(source + at, row_bytes, begin, fourth, taps, weights, side, LINES, TAPS)
-            for i in tl.static_range(LINES * 4):
-                to = target + (top + i // 4) * box_bytes + at + i % 4
-                tl.store(to, clip8(sums[i]).to(tl.uint8), mask=at + i % 4 < tl.where(top + i // 4 < side, box_bytes, 0))
-    else:
-        rows: tl.constexpr = LANES // PITCH_BYTES * ROWS
-        across: tl.constexpr = pitch // PITCH_BYTES
-        for tile in range(tl.program_id(1), (height + rows - 1) // rows * across, tl.num_programs(1)):
-            down = tile // across
-            top = down * rows + lane // PITCH_BYTES * ROWS
-            x = (tile - down * across) * PITCH_BYTES + lane % PITCH_BYTES
-            taps, begin, weights = _axis(table, first, coefficients, view, 1, x, side)
-            starts = ()
+    box_height, box_width = field(table, view, BOX_HEIGHT), field(table, view, BOX_WIDTH)
+    down = field(table, view, HEIGHT_FIRST) != 0
+    height, width = tl.where(down, side, box_height), tl.where(down, box_width, pitch)
+    source, row_bytes = pixels + field64(table, view, PIXEL), field(table, view, ROW_BYTES)
+    target = between + field64(table, view, BETWEEN)
+    lane, tile_rows = tl.arange(0, LANES), LANES // TILE * ROWS
+    across = (width + TILE - 1) // TILE
+    for tile in range(tl.program_id(1), (height + tile_rows - 1) // tile_rows * across, tl.num_programs(1)):
+        above = tile // across
+        top = above * tile_rows + lane // TILE * ROWS
+        x = (tile - above * across) * TILE + lane % TILE
+        if down:
+            taps, begins, of_y = _tops(table, first, coefficients, view, top, side, ROWS)
+            column, lines = source + tl.minimum(x, width - 1) * 3, ()
             for row in tl.static_range(ROWS):
-                starts += (source + tl.minimum(top + row, height - 1) * row_bytes,)
-            sums = _narrow_rows(starts, begin, taps, weights, side, ROWS, TAPS)
-            to = target + top * (3 * pitch) + x
-            for i in tl.static_range(3 * ROWS):
-                tl.store(to + i * pitch, clip8(sums[i]).to(tl.uint8), mask=top + i // 3 < height)
-
-
-@triton.jit
-def _shorten_rows(at, pitch, begin, taps, weights, side, ROWS: tl.constexpr, TAPS: tl.constexpr):
-    """A pass along columns of planes (n, 3, pitch), for ROWS rows of outputs: a tuple, red, green, blue of each, int32.
-
-    `at` points to the first row at each lane's column; `begin` is a tuple, one a row; `weights` points to the first's.
-    """
-    sums = (tl.full(at.shape, _HALF, tl.int32),) * (3 * ROWS)
-    rows = ()
-    for row in tl.static_range(ROWS):
-        rows += (at + begin[row] * (3 * pitch),)
-    for _ in tl.range(taps, loop_unroll_factor=TAPS):
-        added, moved = (), ()
+                lines += (column + begins[row] * row_bytes,)
+            levels = _sums(lines, row_bytes, taps, of_y, side, ROWS, True, False, TAPS)
+        else:
+            taps, begin, of_x = _axis(table, first, coefficients, view, 1, x, side)
+            rows = ()
+            for row in tl.static_range(ROWS):
+                rows += (source + tl.minimum(top + row, height - 1) * row_bytes + begin * 3,)
+            levels = _sums(rows, 3, taps, of_x, side, ROWS, False, False, TAPS)
+        packed = words(levels)
         for row in tl.static_range(ROWS):
-            weight = tl.load(weights + row)
-            for channel in tl.static_range(3):
-                value = tl.load(rows[row] + channel * pitch)
-                added += (sums[3 * row + channel] + value.to(tl.int32) * weight,)
-            moved += (rows[row] + 3 * pitch,)
-        sums, rows = added, moved
-        weights += side
-    return sums
+            tl.store(target + (top + row) * width + x, packed[row], mask=(top + row < height) & (x < width))
 
 
 @triton.jit
@@ -400,21 +369,17 @@ def resized_rows(
     between, table, first, coefficients, view, top, x, side, pitch, ROWS: tl.constexpr, TAPS: tl.constexpr
 ):
     """The second pass, for ROWS rows from `top` on, at x, both (LANES,): a tuple of red, green, blue of each."""
-    source = between + field64(table, view, BETWEEN) * PITCH_BYTES
+    source = between + field64(table, view, BETWEEN)
     if field(table, view, HEIGHT_FIRST) != 0:
-        taps, begin, weights = _axis(table, first, coefficients, view, 1, x, side)
-        row_bytes, starts = field(table, view, BOX_WIDTH) * 3, ()
+        taps, begin, of_x = _axis(table, first, coefficients, view, 1, x, side)
+        width, rows = field(table, view, BOX_WIDTH), ()
         for row in tl.static_range(ROWS):
-            starts += (source + tl.minimum(top + row, side - 1) * row_bytes,)
-        sums = _narrow_rows(starts, begin, taps, weights, side, ROWS, TAPS)
+            rows += (source + tl.minimum(top + row, side - 1) * width + begin,)
+        levels = _sums(rows, 1, taps, of_x, side, ROWS, False, True, TAPS)
     else:
-        begins = ()
+        taps, begins, of_y = _tops(table, first, coefficients, view, top, side, ROWS)
+        lines = ()
         for row in tl.static_range(ROWS):
-            begins += (_axis(table, first, coefficients, view, 0, top + row, side)[1],)
-        taps = field(table, view, TAPS_Y)
-        of_y = coefficients + field64(table, view, COEFFICIENTS_Y) * side + top
-        sums = _shorten_rows(source + x, pitch, begins, taps, of_y, side, ROWS, TAPS)
-    levels = ()
-    for i in tl.static_range(3 * ROWS):
-        levels += (clip8(sums[i]),)
+            lines += (source + begins[row] * pitch + x,)
+        levels = _sums(lines, pitch, taps, of_y, side, ROWS, True, True, TAPS)
     return levels

@@ -183,12 +183,13 @@ def moved_bytes(plan: ViewPlan, bytes_per_value: int) -> dict[str, int]:
     table = dict(zip(FIELDS, plan.table.cpu().numpy().T, strict=True))
     views, blurred, side = len(plan.table), int(table["blur"].sum()), plan.side_px
     boxes = int((table["box_height"] * table["box_width"] * 3).sum())
-    coefficients, plane, view = plan.taps * side * 4, 3 * side * plan.pitch_bytes, 3 * side * side * bytes_per_value
+    coefficients, between, colours = (4 * count for count in (plan.taps * side, plan.between_px, side * plan.pitch_px))
+    plane, view = 3 * side * plan.pitch_px, 3 * side * side * bytes_per_value
     return {
         "fill_coefficients": coefficients,
-        "resize_once": boxes + plan.between_bytes + coefficients,
-        "start_colours": plan.between_bytes + coefficients + views * plane,
-        "finish_colours": views * plane + (views - blurred) * view + blurred * plane,
+        "resize_once": boxes + between + coefficients,
+        "start_colours": between + coefficients + views * colours,
+        "finish_colours": views * colours + (views - blurred) * view + blurred * plane,
         "blur_lines": 2 * blurred * plane,
         "blur_lines 2": blurred * (plane + view),
     }

@@ -25,7 +25,8 @@ from pipeline import augment_gpu, blur_gpu, resample_gpu
 
 SIDE = {"side": 224, "pitch": 224}
 POINTERS = {"table": "*i64", "sums": "*i64", "first": "*i32", "coefficients": "*i32", "source": "*i32"}
-POINTERS |= dict.fromkeys(("pixels", "between", "planes", "exact_hues", "levels"), "*u8") | {"lut": "*bf16"}
+POINTERS |= dict.fromkeys(("pixels", "planes", "exact_hues", "levels"), "*u8")
+POINTERS |= {"between": "*i32", "colours": "*i32", "lut": "*bf16"}
 KERNELS = [
     (resample_gpu.fill_coefficients, {"side": 224}, {}),
     (resample_gpu.resize_once, SIDE, {}),

@@ -47,7 +47,7 @@ def test_the_report_is_short(scripts):
 
 
 def test_bytes_of_the_kernels(scripts):
-    """Of one view, by hand: a 30 × 20 px box, 8 px a side, rows of 32 bytes, height not first; blurred or not."""
+    """Of one view, by hand: a 30 × 20 px box, 8 px a side, rows of 32 px, height not first; blurred or not."""
     from pipeline.draws import empty_params
     from pipeline.resample_gpu import plan_views
 
@@ -57,11 +57,11 @@ def test_bytes_of_the_kernels(scripts):
         params.box_height[:], params.box_width[:], params.resized_height[:], params.resized_width[:] = 20, 30, 8, 8
         params.sigma_px[:] = sigma_px
         plan = plan_views(params, np.array([0]), np.array([20]), np.array([30]), ["bilinear"], 8)
-        between, plane, view = 20 * 32 * 3, 3 * 8 * 32, 3 * 8 * 8 * 2
-        assert plan.between_bytes == between and plan.taps == 5 + 8
+        between, colours, plane, view = 20 * 32 * 4, 8 * 32 * 4, 3 * 8 * 32, 3 * 8 * 8 * 2
+        assert plan.between_px * 4 == between and plan.taps == 5 + 8
         assert kernels.least_bytes(plan, 2) == 20 * 30 * 3 + view
         resize = 20 * 30 * 3 + 2 * between + 3 * 13 * 8 * 4
-        total = resize + 2 * plane + (4 * plane + view if sigma_px else view)
+        total = resize + 2 * colours + (4 * plane + view if sigma_px else view)
         assert sum(kernels.moved_bytes(plan, 2).values()) == total
 
 

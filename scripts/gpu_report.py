@@ -182,11 +182,13 @@ class Report:
         flags += ["--launches", self.config.launches.resolve()] if self.config.launches else []
         process = self.start("scripts/gpu_stages.py", *flags, *["--dry-run"] * self.config.dry_run)
         end = time.monotonic() + limit_s
-        while process.poll() is None and time.monotonic() < end:
-            self.settle()
-            time.sleep(0.2)
-        code = process.poll()
-        end_group(process)
+        try:
+            while process.poll() is None and time.monotonic() < end:
+                self.settle()
+                time.sleep(0.2)
+        finally:  # also when the report itself is interrupted
+            code = process.poll()
+            end_group(process)
         output = self.log.read_bytes()[log_from:].decode("utf-8", "replace")
         if not self.done(stage):
             lines = [line for line in output.splitlines() if line.strip()]
@@ -248,10 +250,11 @@ def tests_found(output: str, ended: bool) -> dict:
         if match:
             result, test = (match[1], match[2]) if match[1] else (match[4], match[3])
             by_test.setdefault(test.split(" - ")[0].split(" [")[0].strip(), result)
-    counts = {name: list(by_test.values()).count(name.upper()) for name in ("passed", "failed", "error", "skipped")}
+    results = {"passed": "PASSED", "failed": "FAILED", "errors": "ERROR", "skipped": "SKIPPED"}
+    counts = {name: list(by_test.values()).count(result) for name, result in results.items()}
     reasons = re.findall(r"^(?:FAILED|ERROR) (\S+::.*)$", output, re.MULTILINE)
     failed = reasons or [test for test, result in by_test.items() if result in ("FAILED", "ERROR")]
-    good = ended and counts["passed"] > 0 and not failed and not counts["failed"] + counts["error"]
+    good = ended and counts["passed"] > 0 and not failed and not counts["failed"] + counts["errors"]
     return counts | {"rounds": len(by_test), "complete": good, "failed_tests": [line[:300] for line in failed]}
 
 
@@ -270,11 +273,12 @@ def main(config: ReportConfig) -> None:
     unknown = [stage for stage in config.only if stage not in LIMIT_S]
     if unknown:
         raise UserError(f"--only {unknown[0]} is no stage; there are {', '.join(LIMIT_S)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: no process is left behind
     report = Report(config)
     wanted = [stage for stage in config.only or SLOTS[config.slot] if not report.done(stage)]
-    if wanted:
-        report.prepare(wanted)
     try:
+        if wanted:
+            report.prepare(wanted)
         report.run_all([stage for stage in wanted if stage != "tests"])
     finally:
         if report.testing:

@@ -2,7 +2,7 @@
 # What is to be measured on a GPU, in slots of minutes → OUT/report.md, OUT/report.json, OUT/log.txt, OUT/stages/*.json.
 #   usage: bash scripts/gpu_report.sh [--slot A|B|C] [--only STAGE …] [--images DIR | --data DIR] [--cifar DIR]
 #                                     [--out DIR] [--way compile+graph] [--budget-s 270] [--dry-run]
-#   slot A  card gate kernels step ways tests loader     B  cifar, linear     C  decoders, loader-dali (needs DALI)
+#   slot A  card step gate kernels ways tests     B  card cifar linear     C  card decoders loader-dali (needs DALI)
 # Ends within --budget-s seconds with the report printed. A stage that is complete is not run again. PYTHON names another
 # interpreter than .venv's. --dry-run: toy size, on the CPU.
 set -euo pipefail

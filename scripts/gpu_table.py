@@ -110,7 +110,7 @@ def tuned_rows(stage: dict) -> Iterator[tuple[str, ...]]:
 def other_lines(found: Found) -> Iterator[str]:
     if "tests" in found:
         of = found["tests"]
-        counts = ", ".join(f"{of[name]} {name}" for name in ("passed", "failed", "error", "skipped"))
+        counts = ", ".join(f"{of[name]} {name}" for name in ("passed", "failed", "errors", "skipped"))
         yield f"`pytest -m gpu`: {counts}."
         yield from (f"- failed: {line[:160]}" for line in of["failed_tests"][:MOST_TESTS])
     if of := found.get("cifar", {}).get("knn_by_epoch"):

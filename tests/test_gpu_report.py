@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.command import UserError
 
@@ -91,8 +92,6 @@ def test_launches_are_named_and_changed(scripts):
 
 def test_a_loop_over_parameters_is_lars_too(scripts):
     """The optimizer of the published way, beside which ours is timed, makes the same steps."""
-    import torch
-
     from train.lars import LARS
 
     generator, ends = torch.Generator().manual_seed(0), []
@@ -138,7 +137,7 @@ def test_tests_that_pass_are_needed(scripts, output, ended, complete):
     found = scripts("gpu_report").tests_found(output, ended)
     assert found["complete"] == complete
     if output == FAILED:
-        assert (found["passed"], found["failed"], found["skipped"], found["rounds"]) == (1, 1, 1, 3)
+        assert (found["passed"], found["failed"], found["errors"], found["skipped"], found["rounds"]) == (1, 1, 0, 1, 3)
         assert found["failed_tests"] == ["tests/test_b.py::test_three - assert 1 == 2"]
 
 
@@ -163,6 +162,34 @@ def test_a_stage_that_ends_early_leaves_what_it_has(scripts, tmp_path, monkeypat
     assert found["step"] == {"rounds": 1, "complete": False, "error": "stopped after 3 s"}
     assert found["ways"]["rounds"] == 0 and found["ways"]["error"].endswith("No module named 'nonsense'")
     assert "gate: exit code 1: MemoryError: 9 (after 1 rounds)" in (tmp_path / "report.md").read_text()
+
+
+def test_reasons_and_counts_of_tests_stand_beside_each_other(scripts, tmp_path):
+    report_module = scripts("gpu_report")
+    report = report_module.Report(report_module.ReportConfig(out=tmp_path))
+    report.test_log.write_text(PASSED + "[gw0] [100%] ERROR tests/test_c.py::test_four\n")
+    report.write_tests(1)
+    text = report.write_report()
+    assert "1 passed, 0 failed, 1 errors, 1 skipped." in text and "tests: exit code 1 (after 3 rounds)" in text
+
+
+def test_an_interrupt_leaves_no_process_behind(scripts, tmp_path, monkeypatch):
+    report_module, started = scripts("gpu_report"), []
+    report = report_module.Report(report_module.ReportConfig(out=tmp_path))
+    start = report.start
+
+    def stand_in(*_):
+        started.append(start("-c", "import time; time.sleep(99)"))
+        return started[0]
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "start", stand_in)
+    monkeypatch.setattr(report, "settle", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.run("step")
+    assert started[0].wait(1) < 0
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +220,13 @@ def test_card_and_gate(toy):
     card, gate = toy("card"), toy("gate")
     assert card["copy_gb_per_s"] > 0 and {"python", "torch", "numba"} <= set(card["versions"])
     assert gate["passed"] and gate["values"]["bf16"] == gate["values"]["float32"] > 0
+
+
+def test_a_gate_that_fails_is_not_done(toy, scripts, monkeypatch):
+    images = scripts("gpu_kernels").Images
+    monkeypatch.setattr(images, "views_by_numba", lambda self, epochs: [torch.full((2, 2, 8, 8, 3), 9.0)])
+    with pytest.raises(UserError, match="768, .* of .*768.* values differ from numba's"):
+        toy("gate")
 
 
 @pytest.mark.slow

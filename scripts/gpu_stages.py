@@ -2,7 +2,7 @@
 
     python scripts/gpu_stages.py --stage kernels --out FOLDER --data FOLDER --cifar FOLDER
 
-    card                    versions, and the bandwidth of a plain copy
+    card                    versions
     gate, kernels, tune     the view kernels                                                    gpu_kernels.py
     step, ways              training steps                                                      gpu_steps.py
     cifar, linear           200 epochs of CIFAR-10 with kNN over time, then kNN; linear evaluation of the encoder
@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_record import GB, Record, StageConfig, record_path
+from gpu_record import Record, StageConfig, record_path
 
 from pipeline.beton import manifest_path
 from pipeline.command import REPO, UserError, run_command
@@ -59,10 +59,7 @@ def versions() -> dict:
 
 
 def measure_card(config: StageConfig, record: Record) -> None:
-    from gpu_kernels import copy_bandwidth
-
-    record.write(versions=versions())
-    record.write(complete=True, rounds=1, copy_gb_per_s=round(copy_bandwidth(config) / GB, 1))
+    record.write(complete=True, rounds=1, versions=versions())
 
 
 # ---- a run of CIFAR-10 ----

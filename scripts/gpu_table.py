@@ -126,7 +126,8 @@ def machine(found: Found) -> str:
     devices = sorted({f"{of['device']}, torch {of['torch']}" for of in found.values() if "device" in of})
     card = found.get("card", {})
     versions = ", ".join(f"{name} {value}" for name, value in card.get("versions", {}).items() if value)
-    copy = f" A copy moves {card['copy_gb_per_s']:.0f} GB/s." if "copy_gb_per_s" in card else ""
+    kernels = found.get("kernels", {})
+    copy = f" A copy moves {kernels['copy_gb_per_s']:.0f} GB/s." if "copy_gb_per_s" in kernels else ""
     return f"{'; '.join(devices) or MISSING}. {versions}.{copy}"
 
 

@@ -124,7 +124,7 @@ ALONE = [
 @pytest.fixture(scope="module")
 def alone(device) -> dict[tuple[str, float], tuple[np.ndarray, np.ndarray]]:
     """(operation, value) → ours, Pillow's; one launch for all."""
-    side = 20
+    side = 16
     images = noise(*[(side, side)] * len(ALONE))
     p = whole_images(images, side)
     for b, (operation, value) in enumerate(ALONE):
@@ -144,7 +144,7 @@ def test_operation_alone(alone, operation, value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("side", "sigma_px"), [(3, 5.0), (40, 2.5), (20, MAX_SIGMA_PX)])
+@pytest.mark.parametrize(("side", "sigma_px"), [(3, 5.0), (40, 2.5), (16, MAX_SIGMA_PX)])
 def test_wide_blurs_and_lines_shorter_than_the_box(side, sigma_px, device):
     images = noise((side, side))
     p = whole_images(images, side)
@@ -154,11 +154,11 @@ def test_wide_blurs_and_lines_shorter_than_the_box(side, sigma_px, device):
 
 def test_contrast_at_each_place_in_the_order(device):
     orders = [(1, 0, 3, 2), (0, 1, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1), (0, NOTHING, 3, 2)]
-    images = noise(*[(12, 12)] * len(orders))
-    p = draw(images, (ALWAYS,), 12)
+    images = noise(*[(16, 16)] * len(orders))
+    p = draw(images, (ALWAYS,), 16)
     p.jitter_order[:, 0] = orders
     p.sigma_px[:] = 0
-    check(images, p, ["bicubic"], 12, device)
+    check(images, p, ["bicubic"], 16, device)
 
 
 SIZES = [(1, 1), (1, 37), (41, 1), (16, 16), (90, 5), (5, 90), (31, 47), (47, 31)]

@@ -218,7 +218,7 @@ def toy(scripts, tmp_path_factory):
 
 def test_card_and_gate(toy):
     card, gate = toy("card"), toy("gate")
-    assert card["copy_gb_per_s"] > 0 and {"python", "torch", "numba"} <= set(card["versions"])
+    assert {"python", "torch", "numba"} <= set(card["versions"])
     assert gate["passed"] and gate["values"]["bf16"] == gate["values"]["float32"] > 0
 
 
@@ -232,6 +232,7 @@ def test_a_gate_that_fails_is_not_done(toy, scripts, monkeypatch):
 @pytest.mark.slow
 def test_kernels_and_tuning(toy, tmp_path):
     found = toy("kernels")
+    assert found["copy_gb_per_s"] > 0
     assert {"resize_once", "blur_lines 2"} <= set(found["bf16"]["kernels"]) and found["float32"]["ms"]["mean"] > 0
     launches = [{"kernel": "finish_colours", "num_warps": 8}, {"kernel": "finish_colours", "grid": [1]}]
     (tmp_path / "launches.json").write_text(json.dumps(launches))

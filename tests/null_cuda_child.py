@@ -24,6 +24,7 @@ from train.memory import apply_activations, compile_parts, needed_bytes, with_ac
 from train.methods.choose import make_method
 from train.model import make_backbone
 from train.pretrain import train
+from train.run_data import view_type
 
 GPU = Ranks(0, 1, torch.device("cuda", 0), None)
 COUNTED = ("syncs", "launches", "pageable_copies", "mallocs", "copies_to_host", "graphs", "illegal")
@@ -43,7 +44,7 @@ class Loader:
 
     def batches(self, start_step=0, stop_step=None):
         self.seen = []
-        views = tuple(torch.zeros(16, 3, 32, 32, device="cuda") for _ in range(2))
+        views = tuple(torch.zeros(16, 3, 32, 32, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         for step in range(start_step, stop_step):
             self.seen.append(counts())
             yield Batch(views, None, None, step, 0, 0)
@@ -74,7 +75,8 @@ def memory(way: str, batch: str) -> dict:
     if way == "half":
         compile_parts(config, method)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta)
-    views = tuple(torch.empty(int(batch), 3, 224, 224, device="cuda") for _ in range(2))
+    kind = {"dtype": view_type(config, GPU.device), "device": GPU.device}
+    views = tuple(torch.empty(int(batch), 3, 224, 224, **kind) for _ in range(2))
     views = tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
     for _ in range(2):
         with torch.autocast("cuda", AMP[config.amp]):

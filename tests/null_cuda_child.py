@@ -3,8 +3,10 @@
 steps plain|graph FOLDER   a short run of the trainer with every method: what its last steps called, by method
 memory WAY BATCH           steps of the ImageNet card at full size: what they took, and the estimate
 chosen BATCH ...           what --activations auto chooses for the ImageNet card, by batch; null where nothing fits
+faults                     what is counted where a program reads back, copies what is not pinned, waits while recording
 """
 
+import contextlib
 import ctypes
 import json
 import sys
@@ -99,5 +101,26 @@ def chosen(*batches: str) -> dict:
     return found
 
 
+def wait_while_recording(tensor: torch.Tensor) -> None:
+    stream = torch.cuda.Stream()
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        tensor.sum().item()
+
+
+def faults() -> dict:
+    tensor, found = torch.zeros(1000, device="cuda"), {}
+    mistakes = {
+        "read back": lambda: tensor.sum().item(),
+        "not pinned": lambda: tensor.copy_(torch.ones(1000), non_blocking=True),
+        "recording": lambda: wait_while_recording(tensor),
+    }
+    for name, mistake in mistakes.items():
+        before = counts()
+        mistake()
+        found[name] = [what for what, count in counts().items() if count > before[what]]
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps({"steps": steps, "memory": memory, "chosen": chosen}[sys.argv[1]](*sys.argv[2:])))
+    commands = {"steps": steps, "memory": memory, "chosen": chosen, "faults": faults}
+    print(json.dumps(commands[sys.argv[1]](*sys.argv[2:])))

@@ -1,4 +1,4 @@
-"""Compiles every view kernel for sm_90, without a GPU, and prints what is wrong with its machine code, as a JSON list.
+"""Compiles every view kernel for sm_90, without a GPU, and prints what is wrong with its machine code, as JSON.
 
     PYTHONPATH=.:FOLDER_WITH_ANOTHER_TRITON python tests/audit_kernels.py
 
@@ -97,7 +97,8 @@ def main() -> None:
         }
         wrong += [f"{kernel.__name__} {constants}: {name} {fault}" for name, fault in faults.items() if fault]
         print(f"{kernel.__name__}: {used['REG']} registers", file=sys.stderr)
-    print(json.dumps({"triton": triton.__version__, "kernels": len(KERNELS), "wrong": wrong}))
+    kernels = [kernel.__name__ for kernel, *_ in KERNELS]
+    print(json.dumps({"triton": triton.__version__, "kernels": kernels, "wrong": wrong}))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 steps plain|graph FOLDER   a short run of the trainer with every method: what its last steps called, by method
 memory WAY BATCH           steps of the ImageNet card at full size: what they took, and the estimate
 chosen BATCH ...           what --activations auto chooses for the ImageNet card, by batch; null where nothing fits
+faults                     what is counted where a program reads back, copies what is not pinned, waits while recording
 """
 
+import contextlib
 import ctypes
 import json
 import sys
@@ -24,6 +26,7 @@ from train.memory import apply_activations, compile_parts, needed_bytes, with_ac
 from train.methods.choose import make_method
 from train.model import make_backbone
 from train.pretrain import train
+from train.run_data import view_type
 
 GPU = Ranks(0, 1, torch.device("cuda", 0), None)
 COUNTED = ("syncs", "launches", "pageable_copies", "mallocs", "copies_to_host", "graphs", "illegal")
@@ -43,7 +46,7 @@ class Loader:
 
     def batches(self, start_step=0, stop_step=None):
         self.seen = []
-        views = tuple(torch.zeros(16, 3, 32, 32, device="cuda") for _ in range(2))
+        views = tuple(torch.zeros(16, 3, 32, 32, dtype=torch.bfloat16, device="cuda") for _ in range(2))
         for step in range(start_step, stop_step):
             self.seen.append(counts())
             yield Batch(views, None, None, step, 0, 0)
@@ -74,7 +77,8 @@ def memory(way: str, batch: str) -> dict:
     if way == "half":
         compile_parts(config, method)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta)
-    views = tuple(torch.empty(int(batch), 3, 224, 224, device="cuda") for _ in range(2))
+    kind = {"dtype": view_type(config, GPU.device), "device": GPU.device}
+    views = tuple(torch.empty(int(batch), 3, 224, 224, **kind) for _ in range(2))
     views = tuple(view.contiguous(memory_format=torch.channels_last) for view in views)
     for _ in range(2):
         with torch.autocast("cuda", AMP[config.amp]):
@@ -97,5 +101,26 @@ def chosen(*batches: str) -> dict:
     return found
 
 
+def wait_while_recording(tensor: torch.Tensor) -> None:
+    stream = torch.cuda.Stream()
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+        tensor.sum().item()
+
+
+def faults() -> dict:
+    tensor, found = torch.zeros(1000, device="cuda"), {}
+    mistakes = {
+        "read back": lambda: tensor.sum().item(),
+        "not pinned": lambda: tensor.copy_(torch.ones(1000), non_blocking=True),
+        "recording": lambda: wait_while_recording(tensor),
+    }
+    for name, mistake in mistakes.items():
+        before = counts()
+        mistake()
+        found[name] = [what for what, count in counts().items() if count > before[what]]
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps({"steps": steps, "memory": memory, "chosen": chosen}[sys.argv[1]](*sys.argv[2:])))
+    commands = {"steps": steps, "memory": memory, "chosen": chosen, "faults": faults}
+    print(json.dumps(commands[sys.argv[1]](*sys.argv[2:])))

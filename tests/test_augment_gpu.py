@@ -1,13 +1,10 @@
 """The Triton kernels against Pillow and torchvision, and against the numba kernels: equal in every bit.
 
 Without a CUDA device they run in Triton's interpreter, on small pictures; with one (`-m gpu`) the same tests run
-the compiled kernels, and so does a larger one. That the kernels compile at all is tested everywhere, ahead of time.
+the compiled kernels, and so does a larger one. What they compile to is looked at in test_machine_code.py.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -316,56 +313,3 @@ def test_a_plan_travels_whole():
     images = noise((20, 30))
     plan = plan_views(whole_images(images, 16), *packed(images)[1:], ["bicubic"], 16)
     assert plan.to("cpu") == plan and isinstance(plan.to("meta"), ViewPlan)
-
-
-COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from pipeline import augment_gpu, blur_gpu, resample_gpu
-from pipeline.spec import Normalization
-
-POINTERS = {"table": "*i64", "sums": "*i64", "first": "*i32", "coefficients": "*i32", "source": "*i32"}
-POINTERS |= dict.fromkeys(("pixels", "between", "planes"), "*u8") | {"lut": "*bf16"}
-KERNELS = [
-    (resample_gpu.fill_coefficients, {"side": 224, "OUTPUTS": 128}, {}),
-    (resample_gpu.resize_once, SIZE | {"ROWS": 8, "LINES": 4, "LANES": 128, "TAPS": 4}, {}),
-    (augment_gpu.start_colours, {"ROWS": 32, "COLUMNS": 32}, {}),
-    (augment_gpu.finish_colours, {"ROWS": 32, "COLUMNS": 32}, {"out": "*bf16"}),
-    (blur_gpu.blur_lines, {"RADIUS": 1, "LAST": False, "LINES": 64}, {"out": "*u8"}),
-    (blur_gpu.blur_lines, {"RADIUS": 1, "LAST": True, "LINES": 64}, {"out": "*bf16"}),
-]
-for kernel, constants, outputs in KERNELS:
-    types = POINTERS | outputs
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n not in constants}
-    source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False})
-    assert len(compiled.asm["cubin"]) > 1000
-    assert "fma.rn" not in compiled.asm["ptx"], "a fused multiply-add rounds once where Pillow rounds twice"
-    print(kernel.__name__)
-
-plan = resample_gpu.ViewPlan(torch.empty(0, dtype=torch.int64), 0, 16, 32, 0, 0, -1)
-try:
-    augment_gpu.make_views(torch.empty(0, dtype=torch.uint8), plan, Normalization())
-except ValueError as error:
-    print(error)
-"""
-
-
-@pytest.mark.slow
-def test_the_kernels_compile_for_hopper_without_a_gpu(tmp_path):
-    """To machine code, which the interpreter does not promise; in a process where kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", COMPILE],
-        cwd=Path(__file__).resolve().parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\n")[:6] == [
-        *("fill_coefficients", "resize_once", "start_colours", "finish_colours", "blur_lines", "blur_lines")
-    ]
-    assert "need a CUDA device" in done.stdout

@@ -145,6 +145,13 @@ def test_again_is_nothing_to_do(images, out, capsys):
     assert "nothing to do" in capsys.readouterr().out and out.stat().st_mtime_ns == before
 
 
+def test_without_a_progress_bar(images, out):
+    """TQDM_DISABLE, which scripts set, stops tqdm's clock; the speed is looked at every 64 images."""
+    done = run("--source", images, "--out", out, "--workers", 1, TQDM_DISABLE="1")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "" and len(beton.open_beton(out)) == 70
+
+
 def as_source(kind: str, root: Path) -> Source:
     """The images as a folder, as a tar keeps them (here one after the other in a file), or as pixels."""
     source = convert.sources.open_source(root / "images")

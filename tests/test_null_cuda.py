@@ -67,3 +67,12 @@ def test_the_default_card_fits_80_gb(null_cuda):
     found, said = child(null_cuda, "chosen", "512", "1024", "4096")
     assert found == {"512": "all", "1024": "half", "4096": None}, said
     assert "--activations half: about 5" in said
+
+
+@pytest.mark.slow
+def test_what_must_not_happen_is_counted(null_cuda):
+    """The counts that the tests above want to be zero are not so where a program does such a thing."""
+    found, said = child(null_cuda, "faults")
+    assert {"syncs", "copies_to_host"} <= set(found["read back"]), said
+    assert found["not pinned"] == ["pageable_copies"]
+    assert "illegal" in found["recording"]

@@ -11,7 +11,7 @@ include=$packages/triton/backends/nvidia/include
 gcc -c -fPIC "$here/stubs.c" -o "$out/stubs.o"
 gcc -shared -fPIC -w -I"$include" "$here/driver.c" "$out/stubs.o" -o "$out/libcuda.so.1"
 ln -sf libcuda.so.1 "$out/libcuda.so"
-g++ -shared -fPIC -w -O1 -I"$include" "$here/runtime.cpp" "$out/stubs.o" -ldl -o "$out/libnullrt.so"
+g++ -shared -fPIC -fvisibility=hidden -w -O1 -I"$include" "$here"/*.cpp "$out/stubs.o" -ldl -o "$out/libnullrt.so"
 cat > "$out/run" <<R
 #!/usr/bin/env bash
 export LD_PRELOAD=$out/libnullrt.so LD_LIBRARY_PATH=$out:\${LD_LIBRARY_PATH:-}

@@ -105,6 +105,15 @@ def test_the_first_way_that_fits(monkeypatch, capsys, usable, compile, way, comp
     assert f"--activations {way}" in said and ("not compiled" in said) == (compile and not compiled)
 
 
+def test_a_graph_that_is_given_up_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(memory, "needed_bytes", lambda *_: {"all": 90e9, "blocks": 40e9})
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 45e9)
+    for compile, said in ((True, "so not compiled or recorded:"), (False, "so not recorded:")):
+        config = with_activations(replace(SMALL, compile=compile, cuda_graph=True), small_network(), GPU)
+        assert not config.compile and not config.cuda_graph
+        assert said in capsys.readouterr().err
+
+
 def test_what_cannot_fit_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "needed_bytes", lambda *_: {"all": 90e9, "half": 50e9, "blocks": 40e9})
     monkeypatch.setattr(memory, "free_bytes", lambda _: 20e9)

@@ -68,9 +68,25 @@ def test_an_unnamed_run_is_named_by_its_recipe():
 
 def test_recipe_leaves_out_what_does_not_change_the_weights():
     plain = as_plain(PretrainConfig())
-    assert set(plain) - set(recipe(plain)) == set(NOT_RECIPE) | {"key"}, "older runs have no key"
+    older = {"checkpoint_activations"}
+    assert set(plain) - set(recipe(plain)) == set(NOT_RECIPE) - older | {"key"}, "older runs have no key"
+    assert recipe(plain | {"checkpoint_activations": False}) == recipe(plain), "older runs are resumed"
     assert recipe(plain | {"key": "encoder_k"})["key"] == "encoder_k"
     assert isinstance(plain["data"], str)
+
+
+@pytest.mark.parametrize("flag", ["compile", "cuda-graph", "views-together"])
+def test_what_the_device_decides_may_be_said(flag):
+    for given, value in (
+        ((), None),
+        ((f"--{flag}",), True),
+        ((f"--{flag}", "True"), True),
+        ((f"--{flag}", "False"), False),
+    ):
+        assert getattr(parse(*given, "--seed", "1"), flag.replace("-", "_")) is value
+        assert parse(*given, "--seed", "1").seed == 1
+    with pytest.raises(SystemExit):
+        parse(f"--{flag}", "maybe")
 
 
 def test_projector_widths():

@@ -129,16 +129,17 @@ def test_a_large_mean_costs_no_digits(shift):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.11's own
-def test_our_batch_norm_compiles_in_one_piece():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # neither is converted: see `_to`
+def test_our_batch_norm_compiles_in_one_piece(dtype):
     torch._dynamo.reset()
-    norm = CrossRankBatchNorm(6)
-    x = torch.randn(5, 6, 3, 4, requires_grad=True)
+    norm = CrossRankBatchNorm(6).to(dtype)
+    x = torch.randn(5, 6, 3, 4, dtype=dtype, requires_grad=True)
     compiled = torch.compile(nn.Sequential(norm, nn.ReLU()), fullgraph=True, backend="aot_eager", dynamic=False)
     compiled(x).square().sum().backward()
     assert norm.num_batches_tracked == 1 and x.grad.isfinite().all()
     ours = x.grad.clone()
     x.grad = None
-    nn.BatchNorm2d(6)(x).relu().square().sum().backward()
+    nn.BatchNorm2d(6).to(dtype)(x).relu().square().sum().backward()
     torch.testing.assert_close(ours, x.grad)
     torch._dynamo.reset()
 

@@ -37,8 +37,17 @@ def _dims_and_shape(x: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return ((0,), (1, -1)) if x.dim() == 2 else ((0, 2, 3), (1, -1, 1, 1))
 
 
+def _to(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x.to(dtype), which is left out where x has that type already.
+
+    Compiled by torch 2.11, an autograd function returns its intermediate results too, as outputs without gradients. If
+    one of them is the same tensor as the real output, which a conversion to its own type gives, all gradients are 0.
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return _to(x, torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -67,7 +76,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
             out = out * weight.view(shape) + bias.view(shape)
         ctx.save_for_backward(x, weight, mean, inverse, count)
         ctx.mark_non_differentiable(mean, variance, count)
-        return out.to(x.dtype), mean, variance, count
+        return _to(out, x.dtype), mean, variance, count
 
     @staticmethod
     def backward(ctx, grad, *_):
@@ -80,7 +89,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         rest = grad - along_one.view(shape) - normalized * along_normalized.view(shape)
         scale = inverse if weight is None else inverse * weight
         of_bias, of_weight = own.unbind() if weight is not None else (None, None)
-        return (rest * scale.view(shape)).to(x.dtype), of_weight, of_bias, None
+        return _to(rest * scale.view(shape), x.dtype), of_weight, of_bias, None
 
 
 class CrossRankBatchNorm(_BatchNorm):

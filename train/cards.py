@@ -193,7 +193,7 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
         if again[one] and recorded[other]:
             raise UserError(f"{one} and {other} do not go together; leave one of them out")
     if config.activations == "half" and (config.compile is False or config.accumulate > 1):
-        raise UserError("--activations half is the compiler's work; leave --no-compile and --accumulate out")
+        raise UserError("--activations half is the compiler's work; leave --compile False and --accumulate out")
     if config.lr_weights is None:
         config = replace(config, lr_weights=lr_weights_for(config.global_batch))
     if config.lr_biases is None:

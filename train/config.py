@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from pipeline.command import DATA, UserError
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
@@ -32,8 +33,21 @@ NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume"
 NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "activations", "accumulate")
 # Substitution is among them: up to the first bad image, where a run that stops ends, it changes nothing.
 NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb", "cuda_graph", "deterministic")
-NOT_RECIPE += ("views_together",)
+NOT_RECIPE += ("views_together", "checkpoint_activations")  # the latter in older checkpoints: --activations blocks
 NOT_RECIPE += ("knn_every", "knn_images")
+
+# A flag that may be left out (None: the device decides), given alone, or given with True or False.
+Switch = Annotated[
+    bool | None,
+    PrimitiveConstructorSpec(
+        nargs=(0, 1),
+        metavar="[{True,False}]",
+        instance_from_str=lambda given: given != ["False"],
+        is_instance=lambda value: value is None or isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+        choices=("True", "False"),
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -148,14 +162,14 @@ class PretrainConfig:
     """Parts of each rank's batch that the backbone takes one after another, keeping the activations of one: the same
     update, about a third more work. Only for a backbone without batch norm (a vision transformer): with it, parts
     would be another method, which is refused."""
-    compile: bool | None = None
+    compile: Switch = None
     """torch.compile backbone and projector: minutes at the start, faster steps on a GPU. None: on a GPU, but not with
     --deterministic, --accumulate or --activations blocks."""
-    cuda_graph: bool | None = None
+    cuda_graph: Switch = None
     """Record a whole step once and replay it: for steps so small that starting their kernels takes longer than running
     them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding. None: on the CIFAR-10 cards,
     where it works and without --deterministic."""
-    views_together: bool | None = None
+    views_together: Switch = None
     """Both views through the networks in one pass, each batch norm still over one view at a time: the same update up to
     rounding, with half as many kernels, each on twice the images. None: where the step is compiled and recorded."""
     knn_every: int = 0

@@ -185,7 +185,8 @@ def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) ->
         )
     if way == "blocks":
         config = replace(config, compile=False, cuda_graph=False)
-    told = ", so not compiled" if asked.compile and not config.compile else ""
+    lost = [done for done, name in (("compiled", "compile"), ("recorded", "cuda_graph")) if getattr(asked, name)]
+    told = f", so not {' or '.join(lost)}" if lost and way == "blocks" else ""
     say(ranks, f"--activations {way}{told}: about {needed[way] / GB:.1f} GB for a step of {where}")
     return replace(config, activations=way)
 

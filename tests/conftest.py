@@ -12,8 +12,9 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where Triton defines functions: before anything imports it
 
 # Files whose tests take a minute or more, the longest first.
-LONGEST = """test_torchrun test_promised_commands test_learns test_gpu_report test_bench_step test_detection
-test_bench_loader test_world_size test_resume test_methods_run test_loader_gpu test_eval_all""".split()
+LONGEST = """test_machine_code test_torchrun test_promised_commands test_learns test_gpu_report test_bench_step
+test_detection test_bench_loader test_world_size test_resume test_methods_run test_loader_gpu test_null_cuda
+test_eval_all""".split()
 
 
 @pytest.fixture(scope="session")

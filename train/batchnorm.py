@@ -131,9 +131,10 @@ def _to_cross_rank(norm: _BatchNorm) -> CrossRankBatchNorm:
 
     kinds = {nn.BatchNorm1d: CrossRankBatchNorm, nn.BatchNorm2d: CrossRankBatchNorm}
     kind = (kinds | {BatchNormAct2d: CrossRankBatchNormAct}).get(type(norm))
-    if kind is None:
+    if kind is None or norm.momentum is None:
+        what = type(norm).__name__ + ("" if kind is None else ", which averages all batches alike (momentum None),")
         raise UserError(
-            f"this network's {type(norm).__name__} has no form here that sees all ranks; "
+            f"this network's {what} has no form here that sees all ranks; "
             "run one process, or choose a ResNet of torchvision"
         )
     new = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)

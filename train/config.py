@@ -171,7 +171,8 @@ class PretrainConfig:
     where it works and without --deterministic."""
     views_together: Switch = None
     """Both views through the networks in one pass, each batch norm still over one view at a time: the same update up to
-    rounding, with half as many kernels, each on twice the images; dropout draws other masks. None: where the step is compiled and recorded."""
+    rounding (dropout draws other masks), with half as many kernels, each on twice the images. None: where the step is
+    compiled and recorded."""
     knn_every: int = 0
     """Epochs between two nearest-neighbour accuracies of the network in training (metrics.jsonl, TensorBoard, bar); 0:
     none. Rank 0 computes them from a copy of the backbone beside the steps; the weights do not change by it."""

@@ -3,8 +3,8 @@
     --views-together    z1, z2 = networks(cat(view 1, view 2)), each batch norm still over one view at a time
 
 Everything but batch norm treats each image by itself, so the update is that of one pass a view, up to the rounding of
-sums in another order; only dropout draws other masks. A batch norm takes its part of each view in turn: statistics of that view alone, and running
-statistics that move once for view 1 and then for view 2, as they do in two passes.
+sums in another order; only dropout draws other masks. A batch norm takes its part of each view in turn: statistics of
+that view alone, and running statistics that move once for view 1 and then for view 2, as they do in two passes.
 """
 
 from collections.abc import Callable, Sequence

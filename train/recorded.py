@@ -11,7 +11,7 @@ What differs between steps must reach the graph through memory: the views and th
 random numbers as well, since PyTorch gives the graph the generator's state. Views of another size start all over.
 Other threads (the loader's) may go on while a step is recorded.
 
-Not yet run on a GPU: tests/test_recorded.py holds it to the ordinary steps where there is one.
+tests/test_recorded.py holds it to the ordinary steps on a GPU.
 """
 
 from collections.abc import Callable

@@ -10,14 +10,14 @@ look into; what is computed before and after it becomes part of the kernels arou
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import library, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.command import UserError
 from train.distributed import world_size
 
 
-@torch.library.custom_op("barlow_twins::from_all_ranks", mutates_args=())
+@library.custom_op("barlow_twins::from_all_ranks", mutates_args=())
 def from_all_ranks(x: torch.Tensor) -> torch.Tensor:
     """Every rank's x, any shape, in the order of the ranks: (world_size, ...). Not seen by autograd."""
     every = x.new_empty(world_size(), *x.shape)

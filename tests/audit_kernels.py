@@ -34,8 +34,7 @@ KERNELS = [
     (augment_gpu.finish_colours, SIDE, {"out": "*bf16"}),
     *(
         (blur_gpu.blur_lines, SIDE | {"RADIUS": radius, "LAST": last}, {"out": "*bf16" if last else "*u8"})
-        for radius in (1, 8)
-        for last in (False, True)
+        for radius, last in ((1, False), (1, True), (8, True))
     ),
     (augment_gpu.look_up, {}, {"out": "*bf16"}),
 ]

@@ -113,6 +113,8 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str
     if ranks.rank == 0:
         describe_run(folder, as_plain(config), ranks, start_step)
     where = f"{ranks.world_size} × {ranks.device.type}"
+    where += ", compiled: the first step takes a minute or more" if config.compile else ""
+    where += ", then replayed as one CUDA graph" if config.cuda_graph else ""
     say(ranks, f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images on {where}")
 
     if config.compile:

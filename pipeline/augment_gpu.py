@@ -8,7 +8,7 @@
 
 Between kernels every value has 8 bits, since Pillow rounds there: a pixel's three in an int32, which is one load, until
 the colours are finished; planes (V · B, 3, side, pitch) for the blur. Contrast needs the mean of the whole picture at
-its place in the drawn order: that cuts the colour operations in two. A thread has one column and eight rows of a view,
+its place in the drawn order: that cuts the colour operations in two. A thread has one column and some rows of a view,
 so that neighbours in a row are neighbours in a warp, whatever Triton's version. No randomness.
 
 Bytes for one image with two 224 px views, bf16, from boxes of 300 × 300 px, 1.1 of the 2 views blurred:
@@ -58,7 +58,7 @@ from pipeline.spec import SOLARIZE_THRESHOLD, Normalization
 # How the kernels are launched: the size of what a program makes, how far loops are unrolled, warps.
 SETTINGS = {
     "fill_coefficients": {"OUTPUTS": 128},
-    "resize_once": {"ROWS": 8, "LANES": 128, "TAPS": 4},
+    "resize_once": {"ROWS": 4, "LANES": 128, "TAPS": 4},
     "start_colours": {"ROWS": 8, "LANES": 128, "TAPS": 4},
     "finish_colours": {"ROWS": 8, "LANES": 128},
     "blur_lines": {"LINES": 64, "num_warps": 2},

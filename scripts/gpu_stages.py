@@ -31,9 +31,9 @@ from gpu_record import Record, StageConfig, record_path
 
 from pipeline.beton import manifest_path
 from pipeline.command import REPO, UserError, run_command
-from pipeline.disk import read_lines
+from pipeline.disk import read_lines, write_whole
 
-PACKAGES = ("torch", "triton", "torchvision", "numba", "numpy", "nvidia-dali-cuda120")
+PACKAGES = ("torch", "triton", "torchvision", "numba", "numpy", "pillow", "nvidia-dali-cuda120")
 FOLLOW_S = 5  # between two looks at a run's metrics
 TOY = {"arch": "test_resnet", "stem": "imagenet", "projector": "16-16", "global_batch": 8, "epochs": 1, "amp": "off"}
 TOY |= {"workers": 1, "warmup_epochs": 0, "knn_every": 1, "compile": False}
@@ -110,7 +110,7 @@ def measure_cifar(config: StageConfig, record: Record) -> None:
 
     def write(**found) -> None:
         seconds = before_s + time.monotonic() - start
-        spent.write_text(json.dumps(seconds))
+        write_whole(spent, json.dumps(seconds))
         about = {"way": way or "the preset's", "epochs": card.epochs, "seconds": round(seconds, 1)}
         record.write(**about, **run_so_far(run, images), **found)
 

@@ -163,16 +163,16 @@ class PretrainConfig:
     update, about a third more work. Only for a backbone without batch norm (a vision transformer): with it, parts
     would be another method, which is refused."""
     compile: Switch = None
-    """torch.compile backbone and projector: minutes at the start, faster steps on a GPU. None: on a GPU, but not with
-    --deterministic, --accumulate or --activations blocks."""
+    """torch.compile backbone and projector: minutes at the start, faster steps on a GPU. Left out: on a GPU, but not
+    with --deterministic, --accumulate or --activations blocks."""
     cuda_graph: Switch = None
     """Record a whole step once and replay it: for steps so small that starting their kernels takes longer than running
-    them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding. None: on the CIFAR-10 cards,
-    where it works and without --deterministic."""
+    them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding. Left out: on the CIFAR-10
+    cards, where it works and without --deterministic."""
     views_together: Switch = None
     """Both views through the networks in one pass, each batch norm still over one view at a time: the same update up to
-    rounding (dropout draws other masks), with half as many kernels, each on twice the images. None: where the step is
-    compiled and recorded."""
+    rounding (dropout draws other masks), with half as many kernels, each on twice the images. Left out: where the step
+    is compiled and recorded."""
     knn_every: int = 0
     """Epochs between two nearest-neighbour accuracies of the network in training (metrics.jsonl, TensorBoard, bar); 0:
     none. Rank 0 computes them from a copy of the backbone beside the steps; the weights do not change by it."""

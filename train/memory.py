@@ -38,6 +38,9 @@ BATCHES_OF_VIEWS = 4  # the one in use, those that the loader has ready, and the
 HALF = 0.5  # what the compiler may keep, as a share of what it would keep (activation_memory_budget)
 # Left free: cuDNN's and cuBLAS's workspaces, gaps between blocks of memory. 5 % is what the gaps took with `all`.
 RESERVE_SHARE, RESERVE_BYTES = 0.05, 1e9
+# Float32 tensors as large as a layer's input that cross-rank batch norm holds at once in its backward pass, where the
+# compiler does not melt them into one: dy, x, x̂, dy · x̂ and what is left of dy (batchnorm.py).
+NORM_TENSORS = 5
 
 
 class Saved(NamedTuple):
@@ -137,14 +140,16 @@ def needed_bytes(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> dic
         plain = at_batch(copied, batch, config, device)
         fixed = at_batch(copied, 0, config, device).total
         always += passing * float(plain.tensors.max())
-        needed = {"all": always + plain.total, "half": always + fixed + HALF * (plain.total - fixed)}
+        norm = NORM_TENSORS * float(plain.tensors.max()) * 4 / AMP[config.amp].itemsize if ranks.world_size > 1 else 0.0
+        eager = 0.0 if config.compile else norm
+        needed = {"all": always + eager + plain.total, "half": always + fixed + HALF * (plain.total - fixed)}
         if blocks_of(copied.backbone):
             recompute_blocks(copied.backbone)
             thrifty = at_batch(copied, batch, config, device)
             # The backward pass goes from the last block to the first: what lies behind a block is gone by then.
             inside = np.diff(plain.at_blocks, append=plain.total)
             worst = max(thrifty.total, float((thrifty.at_blocks + inside).max()))
-            needed["blocks"] = always + worst
+            needed["blocks"] = always + norm + worst
     return needed
 
 
@@ -170,6 +175,8 @@ def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) ->
     """
     if config.activations != "auto":
         return config
+    if ranks.device.type == "cuda" and config.accumulate > 1:
+        say(ranks, "note: with --accumulate nobody counts beforehand what memory a step needs")
     if ranks.device.type != "cuda" or config.accumulate > 1:
         return replace(config, activations="all")
     needed, own = needed_bytes(method, config, ranks), sum(p.nbytes for p in method.parameters())

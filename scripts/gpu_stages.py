@@ -75,7 +75,10 @@ def run_so_far(run: Path, images: int) -> dict:
     """What a run's metrics say: epochs that are through, seconds of one, kNN accuracy by epoch."""
     lines = read_lines(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     speeds = [line["images_per_s"] for line in lines if "images_per_s" in line]
+    config = run / "config.json"
+    stepped = json.loads(config.read_text("utf-8")) if config.is_file() else {}
     return {
+        "stepped": {name: stepped.get(name) for name in ("compile", "cuda_graph", "views_together", "activations")},
         "rounds": int(max((line["epoch"] for line in lines), default=0)),
         "epoch_s": round(images / float(np.median(speeds)), 3) if speeds else None,
         "knn_by_epoch": {f"{line['epoch']:g}": round(line["knn_top1"], 2) for line in lines if "knn_top1" in line},

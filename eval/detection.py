@@ -9,7 +9,7 @@ rate 0.1 with 1000 iterations of warm-up, a tenth of it after 18,000 and 22,000;
 AP75 as Detectron2 measures VOC (11-point averages; `coco_AP` … are pycocotools' of the same detections).
 Protocol detection-coco: the 1× schedule, 90,000 iterations with steps after 60,000 and 80,000, learning rate 0.03;
 pycocotools' AP of boxes and masks on val2017. The schedules are Zbontar 2021's, the rest is MoCo's: see
-eval/detection_model.py, also for what differs from Detectron2.
+eval/detector/model.py, also for what differs from Detectron2.
 
 Started again, the same command continues from its last checkpoint, <run>/detection-<task>/checkpoint.pt; SIGTERM and
 Ctrl-C write one first. The detections stay beside it, in COCO's results form. One such training at a time writes there.
@@ -26,15 +26,16 @@ from typing import Literal
 
 import torch
 
-from eval.detection_data import DetectionImages, Split, open_coco, open_voc
-from eval.detection_model import detectron2_weights, make_detector
-from eval.detection_scores import coco_scores, voc_scores
-from eval.detection_train import Schedule, Training, detect, take_precise_statistics, train
+from eval.detector.data import DetectionImages, Split, open_coco, open_voc
+from eval.detector.model import detectron2_weights, make_detector
+from eval.detector.scores import coco_scores, voc_scores
+from eval.detector.training import Schedule, Training, detect, take_precise_statistics, train
 from eval.features import Encoder, open_encoder
 from eval.subject import encoder_facts, protocol_name, require_positive, result_folder, write_result
 from eval.supervised import milestones_for
-from pipeline.command import DATA, RUNS, UserError, run_command
+from pipeline.command import DATA, RUNS, run_command
 from pipeline.disk import OneWriter, followed_once, write_whole
+from pipeline.errors import UserError
 from train.agreement import only_writer
 from train.batchnorm import with_global_batch_norm
 from train.distributed import Ranks, largest, say, start_ranks, stop_ranks

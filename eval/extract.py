@@ -16,7 +16,8 @@ import torch
 from eval.features import cache_entry, centre_loader_config, feature_parts
 from eval.kept import read_features
 from eval.subject import SubjectConfig, open_subject
-from pipeline.command import UserError, run_command
+from pipeline.command import run_command
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)

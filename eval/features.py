@@ -25,10 +25,10 @@ from torch import nn
 from tqdm import tqdm
 
 from eval.kept import FEATURES_VERSION, keep_features, read_features
-from pipeline.beton import Beton
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
+from pipeline.storage.beton import Beton
 from train.checkpoint import BackboneInfo, load_backbone
 from train.model import make_backbone
 from train.run_data import dataset_sha256

@@ -20,7 +20,7 @@ from torch import nn
 
 from eval.features import Encoder
 from eval.supervised import make_head
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.loader import Loader
 
 

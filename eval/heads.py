@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 from eval.frozen import NormalizedHeads, StageFeatures, centre_stream, frozen_stream, map_shapes
 from eval.subject import SubjectConfig, images_per_step, open_subject, record_result, require_positive
 from eval.supervised import Group, final_scores, fit, milestones_for, validate
-from pipeline.command import UserError, run_command
+from pipeline.command import run_command
+from pipeline.errors import UserError
 
 MILESTONES, PUBLISHED_EPOCHS = (60, 80), 90
 HEADLINE = "feature5"

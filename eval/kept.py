@@ -16,8 +16,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pipeline.command import UserError
 from pipeline.disk import write_whole
+from pipeline.errors import UserError
 from train.content import content_sha256
 
 FEATURES_VERSION = 2  # raise it when the same description would give other numbers, or the files change

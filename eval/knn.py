@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from eval.metrics import knn_accuracy
 from eval.subject import SubjectConfig, open_subject, record_result
-from pipeline.command import UserError, run_command
+from pipeline.command import run_command
+from pipeline.errors import UserError
 from train.knn_vote import KNN_HEADLINE, KNN_NEIGHBOURS, KNN_TEMPERATURE
 
 

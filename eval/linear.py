@@ -47,8 +47,9 @@ from eval.supervised import (
     threads_for,
     validate,
 )
-from pipeline.command import UserError, run_command
-from pipeline.order import balanced_subset
+from pipeline.choices.order import balanced_subset
+from pipeline.command import run_command
+from pipeline.errors import UserError
 
 PROTOCOLS = {
     "linear-bt": {"epochs": 100, "batch": 256, "lr": 0.3, "weight_decay": 1e-6},

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import tyro
 
-from eval.charts import bars, line_chart, scatter
-from eval.comparison import comparison_markdown, comparisons, duration
-from eval.correlation import SHOWN_VIEWS, Correlation, config_from, correlate
-from eval.neighbours import (
+from eval.reporting.charts import bars, line_chart, scatter
+from eval.reporting.comparison import comparison_markdown, comparisons, duration
+from eval.reporting.correlation import SHOWN_VIEWS, Correlation, config_from, correlate
+from eval.reporting.neighbours import (
     SHOWN,
     VOTERS,
     KeptFeatures,
@@ -34,10 +34,9 @@ from eval.neighbours import (
     shown_queries,
     vote,
 )
-from eval.page import matrix_picture, page, paragraph, picture, readable, section, table
-from eval.published import method_title, published_text
-from eval.subject import read_results
-from eval.summary import (
+from eval.reporting.page import matrix_picture, page, paragraph, picture, readable, section, table
+from eval.reporting.published import method_title, published_text
+from eval.reporting.summary import (
     EXPLANATION,
     Rows,
     newest_cells,
@@ -46,9 +45,11 @@ from eval.summary import (
     summary_markdown,
     table_cells,
 )
-from pipeline.command import RUNS, UserError, run_command
+from eval.subject import read_results
+from pipeline.command import RUNS, run_command
 from pipeline.disk import read_lines, write_whole
-from pipeline.loader_torch import decode_pil
+from pipeline.errors import UserError
+from pipeline.loaders.reference import decode_pil
 from train.methods.barlow_ablations import is_ablated
 
 SHOWN_DIMENSIONS = 256  # of the correlation matrix

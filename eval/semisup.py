@@ -19,7 +19,8 @@ from torch import nn
 
 from eval.subject import Subject, SubjectConfig, images_per_step, open_subject, record_result, require_positive
 from eval.supervised import Group, Heads, final_scores, fit, make_head, validate
-from pipeline.command import UserError, run_command
+from pipeline.command import run_command
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)

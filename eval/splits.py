@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.beton import Beton, open_beton
-from pipeline.command import UserError
+from pipeline.choices.order import balanced_subset, k_shot
 from pipeline.constants import IMAGENET_LIST_IMAGES, IMAGENET_LIST_SHA256
-from pipeline.order import balanced_subset, k_shot
+from pipeline.errors import UserError
+from pipeline.storage.beton import Beton, open_beton
 
 LISTS = Path(__file__).resolve().parent / "splits"
 

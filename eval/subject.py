@@ -19,8 +19,9 @@ import torch
 
 from eval.features import KINDS, Encoder, centre_loader_config, features_of, open_encoder
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
-from pipeline.command import DATA, RUNS, UserError
+from pipeline.command import DATA, RUNS
 from pipeline.disk import append_line, followed_once, read_lines
+from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
 from pipeline.spec import SUPERVISED_VIEW, LoaderConfig
 from train.run_data import dataset_sha256

@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from eval.metrics import Accuracy, rank_accuracy
-from pipeline.command import UserError
-from pipeline.order import shuffled_batches
+from pipeline.choices.order import shuffled_batches
+from pipeline.errors import UserError
 from train.knn_vote import label_ranks
 
 MOMENTUM = 0.9  # every published protocol here trains with this

@@ -33,8 +33,9 @@ from tqdm import tqdm
 from eval.metrics import average_precision_11, average_precision_area
 from eval.splits import Dataset, Subset, open_dataset
 from eval.subject import Subject, SubjectConfig, open_encoder_and_run, record_result
-from pipeline.command import DATA, UserError, run_command
-from pipeline.voc import ABSENT, CLASSES, IGNORED, PRESENT, voc_targets
+from eval.voc import ABSENT, CLASSES, IGNORED, PRESENT, voc_targets
+from pipeline.command import DATA, run_command
+from pipeline.errors import UserError
 
 COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
 LOW_SHOT_COSTS = (1.0, 10.0, 100.0)

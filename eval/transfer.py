@@ -18,7 +18,8 @@ from torch import nn
 from eval.frozen import NormalizedHeads, frozen_stream
 from eval.subject import SubjectConfig, images_per_step, open_subject, record_result, require_positive
 from eval.supervised import Group, final_scores, fit, milestones_for, validate
-from pipeline.command import DATA, UserError, run_command
+from pipeline.command import DATA, run_command
+from pipeline.errors import UserError
 
 SCHEDULES = {"places205": (14, (4, 8, 12)), "inat18": (84, (24, 48, 72)), "folder": (14, (4, 8, 12))}
 LR_BATCH = 256  # the batch that --lr is for

@@ -1,4 +1,4 @@
-"""What every entry point shares: the user's errors, the command line, the places things are kept."""
+"""What every entry point shares: the command line, and the places where things are kept."""
 
 import io
 import sys
@@ -7,13 +7,11 @@ from pathlib import Path
 
 import tyro
 
+from pipeline.errors import UserError
+
 REPO = Path(__file__).resolve().parents[1]
 DATA = REPO / "data"
 RUNS = REPO / "runs"
-
-
-class UserError(ValueError):
-    """Something the user can mend. The text is one sentence: what was found, what was expected, what to do."""
 
 
 def run_command(config_type: type, main: Callable, default=None) -> None:

@@ -30,10 +30,13 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from pipeline import beton, constants, shards, sources, store
-from pipeline.beton_writer import BetonWriter, remove_leftovers, state_sha256
-from pipeline.command import UserError, run_command
-from pipeline.workers import in_order, out_of_memory, read_slot, shared_slots, write_slot
+from pipeline import constants
+from pipeline.command import run_command
+from pipeline.errors import UserError
+from pipeline.storage import beton, shards, store
+from pipeline.storage.beton_writer import BetonWriter, remove_leftovers, state_sha256
+from pipeline.storage.sources import open as sources
+from pipeline.storage.workers import in_order, out_of_memory, read_slot, shared_slots, write_slot
 
 CHUNK_IMAGES = 32  # a worker's task
 SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
@@ -105,7 +108,7 @@ def _store_chunk(
 
 def _verify_chunk(path: Path, rows: list[tuple]) -> list[str]:
     """For some samples (offset, size, mode, height, width, sha256) what is wrong with each, "" where nothing is."""
-    from pipeline import decode  # with numba, which takes half a second to load
+    from pipeline.storage import decode  # with numba, which takes half a second to load
 
     handle, problems = decode.make_handle(), []
     with open(path, "rb") as file:

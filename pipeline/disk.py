@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 
 TEMPORARY = ".tmp"
 LEFTOVER_S = 3600.0  # a temporary file that nobody wrote to for so long is what a killed process left behind

@@ -5,9 +5,9 @@ from typing import Protocol
 
 import numpy as np
 
-from pipeline.command import UserError
-from pipeline.shards import SUFFIX as SHARDS
+from pipeline.errors import UserError
 from pipeline.spec import Batch, LoaderConfig
+from pipeline.storage.shards import SUFFIX as SHARDS
 
 
 class Loader(Protocol):
@@ -36,19 +36,19 @@ def make_loader(config: LoaderConfig) -> Loader:
     if config.backend != "dali" and config.data.name.endswith(SHARDS):
         raise UserError(f"{config.data} are shards, which --loader dali reads; give --data a .beton, or choose that")
     if config.backend == "ffcv":
-        from pipeline.loader_ffcv import FfcvLoader
+        from pipeline.loaders.threads import FfcvLoader
 
         return FfcvLoader(config)
     if config.backend == "torch":
-        from pipeline.loader_torch import TorchLoader
+        from pipeline.loaders.reference import TorchLoader
 
         return TorchLoader(config)
     if config.backend == "dali":
-        from pipeline.loader_dali import DaliLoader
+        from pipeline.loaders.dali import DaliLoader
 
         return DaliLoader(config)
     if config.backend == "resident":
-        from pipeline.loader_resident import ResidentLoader
+        from pipeline.loaders.resident import ResidentLoader
 
         return ResidentLoader(config)
     raise UserError(f"--loader {config.backend} is unknown; choose ffcv, resident, torch or dali")

@@ -21,8 +21,9 @@ import tyro
 from scipy import stats
 
 from eval.subject import RESULTS, read_results
-from pipeline.command import UserError, run_command
+from pipeline.command import run_command
 from pipeline.disk import write_whole
+from pipeline.errors import UserError
 from train.checkpoint import CHECKPOINT
 from train.content import read_once
 

@@ -23,12 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.augment_cpu import make_scratch, normalization_table, views_of_images
-from pipeline.beton import Beton, open_beton
-from pipeline.command import UserError, run_command
-from pipeline.decode import OK, decode_rgb, make_handle
-from pipeline.draws import draw_views
+from pipeline.choices.draws import draw_views
+from pipeline.command import run_command
+from pipeline.errors import UserError
 from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization, ViewSpec
+from pipeline.storage.beton import Beton, open_beton
+from pipeline.storage.decode import OK, decode_rgb, make_handle
+from pipeline.views.augment_cpu import make_scratch, normalization_table, views_of_images
 from train.config import PretrainConfig
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
@@ -159,8 +160,8 @@ class Stages:
         torch.cuda.synchronize()
 
     def gpu_views(self, ids: np.ndarray) -> None:
-        from pipeline.augment_gpu import make_views
-        from pipeline.resample_gpu import plan_views
+        from pipeline.views.augment_gpu import make_views
+        from pipeline.views.resample_gpu import plan_views
 
         params, heights, widths = self.params(BARLOW_TWINS_VIEWS)
         plan = plan_views(params, self.starts, heights, widths, ["bicubic"] * 2, self.config.resolution)

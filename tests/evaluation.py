@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from pipeline.convert import ConvertConfig, convert
-from pipeline.sources import Source
 from pipeline.spec import Normalization
+from pipeline.storage.sources.open import Source
 from train.checkpoint import BackboneInfo, save_checkpoint
 from train.model import make_backbone
 

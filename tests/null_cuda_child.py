@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.spec import Batch
 from train import runlog
 from train.cards import PRESETS, resolved

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from train import memory
 from train.cards import PRESETS, resolved
 from train.config import PretrainConfig

@@ -13,18 +13,27 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from pipeline.augment_cpu import (
+from pipeline.choices.draws import (
+    BRIGHTNESS,
+    CONTRAST,
+    HUE,
+    NOTHING,
+    SATURATION,
+    centre_views,
+    draw_views,
+    empty_params,
+)
+from pipeline.loaders.reference import apply_view_pil
+from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
+from pipeline.views.augment_cpu import (
     UNCHANGED,
     apply_view,
     make_scratch,
     normalization_table,
     write_view,
 )
-from pipeline.blur_cpu import box_weights
-from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, centre_views, draw_views, empty_params
-from pipeline.loader_torch import apply_view_pil
-from pipeline.resample_cpu import height_first
-from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
+from pipeline.views.blur_cpu import box_weights
+from pipeline.views.resample_cpu import height_first
 
 IMAGES = 200
 SIDE = 224

@@ -19,16 +19,16 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from pipeline import augment_gpu
-from pipeline.augment_cpu import UNCHANGED, apply_view, make_scratch
-from pipeline.augment_gpu import make_views, normalize_views
-from pipeline.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, centre_views, draw_views
-from pipeline.draws import empty_params as empty
-from pipeline.loader_torch import apply_view_pil
-from pipeline.resample_cpu import height_first
-from pipeline.resample_gpu import MAX_SIGMA_PX, ViewPlan, plan_views
-from pipeline.rng import philox4x32_array
+from pipeline.choices.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, centre_views, draw_views
+from pipeline.choices.draws import empty_params as empty
+from pipeline.choices.rng import philox4x32_array
+from pipeline.loaders.reference import apply_view_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
+from pipeline.views import augment_gpu
+from pipeline.views.augment_cpu import UNCHANGED, apply_view, make_scratch
+from pipeline.views.augment_gpu import make_views, normalize_views
+from pipeline.views.resample_cpu import height_first
+from pipeline.views.resample_gpu import MAX_SIGMA_PX, ViewPlan, plan_views
 
 INTERPRETED = not isinstance(augment_gpu.start_colours, triton.JITFunction)
 DEVICES = [

@@ -13,19 +13,19 @@ import torch.multiprocessing
 import torchvision.transforms.functional as F
 from PIL import Image
 
-from pipeline.bad_images import BadImages
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.choices.draws import draw_views
+from pipeline.choices.order import shuffled_batches
+from pipeline.choices.rng import words_array
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
-from pipeline.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, decode_status
-from pipeline.draws import draw_views
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.loader_torch import apply_view_pil, decode_pil
-from pipeline.order import shuffled_batches
-from pipeline.rng import words_array
-from pipeline.shards import pack_shards
+from pipeline.loaders.bad_images import BadImages
+from pipeline.loaders.reference import apply_view_pil, decode_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
+from pipeline.storage.beton import open_beton
+from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, decode_status
+from pipeline.storage.shards import pack_shards
 from train import runlog
 from train.cards import resolved
 from train.config import PretrainConfig

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_convert", REPO / "scripts" / "bench_convert.py")
+    spec = importlib.util.spec_from_file_location("bench_convert", REPO / "scripts" / "bench" / "convert.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["bench_convert"] = module  # where dataclasses look up their module
     spec.loader.exec_module(module)

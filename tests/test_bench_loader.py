@@ -13,7 +13,7 @@ STAGES = ("published_recipe", "jpeg_decode_limit", "decode_once", "crop_only", "
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, REPO / "scripts" / "bench_loader.py", *arguments]
+    command = [sys.executable, REPO / "scripts" / "bench" / "loader.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=400)
 
 

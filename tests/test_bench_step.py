@@ -14,7 +14,7 @@ STAGES = {"data_wait", "copy", "views", "forward", "loss", "backward", "communic
 
 
 def bench(*arguments: object, launcher=()) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, REPO / "scripts" / "bench_step.py", *arguments]
+    command = [sys.executable, *launcher, REPO / "scripts" / "bench" / "step.py", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, env=environment)
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import beton, convert, decode
-from pipeline.command import UserError
+from pipeline import convert
+from pipeline.errors import UserError
+from pipeline.storage import beton, decode
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -374,7 +375,7 @@ def test_the_compiled_decoder_is_cached_between_processes(small, tmp_path):
     """The second process loads the first one's machine code, with libjpeg-turbo at another address."""
     code = """
         import ctypes, sys, numpy as np
-        from pipeline import beton, decode
+        from pipeline.storage import beton, decode
         b = beton.open_beton(sys.argv[1])
         handle, out = decode.make_handle(), np.zeros(b.heights[0] * b.widths[0] * 3, np.uint8)
         place, size = (b.offsets[0], b.sizes_bytes[0]), (b.heights[0], b.widths[0])

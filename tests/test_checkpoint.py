@@ -15,7 +15,7 @@ import timm
 import torch
 import torchvision
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from train.cards import PRESETS, resolved
 from train.checkpoint import (
     BACKBONE,

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.errors import UserError
+from pipeline.storage.beton import open_beton
 
 REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def compare_decoders():
-    spec = importlib.util.spec_from_file_location("compare_decoders", REPO / "scripts" / "compare_decoders.py")
+    spec = importlib.util.spec_from_file_location("compare_decoders", REPO / "scripts" / "bench" / "decoders.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules["compare_decoders"] = module  # where dataclasses look up their module
     spec.loader.exec_module(module)

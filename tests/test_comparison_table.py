@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from scripts.comparison_table import TableConfig, main
 
 DATA = {"train": "1" * 64, "val": "2" * 64}

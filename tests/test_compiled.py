@@ -33,7 +33,7 @@ for module in sys.argv[1:]:
 """
 DRAW = """
 import numpy as np
-from pipeline.draws import draw_views
+from pipeline.choices.draws import draw_views
 from pipeline.spec import BARLOW_TWINS_VIEWS
 print(draw_views(0, 0, np.arange(1), np.array([300]), np.array([300]), BARLOW_TWINS_VIEWS, 64).hue[0])
 """
@@ -50,7 +50,7 @@ def test_a_change_in_another_file_is_compiled(tmp_path):
 
     first = drawn()
     assert drawn() == first
-    source = tmp_path / "pipeline" / "rng.py"
+    source = tmp_path / "pipeline" / "choices" / "rng.py"
     changed = source.read_text().replace("0x9E3779B9", "0x9E3779B8")
     assert changed != source.read_text()
     source.write_text(changed)
@@ -60,12 +60,17 @@ def test_a_change_in_another_file_is_compiled(tmp_path):
 @pytest.mark.slow
 def test_code_lies_in_the_folder_of_its_sources_whatever_is_imported_first():
     """Each module first, in a forked process of its own; those that load torch come to the others through them."""
-    sources = {path.stem: path.read_text() for path in (REPO / "pipeline").glob("*.py")}
-    first = [f"pipeline.{name}" for name, text in sources.items() if re.search(r"\n@(jit|kernel|compiled)", text)]
+    sources = {
+        ".".join(path.relative_to(REPO).with_suffix("").parts): path.read_text()
+        for path in (REPO / "pipeline").rglob("*.py")
+    }
+    first = [name for name, text in sources.items() if re.search(r"\n@(jit|kernel|compiled)", text)]
     command = [sys.executable, "-c", FIRST, *first]
     done = subprocess.run(command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert {"pipeline.decode", "pipeline.shrink", "pipeline.rng"} <= {module for module, _ in lines}
+    assert {"pipeline.storage.decode", "pipeline.storage.shrink", "pipeline.choices.rng"} <= {
+        module for module, _ in lines
+    }
     folder = f"numba-{source_digest(REPO / 'pipeline')}"
     assert [line for line in lines if folder not in line[1]] == []
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from pipeline.command import RUNS, UserError
+from pipeline.command import RUNS
+from pipeline.errors import UserError
 from train.cards import PRESETS, chosen_preset, lr_weights_for, resolved, run_folder
 from train.config import NOT_RECIPE, PretrainConfig, as_plain, projector_widths, recipe
 from train.run_data import train_beton

@@ -19,11 +19,12 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from pipeline import beton, beton_writer, convert, store, workers
-from pipeline.command import UserError
+from pipeline import convert
 from pipeline.convert import ConvertConfig
 from pipeline.disk import _machine
-from pipeline.sources import Source
+from pipeline.errors import UserError
+from pipeline.storage import beton, beton_writer, store, workers
+from pipeline.storage.sources.open import Source
 
 REPO = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(REPO / "pipeline" / "convert.py")]

@@ -22,13 +22,13 @@ from torch import nn
 
 from eval import detection
 from eval.detection import PROTOCOLS, DetectionConfig, chosen_settings, main, open_splits
-from eval.detection_data import DetectionImages, Split, open_coco, open_voc, outline_mask
-from eval.detection_model import detectron2_name, make_detector
-from eval.detection_scores import coco_scores, voc_scores
-from eval.detection_train import Schedule, Training, detect, make_optimizer, take_precise_statistics, train
+from eval.detector.data import DetectionImages, Split, open_coco, open_voc, outline_mask
+from eval.detector.model import detectron2_name, make_detector
+from eval.detector.scores import coco_scores, voc_scores
+from eval.detector.training import Schedule, Training, detect, make_optimizer, take_precise_statistics, train
 from eval.subject import read_results
-from pipeline.command import UserError
 from pipeline.disk import OneWriter
+from pipeline.errors import UserError
 from pipeline.spec import Normalization
 from tests.evaluation import write_run
 from train.agreement import WRITER
@@ -388,7 +388,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(eight, tmp_path, mon
         if stops_at:
             with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
                 answers = iter([0] * (stops_at - 1) + [15])
-                patch.setattr("eval.detection_train.StopRequest.agreed", lambda self, left=answers: next(left))
+                patch.setattr("eval.detector.training.StopRequest.agreed", lambda self, left=answers: next(left))
                 main(config)
             assert ended.value.code == 75 and not (run / "results.jsonl").exists()
         main(config)

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from pipeline import disk
-from pipeline.command import UserError
 from pipeline.disk import OneWriter, append_line, followed_once, read_lines, whole_file, write_whole
+from pipeline.errors import UserError
 
 
 @pytest.fixture

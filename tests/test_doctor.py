@@ -24,7 +24,7 @@ def doctor():
 
 @pytest.fixture(scope="module")
 def stages(doctor, small_beton):
-    from pipeline.beton import open_beton
+    from pipeline.storage.beton import open_beton
 
     config = doctor.DoctorConfig(small_beton, "resnet10_narrow", "32-32", resolution=32, rank_batch=8)
     return doctor.Stages(open_beton(small_beton), config)

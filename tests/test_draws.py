@@ -10,7 +10,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as F
 
-from pipeline.draws import BRIGHTNESS, HUE, NOTHING, ViewParams, centre_views, draw_views, empty_params
+from pipeline.choices.draws import BRIGHTNESS, HUE, NOTHING, ViewParams, centre_views, draw_views, empty_params
 from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, ViewSpec
 
 DRAWS = 100_000

@@ -8,8 +8,8 @@ import pytest
 from eval import knn
 from eval.features import open_encoder
 from eval.subject import read_results
-from pipeline.command import UserError
 from pipeline.disk import append_line
+from pipeline.errors import UserError
 from scripts import eval_all
 from scripts.eval_all import EvalAllConfig, main
 from tests.evaluation import write_dataset, write_run

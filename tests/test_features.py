@@ -24,9 +24,9 @@ from eval.features import (
 )
 from eval.kept import FEATURES_VERSION, find_features, keep_features, read_features
 from eval.subject import open_subject
-from pipeline.beton import open_beton
-from pipeline.command import UserError
 from pipeline.disk import write_whole
+from pipeline.errors import UserError
+from pipeline.storage.beton import open_beton
 from tests.evaluation import NORMALIZATION, coloured_images, write_dataset, write_run
 from train.content import write_state
 

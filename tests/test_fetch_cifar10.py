@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 spec = importlib.util.spec_from_file_location("fetch_cifar10", REPO / "scripts" / "fetch_cifar10.py")

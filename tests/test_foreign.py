@@ -7,7 +7,7 @@ import timm
 import torch
 import torchvision
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from train.cards import PRESETS
 from train.checkpoint import load_backbone, save_checkpoint
 from train.foreign import find_resnet

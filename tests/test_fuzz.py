@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import workers as worker_processes
-from pipeline.beton import MODE_JPEG, file_rows, jpeg_bytes, open_beton
-from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
-from pipeline.decode import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
+from pipeline.storage import workers as worker_processes
+from pipeline.storage.beton import MODE_JPEG, file_rows, jpeg_bytes, open_beton
+from pipeline.storage.decode import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
 
 GUARD = 64  # bytes behind the pixels, which must stay as they are
 SLOWEST_S = 2.0

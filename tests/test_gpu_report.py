@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parents[1]
 def scripts():
     """The folder on the path, as for a script in it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPO / "scripts"))
+        patch.syspath_prepend(str(REPO / "scripts" / "bench"))
         yield import_module
 
 
@@ -49,8 +49,8 @@ def test_the_report_is_short(scripts):
 
 def test_bytes_of_the_kernels(scripts):
     """Of one view, by hand: a 30 × 20 px box, 8 px a side, rows of 32 px, height not first; blurred or not."""
-    from pipeline.draws import empty_params
-    from pipeline.resample_gpu import plan_views
+    from pipeline.choices.draws import empty_params
+    from pipeline.views.resample_gpu import plan_views
 
     kernels = scripts("gpu_kernels")
     for sigma_px in (0.0, 1.0):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.command import UserError
-from pipeline.order import epoch_order
+from pipeline.choices.order import epoch_order
+from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, TINY, bits, run
 from train.cards import resolved

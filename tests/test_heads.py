@@ -9,7 +9,7 @@ from eval.features import open_encoder
 from eval.frozen import POOLS, NormalizedHeads, StageFeatures, pool_map
 from eval.heads import HeadsConfig, main
 from eval.subject import open_subject
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from tests.evaluation import AT_SIDE, write_dataset, write_run
 from train.model import make_backbone
 

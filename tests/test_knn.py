@@ -18,9 +18,9 @@ from eval import subject as subject_module
 from eval.features import features_of, open_encoder
 from eval.knn import KnnConfig, main
 from eval.subject import open_subject, read_results
-from pipeline.beton import open_beton
-from pipeline.command import UserError
 from pipeline.disk import append_line
+from pipeline.errors import UserError
+from pipeline.storage.beton import open_beton
 from tests.evaluation import AT_SIDE, write_dataset, write_run
 from train.checkpoint import BackboneInfo, load_backbone
 

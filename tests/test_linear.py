@@ -11,8 +11,8 @@ from eval import linear
 from eval.features import features_of, open_encoder
 from eval.linear import LinearConfig, main, standardize_
 from eval.subject import open_subject, read_results
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.errors import UserError
+from pipeline.storage.beton import open_beton
 from tests.evaluation import AT_SIDE, write_dataset, write_run
 
 CHANCE = 20.0

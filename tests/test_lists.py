@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pipeline import constants
-from pipeline.command import UserError
-from pipeline.sources import open_source, split_names
+from pipeline.errors import UserError
+from pipeline.storage.sources.open import open_source, split_names
 
 
 @pytest.fixture

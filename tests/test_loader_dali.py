@@ -14,17 +14,17 @@ pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed: bash sc
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: before they are imported
 
-from pipeline.beton import MODE_JPEG, jpeg_bytes, open_beton
-from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import convert as convert_source
 from pipeline.convert import main as convert
-from pipeline.decode import OK, decode_rgb, free_handle, make_handle
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.loader_dali import make_graph
-from pipeline.shards import pack_shards
-from pipeline.sources import Source
+from pipeline.loaders.dali import make_graph
 from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig
+from pipeline.storage.beton import MODE_JPEG, jpeg_bytes, open_beton
+from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
+from pipeline.storage.shards import pack_shards
+from pipeline.storage.sources.open import Source
 
 RESOLUTION = 64
 
@@ -171,7 +171,8 @@ def test_changed_bytes_are_named(config, tmp_path, change):
 
 def test_what_the_decoder_refuses_is_named(config, monkeypatch):
     """Bytes that were stored broken: the loader is handed half of one image."""
-    from pipeline import decode, loader_dali
+    from pipeline.loaders import dali as loader_dali
+    from pipeline.storage import decode
 
     def half_of_11(stored, sample):
         whole = jpeg_bytes(stored, sample)

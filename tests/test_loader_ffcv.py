@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig, Normalization
+from pipeline.storage.beton import open_beton
 
 RESOLUTION = 64
 IDENTITY = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pixels come out as v / 255

@@ -14,12 +14,12 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined: before they are imported
 
-from pipeline.beton import open_beton
-from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig
+from pipeline.storage.beton import open_beton
 
 pytestmark = pytest.mark.slow  # the interpreter
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

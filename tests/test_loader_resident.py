@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import loader_resident
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
+from pipeline.loaders import resident as loader_resident
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig
+from pipeline.storage.beton import open_beton
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from pipeline.beton import jpeg_bytes, open_beton
-from pipeline.command import UserError
-from pipeline.draws import draw_views
-from pipeline.loader_torch import TorchLoader, _Steps, apply_view_pil, decode_pil
-from pipeline.order import shuffled_batches
+from pipeline.choices.draws import draw_views
+from pipeline.choices.order import shuffled_batches
+from pipeline.errors import UserError
+from pipeline.loaders.reference import TorchLoader, _Steps, apply_view_pil, decode_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig, Normalization
+from pipeline.storage.beton import jpeg_bytes, open_beton
 
 RESOLUTION = 64
 pytestmark = pytest.mark.slow  # each loader starts a process that imports torch

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import augment_gpu
+from pipeline.views import augment_gpu
 from tests.audit_kernels import scattered
 
 REPO = Path(__file__).resolve().parents[1]
@@ -92,7 +92,7 @@ def test_lanes_that_are_not_neighbours_in_memory(shape, elements, lanes, good):
 
 ON_THE_CPU = """
 import torch
-from pipeline import augment_gpu, resample_gpu
+from pipeline.views import augment_gpu, resample_gpu
 from pipeline.spec import Normalization
 plan = resample_gpu.ViewPlan(torch.empty(0, dtype=torch.int64), 0, 16, 32, 0, 0, -1)
 augment_gpu.make_views(torch.empty(0, dtype=torch.uint8), plan, Normalization())

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import beton
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
+from pipeline.storage import beton
 
 FILE_BYTES = 2 * 10**9
 ALLOWED_BYTES = 600 * 10**6
@@ -110,7 +110,7 @@ class Peak:
 
 
 def measure(path: Path) -> dict[str, int]:
-    import pipeline.loader_ffcv  # noqa: F401
+    import pipeline.loaders.threads  # noqa: F401
     from pipeline.loader import make_loader
     from pipeline.spec import BARLOW_TWINS_VIEWS, Blocks, LoaderConfig
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from tests.oracles_train import numeric_gradient
 from train.cards import PRESETS, chosen_preset, resolved
 from train.config import METHOD_NAMES, PretrainConfig

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from torch import nn
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from train.batchnorm import CrossRankBatchNorm, with_global_batch_norm
 from train.cards import PRESETS, resolved
 from train.methods.choose import make_method

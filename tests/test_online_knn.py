@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from eval.metrics import knn_accuracy
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
+from pipeline.storage.beton import open_beton
 from tests.evaluation import write_dataset
 from tests.test_resume import CPU, TINY, end_of
 from train import online_knn

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline import order as order_module
-from pipeline.command import UserError
-from pipeline.order import (
+from pipeline.choices import order as order_module
+from pipeline.choices.order import (
     balanced_subset,
     epoch_order,
     k_shot,
@@ -19,6 +18,7 @@ from pipeline.order import (
     window_count,
     windows_of_positions,
 )
+from pipeline.errors import UserError
 from pipeline.spec import Blocks
 
 IDS = np.arange(1000)

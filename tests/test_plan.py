@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import plan as plan_module
-from pipeline import shards as shards_module
-from pipeline.beton import jpeg_bytes, open_beton
+from pipeline.choices.order import windows_of_positions
 from pipeline.loader import make_loader
-from pipeline.order import windows_of_positions
-from pipeline.plan import make_plan
-from pipeline.shards import open_shards, pack_shards, stored_jpeg, stored_ranges
+from pipeline.loaders import stream as plan_module
+from pipeline.loaders.stream import make_plan
 from pipeline.spec import BARLOW_TWINS_VIEWS, Blocks, LoaderConfig
+from pipeline.storage import shards as shards_module
+from pipeline.storage.beton import jpeg_bytes, open_beton
+from pipeline.storage.shards import open_shards, pack_shards, stored_jpeg, stored_ranges
 
 BLOCKS = Blocks(4, 3)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
+from pipeline.storage.beton import open_beton
 from tests.oracles_train import SyntheticLoader, reference_run
 from train.cards import resolved
 from train.checkpoint import load_backbone, read_checkpoint

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.preview import GAP_PX, HEADER_PX, PreviewConfig, main
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from eval.comparison import comparison_markdown, comparisons, duration
-from eval.published import PUBLISHED, published_text
+from eval.reporting.comparison import comparison_markdown, comparisons, duration
+from eval.reporting.published import PUBLISHED, published_text
 
 # Copied by hand from the papers' and model cards' tables.
 NUMBERS = """

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from tests.test_resume import bits, end_of, run
 from train.cards import PRESETS, resolved
 from train.checkpoint import read_checkpoint

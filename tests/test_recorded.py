@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader
 from train.cards import resolved
 from train.checkpoint import read_checkpoint

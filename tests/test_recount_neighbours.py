@@ -6,8 +6,8 @@ import pytest
 
 from eval.knn import KnnConfig
 from eval.knn import main as evaluate
-from pipeline.command import UserError
-from scripts.recount_neighbours import RecountConfig, main
+from pipeline.errors import UserError
+from scripts.bench.neighbours import RecountConfig, main
 from tests.evaluation import write_dataset, write_run
 
 

@@ -15,22 +15,23 @@ import pytest
 import torch
 from PIL import Image
 
-from eval import correlation, neighbours
-from eval.charts import MOST_POINTS, line_chart, nice_ticks, thinned
-from eval.correlation import correlate, load_method
 from eval.knn import KnnConfig
 from eval.knn import main as knn
-from eval.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
-from eval.page import matrix_picture
 from eval.report import ReportConfig, coloured, curves, main, method_of
+from eval.reporting import correlation, neighbours
+from eval.reporting.charts import MOST_POINTS, line_chart, nice_ticks, thinned
+from eval.reporting.correlation import correlate, load_method
+from eval.reporting.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
+from eval.reporting.page import matrix_picture
 from eval.subject import read_results
-from pipeline.beton import open_beton
-from pipeline.command import UserError, run_command
+from pipeline.choices.draws import draw_views
+from pipeline.choices.order import shuffled_batches
+from pipeline.command import run_command
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
-from pipeline.draws import draw_views
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.loader_torch import apply_view_pil, decode_pil
-from pipeline.order import shuffled_batches
+from pipeline.loaders.reference import apply_view_pil, decode_pil
+from pipeline.storage.beton import open_beton
 from tests.evaluation import ARCH, write_dataset, write_run, write_split
 from train.cards import PRESETS
 from train.checkpoint import newest_or_refuse, save_checkpoint

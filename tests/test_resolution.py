@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from tests.evaluation import write_dataset
 from tests.test_resume import CPU, TINY, Killed, end_of

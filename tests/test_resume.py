@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader
 from train.cards import resolved
 from train.checkpoint import read_checkpoint

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pipeline.rng import DOMAIN_ORDER, DOMAIN_VIEWS, philox4x32, philox4x32_array, uniform4, words_array
+from pipeline.choices.rng import DOMAIN_ORDER, DOMAIN_VIEWS, philox4x32, philox4x32_array, uniform4, words_array
 
 # Random123 1.14, tests/kat_vectors, "philox4x32 10": counter, key, expected.
 ONES = 0xFFFFFFFF

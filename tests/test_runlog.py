@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.command import UserError
-from pipeline.order import epoch_order
+from pipeline.choices.order import epoch_order
+from pipeline.errors import UserError
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks
 from train.plots import plot_loss

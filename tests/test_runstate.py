@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import train.runstate
-from pipeline.command import UserError
 from pipeline.disk import OneWriter
-from pipeline.shards import open_stored
+from pipeline.errors import UserError
+from pipeline.storage.shards import open_stored
 from tests.evaluation import write_split
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, STEPS, TINY, Killed, StoppingLoader, bits, end_of, run

@@ -10,8 +10,8 @@ from eval.semisup import SemisupConfig, main
 from eval.splits import labelled_subset
 from eval.subject import open_subject
 from eval.supervised import fit, scheduled_lr
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from pipeline.errors import UserError
+from pipeline.storage.beton import open_beton
 from tests.evaluation import AT_SIDE, write_dataset, write_run
 
 

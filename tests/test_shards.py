@@ -6,12 +6,12 @@ import tarfile
 import numpy as np
 import pytest
 
-from pipeline.beton import files_path, jpeg_bytes, open_beton
-from pipeline.command import UserError
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.disk import OneWriter
-from pipeline.shards import open_shards, pack_shards, stored_jpeg, verify_shards
+from pipeline.errors import UserError
+from pipeline.storage.beton import files_path, jpeg_bytes, open_beton
+from pipeline.storage.shards import open_shards, pack_shards, stored_jpeg, verify_shards
 
 PER_SHARD = 7  # 48 images: six full shards and one of six images
 
@@ -66,7 +66,7 @@ def test_stopped_and_gone_on_with_the_bytes_are_the_same(beton, small_beton, tmp
     pack_shards(beton, PER_SHARD)
     whole = contents(beton.path.parent)
     other = link(small_beton, tmp_path / "other")
-    from pipeline import shards
+    from pipeline.storage import shards
 
     write, written = shards._write_shard, []
 
@@ -158,7 +158,7 @@ def test_two_at_once(beton):
 
 
 def test_the_disk_and_raw_pixels(beton, monkeypatch):
-    from pipeline import shards
+    from pipeline.storage import shards
 
     free = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shards.shutil, "disk_usage", lambda _: free)

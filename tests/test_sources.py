@@ -12,9 +12,13 @@ import pytest
 import scipy.io
 from PIL import Image
 
-from pipeline import any_image, constants, folders, sources
-from pipeline.command import DATA, UserError
-from pipeline.sources import image_places, open_source, read_image, split_names
+from pipeline import constants
+from pipeline.command import DATA
+from pipeline.errors import UserError
+from pipeline.storage import any_image
+from pipeline.storage.sources import folders
+from pipeline.storage.sources import open as sources
+from pipeline.storage.sources.open import image_places, open_source, read_image, split_names
 
 
 def write(path: Path, content: bytes = b"x") -> None:

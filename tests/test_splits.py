@@ -11,7 +11,7 @@ import pytest
 
 from eval import splits
 from eval.splits import LISTS, imagenet_list, labelled_subset, open_dataset
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from tests.evaluation import write_dataset, write_split
 
 # The digests as google-research/simclr's files have them, written down apart from constants.py.

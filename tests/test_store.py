@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from pipeline import store
-from pipeline.decode import STATUS_TEXT, decode_rgb, free_handle, make_handle
-from pipeline.shrink import _resize_rows
-from pipeline.store import HOW, KEPT, MAX_SCANS, RECODED, RESIZED, Unreadable, jpeg_structure, store_image
+from pipeline.storage import store
+from pipeline.storage.decode import STATUS_TEXT, decode_rgb, free_handle, make_handle
+from pipeline.storage.shrink import _resize_rows
+from pipeline.storage.store import HOW, KEPT, MAX_SCANS, RECODED, RESIZED, Unreadable, jpeg_structure, store_image
 
 QUALITY = 90
 

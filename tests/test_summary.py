@@ -5,8 +5,8 @@ import json
 import pytest
 
 from eval.report import ReportConfig, main
-from pipeline.command import UserError
 from pipeline.disk import append_line
+from pipeline.errors import UserError
 
 
 def add(run, protocol, value, encoder="trained", fraction=1.0, arch="resnet18", **more):

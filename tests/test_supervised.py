@@ -20,8 +20,8 @@ from eval.supervised import (
     threads_for,
     validate,
 )
-from pipeline.command import UserError
-from pipeline.order import epoch_order
+from pipeline.choices.order import epoch_order
+from pipeline.errors import UserError
 
 
 def two_clouds(count: int, seed: int):

@@ -11,11 +11,11 @@ from eval import svm
 from eval.features import features_of, open_encoder
 from eval.metrics import average_precision_11, average_precision_area
 from eval.svm import SvmConfig, judged, low_shot_rows, main, svm_labels, unit_rows
-from pipeline.beton import open_beton
-from pipeline.command import UserError
+from eval.voc import ABSENT, CLASSES, PRESENT, voc_targets
 from pipeline.convert import ConvertConfig, convert
-from pipeline.sources import open_source
-from pipeline.voc import ABSENT, CLASSES, PRESENT, voc_targets
+from pipeline.errors import UserError
+from pipeline.storage.beton import open_beton
+from pipeline.storage.sources.open import open_source
 from tests.evaluation import write_run
 
 

@@ -7,7 +7,7 @@ from eval import transfer
 from eval.features import open_encoder
 from eval.subject import open_subject
 from eval.transfer import TransferConfig, main
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from tests.evaluation import AT_SIDE, write_dataset, write_run
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pipeline.command import UserError
-from pipeline.sources import open_source, split_names
-from pipeline.voc import CLASSES, image_targets, voc_targets
+from eval.voc import CLASSES, image_targets, voc_targets
+from pipeline.errors import UserError
+from pipeline.storage.sources.open import open_source, split_names
 
 
 def annotation(*objects: tuple[str, str]) -> str:

@@ -16,8 +16,8 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-from pipeline.command import UserError
 from pipeline.disk import OneWriter
+from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader, barlow_loss_torch
 from train.agreement import only_writer, require_same_start
 from train.batchnorm import CrossRankBatchNorm

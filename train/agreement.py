@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pipeline.command import REPO, UserError
+from pipeline.command import REPO
 from pipeline.compiled import source_digest
 from pipeline.disk import OneWriter
+from pipeline.errors import UserError
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks, largest
 

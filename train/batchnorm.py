@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import library, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from train.distributed import world_size
 
 

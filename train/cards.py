@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.command import DATA, RUNS, UserError
+from pipeline.command import DATA, RUNS
 from pipeline.disk import followed_once
+from pipeline.errors import UserError
 from train.config import PretrainConfig, as_plain, projector_widths, recipe, resolution_rows
 
 # Global batch → learning rate of the weights, 300 epochs of ResNet-50. Source: Barlow Twins, issue 7

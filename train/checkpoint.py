@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from pipeline.command import UserError
 from pipeline.disk import TEMPORARY, write_whole
+from pipeline.errors import UserError
 from pipeline.spec import Normalization
 from train.config import recipe
 from train.content import DamagedFile, MissingFile, parsed_tensor_file, read_once, read_state, tensor_file, write_state

@@ -12,8 +12,9 @@ import torch
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from pipeline.command import DATA, UserError
+from pipeline.command import DATA
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
+from pipeline.errors import UserError
 from pipeline.spec import WITHOUT, Blocks, Normalization
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}  # the type that --amp computes in
@@ -133,7 +134,7 @@ class PretrainConfig:
     """Who makes the views: the GPU's kernels where there is one, or the CPU's. The pixels are the same."""
     order: Literal["shuffled", "blocks"] = "shuffled"
     """shuffled: every epoch a new permutation. blocks: for a file larger than the memory, in long reads; mixes a
-    window of neighbours from all over the file at a time, not all images (pipeline/order.py says how well)."""
+    window of neighbours from all over the file at a time, not all images (pipeline/choices/order.py says how well)."""
     block_images: int = 16
     """With --order blocks: neighbours in the file that are read at once."""
     window_blocks: int = 2048

@@ -25,8 +25,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pipeline.command import UserError
 from pipeline.disk import write_whole
+from pipeline.errors import UserError
 
 DIGEST = "content_sha256"
 SHA256 = "sha256:"  # how its value begins in a file's metadata

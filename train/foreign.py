@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from train.content import content_sha256
 from train.model import make_backbone, torchvision_resnets
 

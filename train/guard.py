@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.command import UserError
+from pipeline.choices.order import shuffled_batches
 from pipeline.disk import write_whole
-from pipeline.order import shuffled_batches
+from pipeline.errors import UserError
 from train.config import PretrainConfig, order_blocks
 from train.distributed import Ranks, say
 

@@ -7,7 +7,7 @@ by itself and needs no flag.
 import torch
 from torch import nn
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from train.checkpoint import read_network
 from train.config import PretrainConfig
 from train.model import make_backbone

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.command import UserError
-from pipeline.order import rank_batch
+from pipeline.choices.order import rank_batch
+from pipeline.errors import UserError
 from train.config import AMP, PretrainConfig, resolution_rows
 from train.distributed import Ranks, largest, say
 from train.recompute import blocks_of, recompute_blocks

@@ -9,7 +9,7 @@ import difflib
 
 from torch import nn
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 
 
 def torchvision_resnets() -> list[str]:

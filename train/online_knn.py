@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.beton import require_same_classes
-from pipeline.command import UserError
+from pipeline.choices.order import balanced_subset
+from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
-from pipeline.order import balanced_subset
-from pipeline.shards import SUFFIX as SHARDS
-from pipeline.shards import open_stored
 from pipeline.spec import LoaderConfig, centre_view
+from pipeline.storage.beton import require_same_classes
+from pipeline.storage.shards import SUFFIX as SHARDS
+from pipeline.storage.shards import open_stored
 from train.config import AMP, NORMALIZATIONS, PretrainConfig
 from train.distributed import Ranks, say
 from train.knn_vote import KNN_HEADLINE, knn_ranks

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.command import UserError
+from pipeline.errors import UserError
 from train.distributed import Ranks
 from train.lars import LARS
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.beton import Beton
-from pipeline.command import UserError
-from pipeline.order import balanced_subset, rank_batch
-from pipeline.shards import Shards, open_stored
+from pipeline.choices.order import balanced_subset, rank_batch
+from pipeline.errors import UserError
 from pipeline.spec import LoaderConfig
+from pipeline.storage.beton import Beton
+from pipeline.storage.shards import Shards, open_stored
 from train.config import AMP, NORMALIZATIONS, PretrainConfig, order_blocks, resolution_rows
 from train.distributed import Ranks
 from train.methods.choose import view_table

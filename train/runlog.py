@@ -21,8 +21,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pipeline.command import RUNS, UserError
+from pipeline.command import RUNS
 from pipeline.disk import append_line, read_lines, write_whole
+from pipeline.errors import UserError
 from train.checkpoint import NO_ROOM
 from train.config import as_plain
 from train.distributed import Ranks, say, total

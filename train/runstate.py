@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.command import UserError
 from pipeline.disk import OneWriter
+from pipeline.errors import UserError
 from train.checkpoint import (
     CHECKPOINT,
     BackboneInfo,

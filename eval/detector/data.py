@@ -1,0 +1,238 @@
+"""Images with objects, PASCAL VOC's and COCO's → records, training samples, and ground truth in COCO's own form.
+
+    VOCdevkit/VOC2007/{ImageSets/Main/{trainval,test}.txt, Annotations/*.xml, JPEGImages/*.jpg}, VOC2012 likewise
+    coco/{annotations/instances_{train,val}2017.json, train2017/*.jpg, val2017/*.jpg}
+
+VOC is trained on with its difficult objects and judged without them; COCO is trained on without its crowds and
+without images that have no object, and judged with all of its images, as Detectron2 does both.
+"""
+
+import hashlib
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.utils.data
+from PIL import Image
+
+from eval.voc import CLASSES as VOC_CLASSES
+from pipeline.choices.order import shuffled_batches
+from pipeline.errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image and its n objects.
+
+    boxes     (n, 4) float32, x1 y1 x2 y2 in px from 0, the ends exclusive
+    labels    (n,) int64, 1 … K; 0 is the background
+    ignored   (n,) bool: VOC's difficult objects, COCO's crowds; a detection of one is neither right nor wrong
+    outlines  n segmentations in COCO's forms, polygons or run lengths; None where the dataset has none
+    """
+
+    path: Path
+    image_id: int
+    height: int
+    width: int
+    boxes: np.ndarray
+    labels: np.ndarray
+    ignored: np.ndarray
+    outlines: list | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of a split, and what they are called."""
+
+    name: str
+    classes: list[str]
+    records: list[Record]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def truth(self) -> dict:
+        """The ground truth as pycocotools reads it; ignored objects are its crowds."""
+        images = [{"id": r.image_id, "height": r.height, "width": r.width} for r in self.records]
+        objects = []
+        for r in self.records:
+            for i, (x1, y1, x2, y2) in enumerate(r.boxes.tolist()):
+                entry = {"id": len(objects) + 1, "image_id": r.image_id, "category_id": int(r.labels[i])}
+                entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
+                entry["iscrowd"] = int(r.ignored[i])
+                if r.outlines:
+                    entry["segmentation"] = r.outlines[i]
+                objects.append(entry)
+        categories = [{"id": i, "name": name} for i, name in enumerate(self.classes, 1)]
+        return {"info": {}, "images": images, "annotations": objects, "categories": categories}
+
+    def sha256(self) -> str:
+        """Of the ground truth, and of the images' names and sizes in bytes; not of their pixels, which are too many."""
+        files = [(r.path.name, r.path.stat().st_size) for r in self.records]
+        content = json.dumps([self.truth(), files], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+
+def require_images(records: list[Record], where: Path) -> None:
+    missing = [r.path for r in records if not r.path.is_file()]
+    if missing:
+        raise UserError(
+            f"{missing[0]} is missing, one of {len(missing)} of the {len(records)} images that {where} lists; "
+            "unpack the dataset's images again"
+        )
+
+
+# ---- PASCAL VOC ----
+
+
+def open_voc(root: Path, years_and_sets: list[tuple[str, str]]) -> Split:
+    """Several parts of VOC, such as [("VOC2007", "trainval")], as one split. Raises UserError."""
+    records: list[Record] = []
+    for year, part in years_and_sets:
+        folder = root / year
+        listing = folder / "ImageSets" / "Main" / f"{part}.txt"
+        if not listing.is_file():
+            raise UserError(f"{listing} is missing; --data expects the folder VOCdevkit with {year} inside")
+        names = listing.read_text("utf-8", "surrogateescape").split()
+        if not names:
+            raise UserError(f"{listing} lists no image; unpack {year} again")
+        found = [_voc_record(folder, name, len(records) + i) for i, name in enumerate(names, 1)]
+        require_images(found, listing)
+        records += found
+    return Split("+".join(f"{year} {part}" for year, part in years_and_sets), list(VOC_CLASSES), records)
+
+
+def _voc_record(folder: Path, name: str, image_id: int) -> Record:
+    path = folder / "Annotations" / f"{name}.xml"
+    try:
+        tree = ET.parse(path)
+        height, width = (int(tree.findtext(f"size/{side}")) for side in ("height", "width"))
+        objects = tree.findall("object")
+        boxes = [[float(o.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
+        names = [o.findtext("name") for o in objects]
+        difficult = [o.findtext("difficult", "0").strip() == "1" for o in objects]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; unpack the annotations of {folder.name} again") from None
+    except (ET.ParseError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not an annotation of PASCAL VOC ({error}); unpack {folder.name} again") from None
+    if not objects:
+        raise UserError(f"{path} has no object, every image of VOC has at least one; unpack {folder.name} again")
+    if unknown := set(names) - set(VOC_CLASSES):
+        raise UserError(f"{path} has an object of class {min(unknown, key=str)!r}, none of VOC's 20; is it VOC's file?")
+    labels = [VOC_CLASSES.index(name) + 1 for name in names]
+    corners = np.array(boxes, np.float32) - np.array([1, 1, 0, 0], np.float32)  # pixels count from 1, ends inclusive
+    image = folder / "JPEGImages" / f"{name}.jpg"
+    return Record(image, image_id, height, width, corners, np.array(labels, np.int64), np.array(difficult))
+
+
+# ---- COCO ----
+
+
+def open_coco(root: Path, part: str) -> Split:
+    """COCO's `part`, such as "train2017"; categories are renumbered from 1 in the order of their ids."""
+    path = root / "annotations" / f"instances_{part}.json"
+    try:
+        content = json.loads(path.read_bytes())
+        images, objects, categories = (content[key] for key in ("images", "annotations", "categories"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; --data expects COCO's folder with annotations/ and {part}/") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a file of COCO instances ({error!r}); unpack it again") from None
+    if not objects or not images:
+        raise UserError(f"{path} lists {len(images)} images and {len(objects)} objects; unpack the annotations again")
+    categories = sorted(categories, key=lambda c: c["id"])
+    label = {c["id"]: i for i, c in enumerate(categories, 1)}
+    by_image: dict[int, list[dict]] = {}
+    for entry in objects:
+        by_image.setdefault(entry["image_id"], []).append(entry)
+    records = [_coco_record(root / part, image, by_image.get(image["id"], []), label) for image in images]
+    require_images(records, path)
+    return Split(f"COCO {part}", [c["name"] for c in categories], records)
+
+
+def _coco_record(folder: Path, image: dict, objects: list[dict], label: dict[int, int]) -> Record:
+    boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    return Record(
+        folder / image["file_name"],
+        image["id"],
+        image["height"],
+        image["width"],
+        boxes,
+        np.array([label[o["category_id"]] for o in objects], np.int64),
+        np.array([o.get("iscrowd", 0) for o in objects], bool),
+        [o["segmentation"] for o in objects],
+    )
+
+
+# ---- samples ----
+
+
+def outline_mask(outline, height: int, width: int) -> np.ndarray:
+    """COCO's polygons or run lengths → (H, W) uint8 of 0 and 1."""
+    from pycocotools import mask
+
+    if isinstance(outline, list):  # polygons
+        return mask.decode(mask.merge(mask.frPyObjects(outline, height, width)))
+    packed = isinstance(outline["counts"], str | bytes)
+    return mask.decode(outline if packed else mask.frPyObjects(outline, height, width))
+
+
+class DetectionImages(torch.utils.data.Dataset):
+    """(epoch, position) → image (3, H, W) float32 in [0, 1], and its target as torchvision's detectors take it.
+
+    `keep_ignored` says whether ignored objects are trained on. An epoch flips half of the images, a function of
+    seed, epoch and position; epoch −1 flips none. An image that cannot be used comes back as the UserError that says
+    why: raised in a DataLoader's process it would reach the user as a traceback.
+    """
+
+    def __init__(self, records: list[Record], masks: bool, keep_ignored: bool, seed: int):
+        self.records, self.masks, self.keep_ignored, self.seed = records, masks, keep_ignored, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | UserError:
+        epoch, position = key
+        r = self.records[position]
+        try:
+            pixels = read_image(r)
+        except UserError as error:
+            return error
+        sides = r.boxes[:, 2:] > r.boxes[:, :2]
+        used = sides.all(1) & (self.keep_ignored | ~r.ignored)
+        boxes = r.boxes[used].copy()
+        masks = [outline_mask(r.outlines[i], r.height, r.width) for i in np.flatnonzero(used)] if self.masks else []
+        masks = np.stack(masks) if masks else np.zeros((0, r.height, r.width), np.uint8)
+        if epoch >= 0 and np.random.default_rng((self.seed, epoch, position)).random() < 0.5:
+            pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
+            boxes[:, [0, 2]] = r.width - boxes[:, [2, 0]]
+        image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).float() / 255
+        target = {"boxes": torch.from_numpy(boxes), "labels": torch.from_numpy(r.labels[used])}
+        if self.masks:
+            target["masks"] = torch.from_numpy(np.ascontiguousarray(masks))
+        return image, target
+
+
+def read_image(record: Record) -> np.ndarray:
+    """(H, W, 3) uint8. Raises UserError where the file is damaged or not the image its annotation tells of."""
+    try:
+        with Image.open(record.path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{record.path} cannot be read ({error}); unpack the dataset's images again") from None
+    if pixels.shape[:2] != (record.height, record.width):
+        raise UserError(
+            f"{record.path} has {pixels.shape[1]}×{pixels.shape[0]} px, its annotation says "
+            f"{record.width}×{record.height}; unpack the dataset again"
+        )
+    return pixels
+
+
+def training_keys(
+    images: int, batch: int, seed: int, rank: int, world_size: int, start: int, stop: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Of iterations start … stop − 1: this rank's (epoch, position) pairs."""
+    for _, epoch, positions in shuffled_batches(seed, np.arange(images), batch, rank, world_size, start, stop):
+        yield [(epoch, int(position)) for position in positions]

@@ -1,0 +1,142 @@
+"""Our results laid beside the published numbers.
+
+A difference is given only where ours was measured by exactly the published protocol on the published dataset with
+the published architecture. Everything else is shown with a remark that says what differs.
+"""
+
+import statistics
+from dataclasses import dataclass
+
+from eval.reporting.published import NAMED_BY_PROTOCOL, PUBLISHED, SIZES, Published, method_title, published_text
+from pipeline.constants import IMAGENET_LIST_IMAGES
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A published row and ours as text; "" where there is none."""
+
+    published: Published
+    ours: str = ""
+    difference: str = ""
+    protocol: str = ""
+    seeds: str = ""
+    seconds: float | None = None
+    remark: str = ""
+
+
+def on_dataset(result: dict, dataset: str) -> bool:
+    """Whether a result was measured on a published dataset, or on a part of it with all of its validation images."""
+    return dataset in NAMED_BY_PROTOCOL or (result["classes"], result["val_images"]) == SIZES[dataset][:2]
+
+
+def other_images(published: Published, result: dict) -> list[str]:
+    """What is not the published choice of images."""
+    _, val_images, train_images = SIZES[published.dataset]
+    remarks = []
+    if published.fraction in (0.01, 0.1):
+        percent = round(100 * published.fraction)
+        train_images = IMAGENET_LIST_IMAGES[percent]
+        if result["split"] != f"imagenet-{percent}percent":
+            remarks.append(f"other labelled images than SimCLR's {percent} % ({result['split']})")
+    for what, expected in (("train_images", train_images), ("val_images", val_images)):
+        if result[what] != expected:
+            remarks.append(f"{result[what]} {what.replace('_', ' ')}, not {expected}")
+    return remarks
+
+
+def matching(published: Published, results: list[dict]) -> list[dict]:
+    """Our newest results that belong in a row, one a seed, all of one checkpoint and one setting.
+
+    A result that the published settings made is preferred to a newer one of modified settings.
+    """
+
+    def fits(r: dict) -> bool:
+        name = r["protocol"].removesuffix("-modified")
+        return (
+            (name == published.protocol or name.startswith(published.similar))
+            and r["encoder"] == "trained"
+            and r["method"] == published.method
+            and (published.fraction is None or r["fraction"] == published.fraction)
+            and on_dataset(r, published.dataset)
+            and all(key in r["values"] for key in published.values)
+        )
+
+    found = [r for r in results if fits(r)]
+    chosen = [r for r in found if r["protocol"] == published.protocol and r["arch"] == published.arch] or found
+    if not chosen:
+        return []
+
+    def same(r: dict) -> tuple:
+        return r["checkpoint_sha256"], r.get("key", ""), r["protocol"], r["changed"], r["dataset_sha256"]
+
+    by_seed = {one["seed"]: one for r in chosen if same(r) == same(chosen[-1]) for one in single_seeds(r)}
+    return list(by_seed.values())
+
+
+def single_seeds(result: dict) -> list[dict]:
+    """A result as one a seed: of several seeds, the line's details hold each one's values."""
+    seeds = result["details"].get("seeds") or [result["values"] | {"seed": result["seed"]}]
+    return [result | {"seed": s["seed"], "values": s, "seconds": result["seconds"] / len(seeds)} for s in seeds]
+
+
+def compare(published: Published, found: list[dict], name_checkpoint: bool) -> Comparison:
+    """A published row and our results that belong in it, one a seed; `name_checkpoint`: with whose they are."""
+    if not found:
+        return Comparison(published)
+    last, count = found[-1], len(found)
+    means = [statistics.fmean(r["values"][key] for r in found) for key in published.values]
+    spreads = [statistics.stdev(r["values"][key] for r in found) if count > 1 else None for key in published.values]
+    differs = [last["arch"]] if last["arch"] != published.arch else []
+    changed = {k: v for k, v in last["changed"].items() if (k, v) != ("resolution_px", published.resolution_px)}
+    if changed:
+        differs.append("modified: " + ", ".join(f"{key} {value}" for key, value in changed.items()))
+    if last["protocol"].removesuffix("-modified") != published.protocol:
+        differs.append("another protocol than the published one")
+    differs += other_images(published, last) + ([published.remark] if published.remark else [])
+    remarks = [f"pretrained for {last['epochs']} epochs"] if last["epochs"] else []
+    remarks += [f"step {last['step']}, checkpoint {last['checkpoint_sha256'][:8]}"] if name_checkpoint else []
+    return Comparison(
+        published,
+        " / ".join(f"{m:.2f}" + (f" ± {s:.2f}" if s is not None else "") for m, s in zip(means, spreads, strict=True)),
+        " / ".join(f"{m - p:+.2f}" for m, p in zip(means, published.values.values(), strict=True)) * (not differs),
+        last["protocol"],
+        ", ".join(str(r["seed"]) for r in found),
+        sum(r["seconds"] for r in found),
+        "; ".join(remarks + differs),
+    )
+
+
+def comparisons(results: list[dict]) -> dict[str, list[Comparison]]:
+    """Every published row with ours, by table, in the order above. `results`: the lines of some runs' results.jsonl,
+    oldest first, each with the `method` that made its encoder. Rows of several checkpoints name theirs."""
+    found = [(published, matching(published, results)) for published in PUBLISHED]
+    checkpoints = {r["checkpoint_sha256"] for _, ours in found for r in ours}
+    tables: dict[str, list[Comparison]] = {}
+    for published, ours in found:
+        tables.setdefault(published.table, []).append(compare(published, ours, len(checkpoints) > 1))
+    return tables
+
+
+def duration(seconds: float | None) -> str:
+    """12 s, 3.4 min, 2.1 h."""
+    if seconds is None:
+        return ""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def comparison_markdown(results: list[dict]) -> str:
+    """Every published table as Markdown, one row a published number, ours beside it."""
+    head = "| method | evaluation | ours | published | difference | protocol | seeds | time | remark |"
+    parts = []
+    for table, rows in comparisons(results).items():
+        lines = [f"### {table}", "", head, "|" + "---|" * 9]
+        for c in rows:
+            p = c.published
+            first = (method_title(p), p.what, c.ours or "not measured", published_text(p), c.difference or "–")
+            lines.append("| " + " | ".join((*first, c.protocol, c.seeds, duration(c.seconds), c.remark)) + " |")
+        sources = "; ".join(dict.fromkeys(c.published.source for c in rows))
+        parts.append("\n".join([*lines, "", f"Published: {sources}."]))
+    return "\n\n".join(parts)

@@ -1,0 +1,201 @@
+"""Every random decision about a view ends here, as plain numbers, before any pixel is touched.
+
+`draw_views` maps (seed, epoch, sample ids, image sizes) to `ViewParams`. The kernels on the CPU and
+on the GPU and the PIL oracle apply these numbers and have no randomness of their own, so they can be
+compared pixel by pixel, and a sample's views do not depend on workers, batch, rank or backend.
+
+Slots of the counter-based generator (rng.py), four to a block:
+
+    block 0–4   crop tries 0–9: area, ratio | area, ratio
+    block 5     crop top, crop left, flip, jitter on
+    block 6     brightness, contrast, saturation, hue
+    block 7     order of the four, grey, blur on, blur sigma
+    block 8     solarize
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.choices.rng import DOMAIN_VIEWS, uniform4
+from pipeline.compiled import jit
+from pipeline.spec import CentreCrop, ViewSpec
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE, NOTHING = 0, 1, 2, 3, 4  # the values of ViewParams.jitter_order
+
+
+class ViewParams(NamedTuple):
+    """The drawn numbers of B images × V views: a struct of arrays, each (B, V) unless it says otherwise.
+
+    Geometry: the box is cut out of the image, resized to `resized_*`, and the (H, W) window at
+    `window_*` of that is the view. A random crop has resized = (H, W) and window (0, 0); a centre crop
+    has the whole image as its box.
+
+    box_top box_left box_height box_width   int32, px of the stored image
+    resized_height resized_width            int32, px
+    window_top window_left                  int32, px of the resized box; may be negative: zeros there
+    flip                                    uint8, 1 = mirrored left-right, after the resize
+    jitter                                  uint8, 1 = the four colour operations run
+    jitter_order                            uint8 (B, V, 4), which operation runs first … last; one whose
+                                            strength is 0 is NOTHING (hue by 0 turns would still round)
+    brightness contrast saturation          float32, blend factors, 1 = unchanged
+    hue                                     float32, turns in [-0.5, 0.5], 0 = unchanged
+    grey                                    uint8, 1 = R = G = B = luma
+    sigma_px                                float32, blur radius; 0 = no blur
+    solarize                                uint8, 1 = values of 128 and above are inverted
+    """
+
+    box_top: np.ndarray
+    box_left: np.ndarray
+    box_height: np.ndarray
+    box_width: np.ndarray
+    resized_height: np.ndarray
+    resized_width: np.ndarray
+    window_top: np.ndarray
+    window_left: np.ndarray
+    flip: np.ndarray
+    jitter: np.ndarray
+    jitter_order: np.ndarray
+    brightness: np.ndarray
+    contrast: np.ndarray
+    saturation: np.ndarray
+    hue: np.ndarray
+    grey: np.ndarray
+    sigma_px: np.ndarray
+    solarize: np.ndarray
+
+
+_DTYPES = dict.fromkeys(ViewParams._fields[:8], np.int32)
+_DTYPES |= dict.fromkeys(("flip", "jitter", "jitter_order", "grey", "solarize"), np.uint8)
+_DTYPES |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "sigma_px"), np.float32)
+
+# The 24 orders of four operations, lexicographic: one uniform picks a row.
+_ORDERS = np.array(
+    [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3], np.uint8
+)
+
+
+def empty_params(images: int, views: int) -> ViewParams:
+    """Parameters that change nothing (every operation off, boxes zero), shape (images, views)."""
+    arrays = {
+        name: np.zeros((images, views, 4) if name == "jitter_order" else (images, views), _DTYPES[name])
+        for name in ViewParams._fields
+    }
+    arrays["jitter_order"][:] = np.arange(4)
+    for name in ("brightness", "contrast", "saturation"):
+        arrays[name][:] = 1
+    return ViewParams(**arrays)
+
+
+def _table(views: tuple[ViewSpec, ...]) -> np.ndarray:
+    """The view table as numbers for the compiled loop, one row a view."""
+    rows = []
+    for v in views:
+        geometry = (*v.area, *np.log(v.ratio), v.p_flip)
+        jitter = (v.p_jitter, v.brightness, v.contrast, v.saturation, v.hue)
+        rows.append((*geometry, *jitter, v.p_grey, v.p_blur, *v.sigma_px, v.p_solarize))
+    return np.array(rows, np.float64)
+
+
+@jit
+def _fallback_box(height, width, min_ratio, max_ratio):
+    """torchvision's answer when ten tries failed: the largest centred box with an allowed ratio."""
+    in_ratio = width / height
+    if in_ratio < min_ratio:
+        w = width
+        h = min(max(int(np.rint(w / min_ratio)), 1), height)
+    elif in_ratio > max_ratio:
+        h = height
+        w = min(max(int(np.rint(h * max_ratio)), 1), width)
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@jit
+def _draw_box(seed, epoch, sample, view, height, width, row, top_u, left_u):
+    """RandomResizedCrop's box (torchvision's algorithm): ten tries, then the centred fallback."""
+    area = height * width
+    for block in range(5):
+        u = uniform4(seed, DOMAIN_VIEWS, epoch, sample, view, block)
+        for k in range(2):
+            target = area * (row[0] + (row[1] - row[0]) * u[2 * k])
+            aspect = np.exp(row[2] + (row[3] - row[2]) * u[2 * k + 1])
+            w = int(np.rint(np.sqrt(target * aspect)))
+            h = int(np.rint(np.sqrt(target / aspect)))
+            if 0 < w <= width and 0 < h <= height:
+                return int(top_u * (height - h + 1)), int(left_u * (width - w + 1)), h, w
+    return _fallback_box(height, width, np.exp(row[2]), np.exp(row[3]))
+
+
+@jit
+def _factor(strength, u):
+    low = max(0.0, 1.0 - strength)
+    return low + (1.0 + strength - low) * u
+
+
+@jit
+def _draw(seed, epoch, samples, heights, widths, table, resolution_px, orders, p):
+    for b in range(len(samples)):
+        for v in range(len(table)):
+            row = table[v]
+            # Blocks as int64(…): a literal number would compile the generator anew for each.
+            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(5))
+            box = _draw_box(seed, epoch, samples[b], v, heights[b], widths[b], row, u[0], u[1])
+            p.box_top[b, v], p.box_left[b, v], p.box_height[b, v], p.box_width[b, v] = box
+            p.resized_height[b, v] = resolution_px
+            p.resized_width[b, v] = resolution_px
+            p.flip[b, v] = u[2] < row[4]
+            p.jitter[b, v] = u[3] < row[5]
+            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(6))
+            p.brightness[b, v] = _factor(row[6], u[0])
+            p.contrast[b, v] = _factor(row[7], u[1])
+            p.saturation[b, v] = _factor(row[8], u[2])
+            p.hue[b, v] = row[9] * (2.0 * u[3] - 1.0)
+            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(7))
+            for k in range(4):
+                operation = orders[int(u[0] * 24), k]
+                p.jitter_order[b, v, k] = operation if row[6 + operation] > 0 else NOTHING
+            p.grey[b, v] = u[1] < row[10]
+            p.sigma_px[b, v] = row[12] + (row[13] - row[12]) * u[3] if u[2] < row[11] else 0.0
+            u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(8))
+            p.solarize[b, v] = u[0] < row[14]
+
+
+def draw_views(
+    seed: int,
+    epoch: int,
+    samples: np.ndarray,
+    heights_px: np.ndarray,
+    widths_px: np.ndarray,
+    views: tuple[ViewSpec, ...],
+    resolution_px: int,
+) -> ViewParams:
+    """The parameters of both (all) views of some images in one epoch.
+
+    `samples`, `heights_px`, `widths_px` are (B,): dataset positions and the stored images' sizes.
+    The same arguments always give the same bits. About 1 µs a view.
+    """
+    params = empty_params(len(samples), len(views))
+    samples = np.ascontiguousarray(samples, np.int64)
+    heights = np.ascontiguousarray(heights_px, np.int64)
+    widths = np.ascontiguousarray(widths_px, np.int64)
+    _draw(np.uint64(seed), epoch, samples, heights, widths, _table(views), resolution_px, _ORDERS, params)
+    return params
+
+
+def centre_views(heights_px: np.ndarray, widths_px: np.ndarray, view: CentreCrop, resolution_px: int) -> ViewParams:
+    """torchvision's Resize(resize_px) then CenterCrop(resolution_px), as parameters of one view. (B,) sizes in."""
+    heights, widths = np.asarray(heights_px, np.int64), np.asarray(widths_px, np.int64)
+    params = empty_params(len(heights), 1)
+    params.box_height[:, 0] = heights
+    params.box_width[:, 0] = widths
+    shorter, longer = np.minimum(heights, widths), np.maximum(heights, widths)
+    longer_px = (view.resize_px * longer / shorter).astype(np.int64)
+    params.resized_height[:, 0] = np.where(heights <= widths, view.resize_px, longer_px)
+    params.resized_width[:, 0] = np.where(heights <= widths, longer_px, view.resize_px)
+    for resized, window in ((params.resized_height, params.window_top), (params.resized_width, params.window_left)):
+        spare = resized - resolution_px
+        # Too small an image is padded first, by spare // 2 (rounded towards 0) at the top and left.
+        window[:] = np.where(spare < 0, -(-spare // 2), np.rint(spare / 2))
+    return params

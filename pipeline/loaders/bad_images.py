@@ -1,0 +1,90 @@
+"""Images that cannot be decoded, met in training: the run stops, or another sample stands in.
+
+    stand-in of sample s in epoch e  =  ids[draw(seed, e, s, try)]      try = 0, 1, … until one can be decoded
+
+A pure function of seed, epoch and sample: the same on every backend, at any world size, after any resume. Which samples
+are bad is libjpeg-turbo's word on every backend, where it refuses an image or warns about it: Pillow and DALI take
+some broken ones in silence. A stand-in comes with its own label and draws, so it is seen once more in that epoch.
+"""
+
+import sys
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from pipeline.choices.rng import DOMAIN_STAND_IN, words_array
+from pipeline.errors import UserError
+from pipeline.spec import LoaderConfig
+from pipeline.storage.beton import MODE_JPEG, Beton
+from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE
+from pipeline.storage.jpeg import Decoded, decode_pixels
+from pipeline.storage.shards import Shards, stored_jpeg
+
+_MEMORY_TOO = (STATUS_TEXT[NOT_A_JPEG], STATUS_TEXT[UNDECODABLE])  # what is answered, too, where memory is short
+TRIES = 100  # bad stand-ins in a row after which the file, not an image, must be the cause
+
+
+class BadImages:
+    """What one loader has found so far. That only saves decoding a bad image again: it changes no batch.
+
+    `ids` are the samples in use, from which stand-ins are drawn.
+    """
+
+    def __init__(self, config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray) -> None:
+        self.substitute = config.on_bad_image == "substitute"
+        self.seed, self.stored, self.ids = config.seed, stored, ids
+        self.found: set[int] = set()
+        self._judged = np.zeros(len(stored), bool)
+
+    def note(self, sample: int, reason: str) -> None:
+        """A sample that cannot be decoded. Raises UserError, naming its file, unless others are to stand in."""
+        if sample in self.found:
+            return
+        named = f"image {sample} of {self.stored.path} ({self.stored.file_names()[sample]}) cannot be decoded: {reason}"
+        if reason in _MEMORY_TOO and self._decodes(sample):
+            raise UserError(f"{named}, and now it can: memory was short; end other programs, then run again")
+        if not self.substitute:
+            raise UserError(f"{named}; check the file with pipeline/convert.py --verify, or convert again")
+        self.found.add(sample)
+        print(f"note: {named}; others stand in for it", file=sys.stderr, flush=True)
+
+    def _decodes(self, sample: int) -> bool:
+        """Asks again, with the library's own words: a decoder that was refused memory calls the image broken."""
+        if self.stored.modes[sample] != MODE_JPEG:
+            return False
+        try:
+            return isinstance(decode_pixels(stored_jpeg(self.stored, sample).tobytes(), 65535, 1 << 32), Decoded)
+        except MemoryError:
+            return True
+
+    def replaced(self, epoch: int, wanted: np.ndarray) -> np.ndarray:
+        """The sample ids of a batch with stand-ins for those that are found bad."""
+        if not self.found:
+            return wanted
+        return np.array([self._stand_in(epoch, s) if s in self.found else s for s in wanted.tolist()], np.int64)
+
+    def _stand_in(self, epoch: int, sample: int) -> int:
+        for attempt in range(TRIES):
+            word = int(words_array(self.seed, DOMAIN_STAND_IN, epoch, [sample], 0, attempt)[0, 0])
+            stand_in = int(self.ids[word * len(self.ids) >> 32])
+            if stand_in not in self.found:
+                return stand_in
+        raise UserError(
+            f"{TRIES} images of {self.stored.path} in a row cannot be decoded; check the file with"
+            " pipeline/convert.py --verify, or convert again"
+        )
+
+    def decodable(self, epoch: int, wanted: np.ndarray, statuses: Callable[[np.ndarray], Iterable[int]]) -> np.ndarray:
+        """A batch's sample ids, with stand-ins where needed, for a backend whose decoder is not the judge.
+
+        `statuses` gives decode_rgb's answer for each of some samples; each sample of the dataset is asked about once.
+        """
+        while True:
+            ids = self.replaced(epoch, wanted)
+            new = np.unique(ids[~self._judged[ids]])
+            if not len(new):
+                return ids
+            for sample, status in zip(new.tolist(), statuses(new), strict=True):
+                self._judged[sample] = True
+                if status != OK:
+                    self.note(sample, STATUS_TEXT[status])

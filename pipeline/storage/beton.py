@@ -1,0 +1,229 @@
+"""The .beton file: FFCV's layout in plain NumPy, and a memory-mapped view of it.
+
+    header          24 bytes: version, fields, page size, samples, where the allocation table is
+    descriptors     1041 bytes a field: type, name, arguments; here an RGB image and an integer
+    samples         24 bytes each: mode, width, height, where the data are; label
+    (zeros up to the next page)
+    pages           8 MiB each; a sample's data never cross the border of a page
+    allocations     24 bytes a sample: id, where, how many bytes
+
+FFCV's own Reader and Loader read these files. Beside `x.beton` lie `x.manifest.json` (what it is) and
+`x.files.tsv` (one line a sample: id, label, how it was stored, sha256 of its bytes, file name); `open_beton`
+refuses a file without them, or with those of another file.
+
+Source of the layout: ffcv 1.0.2, `types.py`, `writer.py`, `memory_allocator.py`, `fields/rgb_image.py`.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+FORMAT_VERSION = 1  # of our manifest and file table; FFCV's own version stands in the header
+FFCV_VERSION = 2
+PAGE_BYTES = 8 << 20  # the page size FFCV's writer uses
+MODE_JPEG, MODE_RAW = 0, 1
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page_bytes", "<u4"), ("samples", "<u8"), ("allocations", "<u8")],
+    align=True,
+)
+DESCRIPTOR = np.dtype([("type", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
+SAMPLE = np.dtype(
+    {
+        "names": ["mode", "width", "height", "offset", "label"],
+        "formats": ["<u1", "<u2", "<u2", "<u8", "<i8"],
+        "offsets": [0, 1, 3, 5, 16],
+        "itemsize": 24,
+    }
+)
+ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("bytes", "<u8")])
+FIELDS = (("image", 2), ("label", 1))  # name and FFCV's type number: RGBImageField, IntField
+
+SAMPLES_AT = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize
+
+
+def manifest_path(path: Path) -> Path:
+    """`x.beton` → `x.manifest.json`."""
+    return path.with_suffix(".manifest.json")
+
+
+def files_path(path: Path) -> Path:
+    """`x.beton` → `x.files.tsv`."""
+    return path.with_suffix(".files.tsv")
+
+
+def data_start(samples: int) -> int:
+    """Offset of the first page, bytes, in a file with room for this many samples."""
+    return -(-(SAMPLES_AT + samples * SAMPLE.itemsize) // PAGE_BYTES) * PAGE_BYTES
+
+
+def place(end: int, size_bytes: int) -> int:
+    """Where the next sample's data go when the last one's ended at `end`: there, or on the next page."""
+    return end if end // PAGE_BYTES == (end + size_bytes - 1) // PAGE_BYTES else -(-end // PAGE_BYTES) * PAGE_BYTES
+
+
+def head_bytes(samples: int, allocations_at: int) -> bytes:
+    """Header and field descriptors."""
+    header = np.zeros(1, HEADER)
+    header[0] = (FFCV_VERSION, len(FIELDS), PAGE_BYTES, samples, allocations_at)
+    descriptors = np.zeros(len(FIELDS), DESCRIPTOR)
+    for row, (name, type_number) in zip(descriptors, FIELDS, strict=True):
+        row["type"] = type_number
+        row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
+    return header.tobytes() + descriptors.tobytes()
+
+
+def tables_sha256(head: bytes, samples: np.ndarray, allocations: np.ndarray) -> str:
+    """The digest of everything in the file but the samples' own data, which `x.files.tsv` covers."""
+    digest = hashlib.sha256(head)
+    digest.update(samples.tobytes())
+    digest.update(allocations.tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Beton:
+    """A finished .beton file, mapped into memory. Opening reads its tables, 50 bytes a sample, and no image.
+
+    heights widths  (N,) int64, px                   modes  (N,) uint8, MODE_JPEG or MODE_RAW
+    labels          (N,) int64, index into classes   offsets sizes_bytes  (N,) int64, into data
+    data            the whole file, uint8, read-only
+    """
+
+    path: Path
+    manifest: dict
+    classes: list[str]
+    heights: np.ndarray
+    widths: np.ndarray
+    labels: np.ndarray
+    modes: np.ndarray
+    offsets: np.ndarray
+    sizes_bytes: np.ndarray
+    data: np.memmap
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def file_names(self) -> list[str]:
+        """The source file of each sample, by id, relative to the source's root. Read on each call: 1 s for ImageNet."""
+        return [line[line.rindex("\t") + 1 :] for line in _file_lines(self)]
+
+
+def file_rows(beton: Beton) -> list[list[str]]:
+    """`x.files.tsv` by sample id: [id, label, how it was stored, sha256, file name], all text."""
+    return [line.split("\t") for line in _file_lines(beton)]
+
+
+def _file_lines(beton: Beton) -> list[str]:
+    path = files_path(beton.path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing; it belongs to {beton.path.name}: copy it too, or convert again")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != beton.manifest["files_sha256"]:
+        raise UserError(f"{path} does not belong to {beton.path.name} (its sha256 differs); convert again")
+    return content.decode("utf-8", "surrogateescape").split("\n")[1:-1]
+
+
+def require_same_classes(first: str, classes: list[str], second: str, other_classes: list[str]) -> None:
+    """Raises UserError where two splits, named `first` and `second`, have different classes."""
+    if classes == other_classes:
+        return
+    extra, missing = sorted(set(other_classes) - set(classes)), sorted(set(classes) - set(other_classes))
+    details = [f"{where} lacks {names[0]}" for where, names in ((first, extra), (second, missing)) if names]
+    raise UserError(
+        f"{first} has {len(classes)} classes and {second} has {len(other_classes)}"
+        f" ({'; '.join(details) or 'in another order'}); both need the same class folders"
+    )
+
+
+def _read_manifest(path: Path) -> dict:
+    where = manifest_path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is missing; make it with pipeline/convert.py, or give the path of another .beton")
+    if not where.is_file():
+        raise UserError(
+            f"{path} has no {where.name} beside it, so it comes from another tool or was moved alone;"
+            " convert it with pipeline/convert.py, or move the manifest too"
+        )
+    try:
+        manifest = json.loads(where.read_text())
+        version = manifest["format_version"]
+        expected_types = {"classes": list, "images": int, "bytes": int, "tables_sha256": str, "files_sha256": str}
+        complete = all(isinstance(manifest[key], kind) for key, kind in expected_types.items())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where} is not a manifest of pipeline/convert.py ({error!r}); convert again") from None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{where} has format version {version}, this code reads {FORMAT_VERSION}; convert again")
+    if not complete:
+        raise UserError(f"{where} is not a manifest of pipeline/convert.py (an entry has a wrong type); convert again")
+    return manifest
+
+
+def _check_tables(path: Path, manifest: dict, samples: np.ndarray, allocations: np.ndarray, file_bytes: int) -> None:
+    """Tables can match their digest and still be nonsense; the decoder must never read outside the file."""
+    offsets, sizes = allocations["offset"].astype(np.int64), allocations["bytes"].astype(np.int64)
+    sound = (
+        np.array_equal(allocations["sample"], np.arange(len(samples)))
+        and np.array_equal(allocations["offset"], samples["offset"])
+        and (offsets >= 0).all()
+        and (sizes > 0).all()
+        and (sizes <= file_bytes - offsets).all()
+        and (samples["mode"] <= MODE_RAW).all()
+        and (samples["width"] > 0).all()
+        and (samples["height"] > 0).all()
+    )
+    if not sound:
+        raise UserError(f"{path} has a damaged sample table; convert again")
+    labels, classes = samples["label"], len(manifest["classes"])
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{path} has labels from {labels.min()} to {labels.max()}, {manifest_path(path).name} names {classes} "
+            f"classes (labels 0 to {classes - 1}); copy both again or convert again"
+        )
+
+
+def open_beton(path: str | Path) -> Beton:
+    """Opens a finished file. Raises UserError for one that is missing, truncated, damaged or not ours."""
+    path = Path(path)
+    manifest = _read_manifest(path)
+    found_bytes, count = path.stat().st_size, manifest["images"]
+    if found_bytes != manifest["bytes"]:
+        what = "truncated" if found_bytes < manifest["bytes"] else "too long"
+        raise UserError(
+            f"{path} is {what}: it has {found_bytes} bytes, its manifest says {manifest['bytes']};"
+            " copy it again or convert again"
+        )
+    table_bytes = count * ALLOCATION.itemsize
+    if count < 1 or SAMPLES_AT + count * SAMPLE.itemsize + table_bytes > found_bytes:
+        raise UserError(f"{manifest_path(path)} says {count} images, which do not fit {path.name}; convert again")
+    data = np.memmap(path, np.uint8, "r")
+    samples = np.array(data[SAMPLES_AT : SAMPLES_AT + count * SAMPLE.itemsize]).view(SAMPLE)
+    allocations = np.array(data[found_bytes - table_bytes :]).view(ALLOCATION)
+    if tables_sha256(data[:SAMPLES_AT].tobytes(), samples, allocations) != manifest["tables_sha256"]:
+        raise UserError(
+            f"{path} is not the file its manifest describes, or is damaged; copy both again or convert again"
+        )
+    _check_tables(path, manifest, samples, allocations, found_bytes)
+    return Beton(
+        path=path,
+        manifest=manifest,
+        classes=manifest["classes"],
+        heights=samples["height"].astype(np.int64),
+        widths=samples["width"].astype(np.int64),
+        labels=samples["label"].astype(np.int64),
+        modes=np.ascontiguousarray(samples["mode"]),
+        offsets=allocations["offset"].astype(np.int64),
+        sizes_bytes=allocations["bytes"].astype(np.int64),
+        data=data,
+    )
+
+
+def jpeg_bytes(beton: Beton, sample: int) -> np.ndarray:
+    """The stored bytes of one sample, a view into the file: a JPEG, or raw R G B pixels where its mode says so."""
+    start = beton.offsets[sample]
+    return beton.data[start : start + beton.sizes_bytes[sample]]

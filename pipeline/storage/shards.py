@@ -1,0 +1,281 @@
+"""WebDataset shards: the JPEGs of a .beton in tar files, and the way to read both by sample id.
+
+    x-000000.tar …      members 000000000.jpg, 000000000.cls (the class index in digits), 000000001.jpg, …
+    x.shards.npy        a ROW a sample: which tar, where in it; size, label
+    x.shards.json       the manifest: classes, shards, digests of the index and the file list
+    x.files.tsv         the .beton's list of files: id, label, how it was stored, sha256, file name
+
+The bytes follow from the .beton and the number of images a shard alone. Each tar gets its name when it is
+complete and on the disk, the manifest comes last; stopped, the same call continues at the first missing tar.
+
+Any WebDataset reader takes the tars one after the other. Ours maps them and goes by id, in our order.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from pipeline.disk import OneWriter, whole_file, write_whole
+from pipeline.errors import UserError
+from pipeline.storage import beton
+from pipeline.storage.beton import Beton, open_beton
+
+SUFFIX = ".shards.json"
+FORMAT_VERSION = 1
+BLOCK = tarfile.BLOCKSIZE
+NEAR_BYTES = 256 << 10  # reading what lies between two samples so near costs less than a second read
+
+ROW = np.dtype(
+    [("shard", "<u4"), ("offset", "<u8"), ("bytes", "<u8"), ("height", "<u2"), ("width", "<u2"), ("label", "<i8")]
+)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A finished set of shards, mapped into memory; sample ids, labels and sizes are those of its .beton.
+
+    heights widths  (N,) int64, px       labels  (N,) int64, index into classes     modes  (N,) uint8, all MODE_JPEG
+    index           (N,) ROW             maps    one uint8 array a tar, read-only
+    """
+
+    path: Path
+    manifest: dict
+    classes: list[str]
+    heights: np.ndarray
+    widths: np.ndarray
+    labels: np.ndarray
+    modes: np.ndarray
+    index: np.ndarray
+    maps: list[np.memmap]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def file_names(self) -> list[str]:
+        """The source file of each sample, by id."""
+        lines = _checked(_beside(self.path, ".files.tsv"), self.manifest["files_sha256"])
+        return [line.rsplit("\t", 1)[1] for line in lines.decode("utf-8", "surrogateescape").split("\n")[1:-1]]
+
+
+class Digests:
+    """The sha256 of each sample as the converter noted it, read where `x.files.tsv` is mapped: 8 bytes a sample."""
+
+    def __init__(self, stored: Beton | Shards) -> None:
+        path = beton.files_path(stored.path) if isinstance(stored, Beton) else _beside(stored.path, ".files.tsv")
+        _checked(path, stored.manifest["files_sha256"])
+        self._text = np.memmap(path, np.uint8, "r")
+        self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
+
+    def sha256(self, sample: int) -> str:
+        line = self._text[self._ends[sample] + 1 : self._ends[sample + 1]].tobytes()
+        return line.split(b"\t", 4)[3].decode("ascii")
+
+
+def stored_jpeg(stored: Beton | Shards, sample: int) -> np.ndarray:
+    """The bytes of one sample, a view into its file."""
+    if isinstance(stored, Beton):
+        return beton.jpeg_bytes(stored, sample)
+    row = stored.index[sample]
+    return stored.maps[row["shard"]][row["offset"] : row["offset"] + row["bytes"]]
+
+
+def stored_ranges(stored: Beton | Shards, ids: np.ndarray) -> list[tuple[Path, int, int]]:
+    """Where some samples, given in file order, lie: (file, start, end), neighbours in one range."""
+    if isinstance(stored, Beton):
+        files, starts, sizes = np.zeros(len(ids), int), stored.offsets[ids], stored.sizes_bytes[ids]
+    else:
+        files, starts, sizes = (stored.index[name][ids].astype(np.int64) for name in ("shard", "offset", "bytes"))
+    ends = starts + sizes
+    apart = (np.diff(files) != 0) | (starts[1:] - ends[:-1] > NEAR_BYTES)
+    first, last = np.flatnonzero(np.r_[True, apart]), np.flatnonzero(np.r_[apart, True])
+    return [
+        (stored.path if isinstance(stored, Beton) else _shard_path(stored.path, files[a]), int(starts[a]), int(ends[z]))
+        for a, z in zip(first, last, strict=True)
+    ]
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """`x.shards.json` → `x` + suffix."""
+    return path.with_name(path.name.removesuffix(SUFFIX) + suffix)
+
+
+def _shard_path(path: Path, shard: int) -> Path:
+    return _beside(path, f"-{shard:06d}.tar")
+
+
+# ---- writing ----
+
+
+def _layout(source: Beton, shard_images: int) -> tuple[np.ndarray, list[int]]:
+    """Where every sample goes, before a byte is written: the index, and the size of each tar."""
+    ids = np.arange(len(source))
+    index = np.zeros(len(source), ROW)
+    index["shard"] = ids // shard_images
+    for name, values in (("bytes", source.sizes_bytes), ("height", source.heights), ("width", source.widths)):
+        index[name] = values
+    index["label"] = source.labels
+    taken = 2 * BLOCK + -(-source.sizes_bytes // BLOCK) * BLOCK + BLOCK  # two headers, the JPEG, the class
+    sizes = []
+    for first in range(0, len(source), shard_images):
+        part = slice(first, first + shard_images)
+        ends = np.cumsum(taken[part])
+        index["offset"][part] = ends - taken[part] + BLOCK
+        sizes.append(-(-(int(ends[-1]) + 2 * BLOCK) // tarfile.RECORDSIZE) * tarfile.RECORDSIZE)
+    return index, sizes
+
+
+def _member(name: str, data) -> bytes:
+    """A member's header: no time, no owner, so that the same images give the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def _write_shard(source: Beton, ids: range, path: Path) -> None:
+    with whole_file(path) as file:
+        for sample in ids:
+            label = b"%d" % source.labels[sample]
+            for suffix, data in (("jpg", beton.jpeg_bytes(source, sample)), ("cls", label)):
+                file.write(_member(f"{sample:09d}.{suffix}", data))
+                file.write(data)
+                file.write(bytes(-len(data) % BLOCK))
+        file.write(bytes(2 * BLOCK))
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+
+
+def pack_shards(source: Beton, shard_images: int) -> Path:
+    """The shards of a .beton beside it; returns their manifest's path, the --data of a loader.
+
+    Raises UserError for a .beton without JPEGs, where the disk has no room, and where another process packs them.
+    """
+    path = source.path.with_suffix(SUFFIX)
+    if (source.modes != beton.MODE_JPEG).any():
+        raise UserError(f"{source.path} holds raw pixels; shards hold JPEGs: use the .beton itself")
+    with OneWriter(_beside(path, ".shards.writing"), str(path)):
+        _pack(source, shard_images, path)
+    return path
+
+
+def _pack(source: Beton, shard_images: int, path: Path) -> None:
+    index, sizes = _layout(source, shard_images)
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "images": len(source),
+        "classes": source.classes,
+        "shard_images": shard_images,
+        "shard_bytes": sizes,
+        "tables_sha256": source.manifest["tables_sha256"],
+        "index_sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
+        "files_sha256": source.manifest["files_sha256"],
+    }
+    content = (json.dumps(manifest, indent=1) + "\n").encode()
+    if path.is_file() and path.read_bytes() == content:
+        print(f"{path} is already there; nothing to do")
+        return
+    # The manifest of the shards to come: tars beside another one's are another dataset's.
+    begun = _beside(path, ".shards.begun")
+    path.unlink(missing_ok=True)
+    if not begun.is_file() or begun.read_bytes() != content:
+        for old in path.parent.glob(glob.escape(_beside(path, "").name) + "-??????.tar"):
+            old.unlink()
+        write_whole(begun, content)
+    missing = [shard for shard in range(len(sizes)) if not _shard_path(path, shard).is_file()]
+    needed, free = sum(sizes[shard] for shard in missing), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UserError(
+            f"{path.parent} has {free / 1e9:.1f} GB free, the shards need {needed / 1e9:.1f} GB more; make room and"
+            " run the same command again"
+        )
+    for shard in tqdm(missing, desc=_beside(path, "-*.tar").name, unit="shard"):
+        first = shard * shard_images
+        _write_shard(source, range(first, min(first + shard_images, len(source))), _shard_path(path, shard))
+    write_whole(_beside(path, ".shards.npy"), buffer.getvalue())
+    os.replace(begun, path)
+    print(f"{path}: {len(source)} images in {len(sizes)} shards, {sum(sizes) / 1e6:.1f} MB")
+
+
+# ---- reading ----
+
+
+def _checked(path: Path, sha256: str) -> bytes:
+    """A file's content. Raises UserError where it is missing or another one than the manifest means."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; copy it beside its {SUFFIX[1:]}, or convert again")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{path} is not the file its manifest describes; copy both again or convert again")
+    return content
+
+
+def _read_manifest(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"{path} is missing; make it with pipeline/convert.py --format webdataset")
+    try:
+        manifest = json.loads(path.read_bytes())
+        version = manifest["format_version"]
+        expected = {"classes": list, "images": int, "shard_bytes": list, "index_sha256": str, "files_sha256": str}
+        complete = all(isinstance(manifest[key], kind) for key, kind in expected.items())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest of pipeline/convert.py ({error!r}); convert again") from None
+    if version != FORMAT_VERSION or not complete:
+        raise UserError(f"{path} is of another version, or damaged; convert again with --format webdataset")
+    return manifest
+
+
+def open_shards(path: Path) -> Shards:
+    """Opens a finished set of shards by its manifest. Raises UserError for one with missing or damaged parts."""
+    manifest = _read_manifest(path)
+    content = _checked(_beside(path, ".shards.npy"), manifest["index_sha256"])
+    index = np.load(io.BytesIO(content), allow_pickle=False)
+    maps = []
+    for shard, size in enumerate(manifest["shard_bytes"]):
+        tar = _shard_path(path, shard)
+        if not tar.is_file() or tar.stat().st_size != size:
+            found = f"has {tar.stat().st_size} bytes" if tar.is_file() else "is missing"
+            raise UserError(f"{tar} {found}, the manifest says {size} bytes; copy it again or convert again")
+        maps.append(np.memmap(tar, np.uint8, "r"))
+    return Shards(
+        path=path,
+        manifest=manifest,
+        classes=manifest["classes"],
+        heights=index["height"].astype(np.int64),
+        widths=index["width"].astype(np.int64),
+        labels=index["label"].astype(np.int64),
+        modes=np.full(len(index), beton.MODE_JPEG, np.uint8),
+        index=index,
+        maps=maps,
+    )
+
+
+def open_stored(path: Path) -> Beton | Shards:
+    """A .beton, or shards by their manifest x.shards.json."""
+    return open_shards(path) if path.name.endswith(SUFFIX) else open_beton(path)
+
+
+def verify_shards(path: Path) -> None:
+    """Reads finished shards whole and compares checksums. Raises UserError that names the first bad images."""
+    opened = open_shards(path)
+    digests = Digests(opened)
+    bad = [
+        sample
+        for sample in tqdm(range(len(opened)), unit="img", desc=f"verify {path.name}")
+        if hashlib.sha256(stored_jpeg(opened, sample)).hexdigest() != digests.sha256(sample)
+    ]
+    if bad:
+        names = opened.file_names()
+        raise UserError(
+            f"{path} has {len(bad)} changed images of {len(opened)} ({'; '.join(names[i] for i in bad[:3])});"
+            f" remove {path.name} and the tars, and convert again"
+        )
+    print(f"{path}: all {len(opened)} images are in order")

@@ -1,0 +1,222 @@
+"""How fast images are converted, beside FFCV's own DatasetWriter, after checking what both have written.
+
+    python scripts/bench/convert.py --images DIR [--count 16000] [--max-side 400] [--json FILE]
+
+DIR is a folder with one folder of JPEGs a class; its files are copied until there are --count, so that no start of a
+program counts for much. Every candidate is a program that runs from its start to its end, alone, one after the other
+in every repeat, with one worker process a core; each figure is the mean over the repeats with its 95 % interval.
+Close other programs.
+
+    ffcv_jpg          DatasetWriter, RGBImageField(write_mode="jpg"), quality 90, from torchvision's ImageFolder
+    passthrough       pipeline/convert.py, JPEGs kept byte for byte
+    passthrough_full  the same with --check full: every image is decoded once
+    ffcv_resized      DatasetWriter with max_resolution=--max-side
+    resized           pipeline/convert.py with --max-side
+
+A ratio is that of the two programs in the same repeat. Ours checks every file, keeps checksums and does not end before
+the disk has all bytes; FFCV's writer leaves that to the system.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import stats
+
+from pipeline.command import REPO, run_command
+from pipeline.disk import write_whole
+from pipeline.errors import UserError
+from pipeline.storage.beton import Beton, file_rows, open_beton
+from pipeline.storage.decode import OK, decode_status
+from pipeline.storage.shards import stored_jpeg
+
+CHECKED_IMAGES = 200
+ALIKE_255 = 20.0  # mean difference of one photograph, encoded again or resized by another filter; of two, about 60
+FFCV = """
+import sys
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
+from torchvision.datasets import ImageFolder
+
+images, out, workers, side = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]) or None
+field = RGBImageField(write_mode="jpg", max_resolution=side, jpeg_quality=90)
+writer = DatasetWriter(out, {"image": field, "label": IntField()}, num_workers=workers)
+writer.from_indexed_dataset(ImageFolder(images))
+"""
+RATIOS = {"passthrough": "ffcv_jpg", "passthrough_full": "ffcv_jpg", "resized": "ffcv_resized"}
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What to measure."""
+
+    images: Path
+    """A folder with one folder of JPEGs a class."""
+    count: int = 16000
+    """Images to convert."""
+    max_side: int = 400
+    """Longest side of the resized images, px."""
+    repeats: int = 5
+    """How often each candidate runs."""
+    json: Path | None = None
+    """Where to write the record."""
+
+
+def copy_images(source: Path, target: Path, count: int) -> None:
+    """`count` files of their own, the source's images over and over."""
+    files = sorted(path for path in source.glob("*/*") if path.is_file())
+    if not files:
+        raise UserError(f"{source} has no class folders with images; give the folder that holds the class folders")
+    for number, path in enumerate(itertools.islice(itertools.cycle(files), count)):
+        folder = target / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / f"{number // len(files):04d}-{path.name}")
+
+
+def commands(images: Path, out: Path, config: BenchConfig) -> dict[str, list]:
+    """name → command line; each writes `out`/<name>.beton."""
+    workers = len(os.sched_getaffinity(0))
+    ours = [sys.executable, REPO / "pipeline" / "convert.py", "--source", images, "--workers", workers, "--quality", 90]
+    theirs = [sys.executable, "-c", FFCV, images]
+    keep = ["--max-side", 65535]
+    return {
+        "ffcv_jpg": [*theirs, out / "ffcv_jpg.beton", workers, 0],
+        "passthrough": [*ours, *keep, "--out", out / "passthrough.beton"],
+        "passthrough_full": [*ours, *keep, "--check", "full", "--out", out / "passthrough_full.beton"],
+        "ffcv_resized": [*theirs, out / "ffcv_resized.beton", workers, config.max_side],
+        "resized": [*ours, "--max-side", config.max_side, "--out", out / "resized.beton"],
+    }
+
+
+def run(command: list) -> float:
+    """Seconds from the start of a program to its end."""
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": ""}  # modules are compiled in the first, untimed run
+    os.sync()  # what the program before left to be written is not this one's
+    start = time.perf_counter()
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, command[:2]))} … failed: {done.stderr.strip().splitlines()[-1]}")
+    return time.perf_counter() - start
+
+
+# ---- checking ----
+
+
+def check_ours(beton: Beton, images: Path, names: list[str], chosen: np.ndarray, kept: bool) -> None:
+    """Every image is there in order; the chosen ones can be decoded, and are the source's bytes where `kept`."""
+    assert beton.file_names() == names
+    rows = file_rows(beton)
+    for i in chosen:
+        data = stored_jpeg(beton, i).tobytes()
+        assert decode_status(beton, int(i)) == OK and hashlib.sha256(data).hexdigest() == rows[i][3]
+        assert not kept or rows[i][2] != "kept" or data == (images / names[i]).read_bytes()
+
+
+def ffcv_images(path: Path, ids: np.ndarray) -> tuple[int, list[Image.Image]]:
+    """How many samples FFCV's own reader finds in a file, and some of them, all stored as JPEG."""
+    from ffcv.reader import Reader
+
+    reader = Reader(str(path))
+    rows, places = reader.metadata["f0"], {int(a["ptr"]): int(a["size"]) for a in reader.alloc_table}
+    data, found = np.memmap(path, np.uint8, "r"), []
+    for row in rows[ids]:
+        start = int(row["data_ptr"])
+        image = Image.open(io.BytesIO(data[start : start + places[start]]))
+        assert row["mode"] == 0 and image.size == (row["width"], row["height"])
+        found.append(image.convert("RGB"))
+    return len(rows), found
+
+
+def mean_difference_255(ours: Image.Image, theirs: Image.Image) -> float:
+    """FFCV rounds sizes down, we to the nearest: compared at FFCV's size."""
+    a, b = (np.asarray(image, np.float32) for image in (ours.resize(theirs.size), theirs))
+    return float(np.abs(a - b).mean())
+
+
+def check(images: Path, out: Path) -> dict:
+    """Raises unless all candidates have written the same photographs; a record of what was found."""
+    names = sorted(str(path.relative_to(images)) for path in images.glob("*/*"))
+    chosen = np.unique(np.linspace(0, len(names) - 1, CHECKED_IMAGES).astype(int))
+    record = {"images": len(names), "images_compared": len(chosen)}
+    for ours, theirs in RATIOS.items():
+        beton = open_beton(out / f"{ours}.beton")
+        check_ours(beton, images, names, chosen, ours != "resized")
+        count, decoded = ffcv_images(out / f"{theirs}.beton", chosen)
+        assert count == len(names)
+        differences = [
+            mean_difference_255(Image.open(io.BytesIO(stored_jpeg(beton, i))).convert("RGB"), image)
+            for i, image in zip(chosen, decoded, strict=True)
+        ]
+        assert max(differences) < ALIKE_255, f"{ours} and {theirs} differ by {max(differences):.1f} of 255"
+        record[ours] = beton.manifest["stored"] | {
+            "bytes": beton.manifest["bytes"],
+            "ffcv_bytes": (out / f"{theirs}.beton").stat().st_size,
+            "mean_difference_255": round(float(np.mean(differences)), 3),
+            "largest_mean_difference_255": round(max(differences), 3),
+        }
+    return record
+
+
+# ---- measuring ----
+
+
+def remove_results(out: Path) -> None:
+    for path in out.iterdir():
+        path.unlink()
+
+
+def interval(values: np.ndarray) -> dict[str, float]:
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return {"mean": round(float(values.mean()), 2), "ci95": round(float(half), 2)}
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    versions = ", ".join(f"{package} {version(package)}" for package in ("pillow", "numba", "ffcv"))
+    return f"{name}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}, {versions}"
+
+
+def main(config: BenchConfig) -> None:
+    if config.repeats < 2 or config.count < 1:
+        raise UserError("--repeats must be at least 2, --count at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        images, out = Path(folder) / "images", Path(folder) / "out"
+        copy_images(config.images, images, config.count)
+        out.mkdir()
+        candidates = commands(images, out, config)
+        for command in candidates.values():
+            run(command)
+        record = {"machine": machine(), "max_side_px": config.max_side, "checks": check(images, out)}
+        seconds = {name: np.zeros(config.repeats) for name in candidates}
+        for repeat in range(config.repeats):
+            for name, command in candidates.items():
+                remove_results(out)
+                seconds[name][repeat] = run(command)
+    record["seconds"] = {name: interval(values) for name, values in seconds.items()}
+    record["images_per_s"] = {name: interval(config.count / values) for name, values in seconds.items()}
+    record["times_ffcv"] = {ours: interval(seconds[theirs] / seconds[ours]) for ours, theirs in RATIOS.items()}
+    record["repeats"] = config.repeats
+    for name, speed in record["images_per_s"].items():
+        ratio = record["times_ffcv"].get(name)
+        beside = f"{ratio['mean']:6.2f} ± {ratio['ci95']:.2f} × {RATIOS[name]}" if ratio else ""
+        print(f"{name:18s} {speed['mean']:9.1f} ± {speed['ci95']:<7.1f} images/s {beside}")
+    if config.json:
+        write_whole(config.json, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(BenchConfig, main)

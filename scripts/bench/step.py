@@ -1,0 +1,308 @@
+"""Where the time of a training step goes, and how many images a second come out.
+
+    python scripts/bench/step.py                                        random images that are there already
+    python scripts/bench/step.py --global-batch 16 --steps 3            the same on a CPU: 1024 need over 24 GB
+    python scripts/bench/step.py --data data/imagenet --views-on gpu    real ones, through the loader
+    torchrun --nproc-per-node=8 scripts/bench/step.py --data data/imagenet --json step.json
+
+Every flag of train/pretrain.py is one here. A repeat is --steps steps as the trainer makes them, which give the
+images a second, then the same with marks between the stages. Figures are means over the repeats with 95 % intervals.
+
+    data_wait      the step waits for its batch
+    copy           decoded pixels to the GPU, apart from the rest; 0 where the views are made on the CPU
+    views          the loader alone, a batch: decoding, views, copy. It works beside the steps: no part of their sum
+    forward        both views through backbone and heads, batch norm's messages to other ranks included
+    loss           the rest of the method
+    backward       with the gradients' way to the other ranks
+    communication  that part of backward that is gone when the gradients stay at home
+    optimizer      LARS, the schedule of its rates left out
+
+MFU is the share of the GPU's dense bf16 peak that the operations of one forward and backward pass would need.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import stats
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.choices.order import rank_batch
+from pipeline.command import run_command
+from pipeline.disk import write_whole
+from pipeline.errors import UserError
+from pipeline.loader import make_loader
+from train.batchnorm import with_global_batch_norm
+from train.cards import chosen_preset, resolved
+from train.config import AMP, PretrainConfig, as_plain
+from train.distributed import Ranks, say, start_ranks, stop_ranks
+from train.lars import LARS
+from train.memory import apply_activations, compile_parts, with_activations, with_device_defaults
+from train.methods.choose import make_method
+from train.model import make_backbone
+from train.recompute import run_in_parts
+from train.recorded import RecordedStep, require_one_gpu
+from train.run_data import loader_config, view_type
+from train.together import keep_views_apart
+
+SYNTHETIC = Path("synthetic")
+READY = 3  # batches that a loader may have ready when nobody has asked for a while; they are not timed
+# Dense bf16 peak, operations a second. Source: NVIDIA's data sheets (without sparsity).
+PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+
+
+@dataclass(frozen=True)
+class BenchConfig(PretrainConfig):
+    """What to measure; flags of pretraining that make no difference here are ignored."""
+
+    data: Path = SYNTHETIC
+    """synthetic: random images on the device. Else a folder that holds train.beton, or a .beton file."""
+    steps: int = 20
+    """Steps of a repeat."""
+    repeats: int = 5
+    """Repeats, at least 5; one more at the start warms up and is not counted."""
+    json: Path | None = None
+    """Where to write the record."""
+
+
+class Bench:
+    """The network, optimizer and batches of one rank, as train() in train/pretrain.py makes them."""
+
+    MEMORY_FORMAT = torch.channels_last
+
+    def __init__(self, config: BenchConfig, ranks: Ranks):
+        self.cuda = ranks.device.type == "cuda"
+        config = with_device_defaults(config, ranks)
+        torch.manual_seed(config.seed)
+        network = make_backbone(config.arch, config.stem)
+        method = make_method(*network, config).to(ranks.device, memory_format=self.MEMORY_FORMAT)
+        self.method = with_global_batch_norm(method)
+        self.config, self.ranks = with_activations(config, self.method, ranks), ranks
+        config = self.config
+        if config.views_together:
+            keep_views_apart(self.method)
+        self.optimizer = self._optimizer()
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
+        self.loader = None if config.data == SYNTHETIC else make_loader(loader_config(config, ranks))
+        side, share = config.resolution, rank_batch(config.global_batch, ranks.world_size)
+        kind = {"dtype": view_type(config, ranks.device), "device": ranks.device}
+        pixels = (torch.randn(share, 3, side, side, **kind) for _ in range(2))
+        self.views = tuple(view.contiguous(memory_format=self.MEMORY_FORMAT) for view in pixels)
+        with FlopCounterMode(display=False) as counter:  # of two images: they grow with the batch, as memory does
+            self._loss(self.method, [view[:2] for view in self.views])[0].backward()
+        self.operations = counter.get_total_flops() * share / 2
+        apply_activations(config, self.method)
+        if config.accumulate > 1:
+            run_in_parts(self.method.backbone, config.accumulate)
+        if config.compile:
+            compile_parts(config, self.method)
+        else:  # hooks would be compiled away
+            for part in self.method.children():
+                part.register_forward_pre_hook(lambda *_: self._mark("loss"))
+                part.register_forward_hook(lambda *_: self._mark("forward"))
+        torch.backends.cudnn.benchmark = True
+        self.model = self.method
+        if ranks.world_size > 1:
+            devices = [ranks.device] if self.cuda else None
+            self.model = DistributedDataParallel(self.method, device_ids=devices, gradient_as_bucket_view=True)
+            self.model.broadcast_buffers = False
+        self.marks: list[tuple[str, object]] | None = None
+        if config.cuda_graph:
+            require_one_gpu(ranks)
+        self.recorded = RecordedStep(self._gradients, self.optimizer) if config.cuda_graph else None
+        self.batches = self.batches_of(self.loader)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return LARS(self.method.parameter_groups(), eta=self.config.lars_eta, clip=self.config.lars_clip)
+
+    def _gradients(self, views) -> dict[str, torch.Tensor]:
+        loss, metrics = self._loss(self.model, views)
+        loss.backward()
+        return metrics
+
+    def _loss(self, model, views):
+        enabled = self.config.amp != "off"
+        with torch.autocast(self.ranks.device.type, AMP[self.config.amp], enabled=enabled):
+            return model(views)
+
+    def _mark(self, stage: str) -> None:
+        """Notes that `stage` ended here. On a GPU an event, which makes nothing wait."""
+        if self.marks is None:
+            return
+        now = time.perf_counter()
+        if self.cuda:
+            now = torch.cuda.Event(enable_timing=True)
+            now.record()
+        self.marks.append((stage, now))
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def batches_of(self, loader):
+        """The views of step after step; without a loader always the same."""
+        while loader is None:
+            yield self.views
+        yield from (batch.views for batch in loader.batches(0, sys.maxsize))
+
+    def step(self, views) -> None:
+        self._mark("data_wait")
+        for group in self.optimizer.param_groups:
+            group["lr"] = 1e-3 * group["peak_lr"]
+        if self.recorded:
+            self.recorded(views)
+            return self._mark("optimizer")
+        loss, _ = self._loss(self.model, views)
+        self._mark("loss" if not self.config.compile else "forward")
+        self.scaler.scale(loss).backward()
+        self._mark("backward")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._mark("optimizer")
+
+    def together(self, batches=None) -> dict[str, float]:
+        """Milliseconds of a step, and of its wait for data, with nothing between the stages."""
+        batches = batches or self.batches
+        for _ in range(READY):
+            self.step(next(batches))
+        self._wait()
+        start, waited = time.perf_counter(), 0.0
+        for _ in range(self.config.steps):
+            asked = time.perf_counter()
+            views = next(batches)
+            waited += time.perf_counter() - asked
+            self.step(views)
+        self._wait()
+        seconds = time.perf_counter() - start
+        return {"step": 1000 * seconds / self.config.steps, "data_wait": 1000 * waited / self.config.steps}
+
+    def apart(self) -> dict[str, float]:
+        """Milliseconds a step of every stage on the device."""
+        self.marks = []
+        self._mark("begin")
+        for _ in range(self.config.steps):
+            self.step(self.views)
+        self._wait()
+        marks, self.marks = self.marks, None
+        total = defaultdict(float)
+        for (_, begin), (stage, end) in pairwise(marks):
+            total[stage] += begin.elapsed_time(end) if self.cuda else 1000 * (end - begin)
+        return {stage: total[stage] / self.config.steps for stage in ("forward", "loss", "backward", "optimizer")}
+
+    def measured(self) -> dict[str, float]:
+        """One repeat: milliseconds by stage."""
+        found = self.apart() | self.together()
+        found["communication"] = 0.0
+        if self.ranks.world_size > 1:
+            with self.model.no_sync():
+                found["communication"] = max(0.0, found["backward"] - self.apart()["backward"])
+        found["copy"] = found["views"] = 0.0
+        if self.loader is not None:
+            found["views"], found["copy"] = self._loader_alone(), self._copy()
+        return found
+
+    def _loader_alone(self) -> float:
+        for _ in range(READY):
+            next(self.batches)
+        start = time.perf_counter()
+        for _ in range(self.config.steps):
+            next(self.batches)
+            self._wait()
+        return 1000 * (time.perf_counter() - start) / self.config.steps
+
+    def _copy(self) -> float:
+        """As many bytes as the decoded images of one of this rank's batches, pinned, to the GPU."""
+        if not self.cuda:
+            return 0.0
+        heights, widths = self.loader.sizes
+        pixels = torch.empty(
+            int((heights * widths).mean() * 3 * len(self.views[0])), dtype=torch.uint8, pin_memory=True
+        )
+        self._wait()
+        start = time.perf_counter()
+        for _ in range(self.config.steps):
+            pixels.to(self.ranks.device, non_blocking=True)
+        self._wait()
+        return 1000 * (time.perf_counter() - start) / self.config.steps
+
+    def close(self) -> None:
+        self.batches.close()
+        if self.loader is not None:
+            self.loader.close()
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean and the half width of its 95 % interval."""
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return {"mean": round(float(np.mean(values)), 4), "ci95": round(float(half), 4)}
+
+
+def device_name(ranks: Ranks) -> str:
+    if ranks.device.type == "cuda":
+        return torch.cuda.get_device_name(ranks.device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {len(os.sched_getaffinity(0))} cores"
+
+
+def record(bench: Bench, found: list[dict[str, float]]) -> dict:
+    config, name = bench.config, device_name(bench.ranks)
+    stages = {stage: interval([one[stage] for one in found]) for stage in found[0]}
+    speeds = [1000 * config.global_batch / one["step"] for one in found]
+    peak = next((peak for part, peak in PEAK.items() if part in name), None) if config.amp != "off" else None
+    seconds = stages["step"]["mean"] / 1000
+    return {
+        "images_per_s": interval(speeds),
+        "stages_ms": stages,
+        "mfu": round(bench.operations / seconds / peak, 4) if peak else None,
+        "tera_operations_a_step_and_rank": round(bench.operations / 1e12, 4),
+        "repeats": len(found),
+        "steps": config.steps,
+        "world_size": bench.ranks.world_size,
+        "device": name,
+        "torch": torch.__version__,
+        "config": as_plain(config) | {"json": None},
+    }
+
+
+def print_record(result: dict) -> None:
+    for stage in ("data_wait", "copy", "views", "forward", "loss", "backward", "communication", "optimizer", "step"):
+        print("{0:14s} {mean:10.2f} ± {ci95:<8.2f} ms".format(stage, **result["stages_ms"][stage]))
+    mfu = f", MFU {result['mfu']:.1%}" if result["mfu"] else ""
+    print("{mean:.1f} ± {ci95:.1f} images/s{0}, {1} × {2}".format(
+        mfu, result["world_size"], result["device"], **result["images_per_s"]
+    ))  # fmt: skip
+
+
+def main(config: BenchConfig) -> None:
+    if config.repeats < 5 or config.steps < 1:
+        raise UserError(f"--repeats {config.repeats} and --steps {config.steps}: give at least 5 and 1")
+    synthetic = config.data == SYNTHETIC
+    config = resolved(config)
+    config = BenchConfig(**vars(config) | {"data": SYNTHETIC if synthetic else config.data})
+    ranks = start_ranks()
+    try:
+        with contextlib.closing(Bench(config, ranks)) as bench:
+            say(ranks, f"{config.repeats} × {config.steps} steps of {config.global_batch} images")
+            found = [bench.measured() for _ in range(config.repeats + 1)][1:]
+            result = record(bench, found)
+    finally:
+        stop_ranks()
+    if ranks.rank == 0:
+        print_record(result)
+        if config.json:
+            write_whole(config.json, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    card = asdict(chosen_preset(sys.argv)) | {"data": SYNTHETIC}
+    run_command(BenchConfig, main, BenchConfig(**card))

@@ -151,7 +151,7 @@ class DaliLoader:
         params, side = self._params(ids, epoch), self.config.resolution_at(epoch)
         if self._gpu_views:
             from pipeline.views.augment_gpu import make_views
-            from pipeline.views.resample_gpu import plan_views
+            from pipeline.views.gpu_plan import plan_views
 
             plan = plan_views(params, starts, heights, widths, self._interpolations, side)
             with torch.cuda.stream(self._stream):

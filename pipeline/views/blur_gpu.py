@@ -8,7 +8,8 @@ it is a window in registers, and the sums are the same integers as Pillow's runn
 import triton
 import triton.language as tl
 
-from pipeline.views.resample_gpu import BLUR, BLUR_EDGE, BLUR_INNER, BLUR_RADIUS, SOLARIZE, field
+from pipeline.views.gpu_plan import BLUR, BLUR_EDGE, BLUR_INNER, BLUR_RADIUS, SOLARIZE
+from pipeline.views.resample_gpu import field
 
 LUT_SIZE = tl.constexpr(3 * 256)  # values of a look-up table: what the network gets, by channel and 8-bit value
 

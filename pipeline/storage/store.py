@@ -43,7 +43,7 @@ _SEGMENTS = frozenset((*range(0xE0, 0xF0), 0xFE, _DHT, _DQT, 0xDD))  # APPn, COM
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; Huffman coded
 
 
-class Stored(NamedTuple):
+class ImageBytes(NamedTuple):
     """What is kept of one image: `how` indexes HOW, `mode` is the .beton's, the digest is that of `data`.
 
     On its way from a worker `data` may be left out: then it lies in memory that both share.
@@ -56,6 +56,15 @@ class Stored(NamedTuple):
     size_bytes: int
     sha256: bytes
     data: bytes | memoryview
+
+
+class How(NamedTuple):
+    """The three settings: the longest side, px; the quality of what is encoded again; whether all of a JPEG is decoded
+    before it is kept."""
+
+    max_side_px: int
+    quality: int
+    decode_all: bool
 
 
 class Structure(NamedTuple):
@@ -170,22 +179,23 @@ def _decode(data: bytes, max_side_px: int) -> _Decoded:
     return _Decoded(image, image.height, image.width, 1, False)
 
 
-def _stored(how: int, mode: int, height: int, width: int, data: bytes) -> Stored:
-    return Stored(how, mode, height, width, len(data), hashlib.sha256(data).digest(), data)
+def _stored(how: int, mode: int, height: int, width: int, data: bytes) -> ImageBytes:
+    return ImageBytes(how, mode, height, width, len(data), hashlib.sha256(data).digest(), data)
 
 
-def _encoded(how: int, data: bytes, height: int, width: int) -> Stored:
+def _encoded(how: int, data: bytes, height: int, width: int) -> ImageBytes:
     if len(data) > PAGE_BYTES:
         raise Unreadable(f"{len(data)} bytes after encoding, a .beton holds at most {PAGE_BYTES}; lower --max-side")
     return _stored(how, MODE_JPEG, height, width, data)
 
 
-def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -> Stored:
+def store_image(data: bytes, how: How) -> ImageBytes:
     """What is kept of one image file. Raises Unreadable.
 
     A JPEG is kept as it is when its markers are in order and it starts well; with `decode_all`, or where the
     markers leave a doubt, when all of it decodes without a warning.
     """
+    max_side_px, quality, decode_all = how
     found = jpeg_structure(data)
     may_turn = data[:2] == _SOI if found is None else found.has_app1
     turn = UPRIGHT.get(jpeg_orientation(data)) if may_turn else None
@@ -202,8 +212,8 @@ def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -
     image, height, width, part, sound = _decode(data, max_side_px)
     if keep and sound:
         return _stored(KEPT, MODE_JPEG, height, width, data)
-    how = RESIZED if max(height, width) > max_side_px else RECODED
-    if how == RESIZED:
+    resize = max(height, width) > max_side_px
+    if resize:
         share = max_side_px / max(height, width)
         size = max(1, round(width * share)), max(1, round(height * share))
         image = image.resize(size, Image.Resampling.BICUBIC, (0, 0, width / part, height / part))
@@ -211,9 +221,9 @@ def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -
         image = image.transpose(turn)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return _encoded(how, buffer.getvalue(), image.height, image.width)
+    return _encoded(RESIZED if resize else RECODED, buffer.getvalue(), image.height, image.width)
 
 
-def store_raw(pixels: np.ndarray) -> Stored:
+def store_raw(pixels: np.ndarray) -> ImageBytes:
     """(H, W, 3) uint8 pixels as they are."""
     return _stored(RAW, MODE_RAW, pixels.shape[0], pixels.shape[1], pixels.tobytes())

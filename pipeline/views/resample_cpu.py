@@ -95,6 +95,7 @@ def _fill_weights(start, n, box_px, resized_px, bicubic, s):
         s.begin[i] = max(int(centre - support + 0.5), 0)
         s.count[i] = min(int(centre + support + 0.5), box_px) - s.begin[i]
         s.total[i] = 0.0
+    # One tap of all pixels, then the next: the inner loop has no branch and no sum across lanes, so it is vector code.
     for k in range(taps):
         at = unsigned(k * n)
         for i in range(unsigned(n)):
@@ -111,6 +112,7 @@ def _fill_weights(start, n, box_px, resized_px, bicubic, s):
     for k in range(taps):
         at = unsigned(k * n)
         for i in range(unsigned(n)):
+            # To the nearest whole number, halves away from zero, as Pillow's normalize_coeffs_8bpc.
             fixed = s.weights[at + i] / (s.total[i] if s.total[i] != 0.0 else 1.0) * (1 << COEFFICIENT_BITS)
             s.weights[at + i] = np.int32(fixed + (-0.5 if fixed < 0 else 0.5))
     return taps
@@ -143,6 +145,7 @@ def _prepare_blocks(side, box_px, resized_px, window_px, flip, bicubic, s):
         s.block_begin[block], s.block_count[block] = box_px, 0
     if n > 0:
         _fill_weights(start, n, box_px, resized_px, bicubic, s)
+    # Which input columns a block of outputs needs, from the first to the last of any of its lanes.
     for i in range(n):
         x = start - window_px + i
         block = (side - 1 - x if flip else x) // LANES
@@ -154,6 +157,7 @@ def _prepare_blocks(side, box_px, resized_px, window_px, flip, bicubic, s):
         s.block_start[block] = used
         used += s.block_count[block]
     assert used <= len(s.block_weights)
+    # Each lane's weights at the columns of its block; zeros where another lane alone needs the column.
     for k in range(used):
         for lane in range(LANES):
             s.block_weights[k, lane] = 0.0
@@ -235,6 +239,7 @@ def crop_resize_flip(image, box, resized, window, flip, bicubic, s, planes):
     assert top + height <= image.shape[0] and left + width <= image.shape[1]
     assert 3 * max(height, width) <= s.real_rows.shape[1] and planes.shape[1] >= (side + ROWS - 1) * pitch
     _prepare_blocks(side, width, resized[1], window[1], flip, bicubic, s)
+    # Of the rows only those from `low` to `high` are needed by the window; the other ones are not resized.
     low, high, rows = _prepare_rows(height, resized[0], window[0], bicubic, s)
     pixels, row_size = image.reshape(-1), 3 * image.shape[1]
     at, zero = top * row_size + 3 * left, np.int64(0)  # a literal 0 would compile functions a second time

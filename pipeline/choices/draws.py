@@ -30,39 +30,26 @@ class ViewParams(NamedTuple):
     Geometry: the box is cut out of the image, resized to `resized_*`, and the (H, W) window at
     `window_*` of that is the view. A random crop has resized = (H, W) and window (0, 0); a centre crop
     has the whole image as its box.
-
-    box_top box_left box_height box_width   int32, px of the stored image
-    resized_height resized_width            int32, px
-    window_top window_left                  int32, px of the resized box; may be negative: zeros there
-    flip                                    uint8, 1 = mirrored left-right, after the resize
-    jitter                                  uint8, 1 = the four colour operations run
-    jitter_order                            uint8 (B, V, 4), which operation runs first … last; one whose
-                                            strength is 0 is NOTHING (hue by 0 turns would still round)
-    brightness contrast saturation          float32, blend factors, 1 = unchanged
-    hue                                     float32, turns in [-0.5, 0.5], 0 = unchanged
-    grey                                    uint8, 1 = R = G = B = luma
-    sigma_px                                float32, blur radius; 0 = no blur
-    solarize                                uint8, 1 = values of 128 and above are inverted
     """
 
-    box_top: np.ndarray
+    box_top: np.ndarray  # the box: int32, px of the stored image
     box_left: np.ndarray
     box_height: np.ndarray
     box_width: np.ndarray
-    resized_height: np.ndarray
+    resized_height: np.ndarray  # int32, px
     resized_width: np.ndarray
-    window_top: np.ndarray
+    window_top: np.ndarray  # the window: int32, px of the resized box; may be negative: zeros there
     window_left: np.ndarray
-    flip: np.ndarray
-    jitter: np.ndarray
-    jitter_order: np.ndarray
-    brightness: np.ndarray
+    flip: np.ndarray  # uint8, 1 = mirrored left-right, after the resize
+    jitter: np.ndarray  # uint8, 1 = the four colour operations run
+    jitter_order: np.ndarray  # uint8 (B, V, 4), which runs first … last; NOTHING if its strength is 0: hue would round
+    brightness: np.ndarray  # these three: float32, blend factors, 1 = unchanged
     contrast: np.ndarray
     saturation: np.ndarray
-    hue: np.ndarray
-    grey: np.ndarray
-    sigma_px: np.ndarray
-    solarize: np.ndarray
+    hue: np.ndarray  # float32, turns in [-0.5, 0.5], 0 = unchanged
+    grey: np.ndarray  # uint8, 1 = R = G = B = luma
+    sigma_px: np.ndarray  # float32, blur radius; 0 = no blur
+    solarize: np.ndarray  # uint8, 1 = values of 128 and above are inverted
 
 
 _DTYPES = dict.fromkeys(ViewParams._fields[:8], np.int32)

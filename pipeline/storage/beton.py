@@ -88,22 +88,17 @@ def tables_sha256(head: bytes, samples: np.ndarray, allocations: np.ndarray) -> 
 
 @dataclass(frozen=True)
 class Stored:
-    """N images as they are stored, in a .beton file or in shards (shards.py), mapped into memory.
+    """N images as they are stored, in a .beton file or in shards (shards.py), mapped into memory."""
 
-    path            the .beton, or the manifest of the shards
-    heights widths  (N,) int64, px                   modes  (N,) uint8, MODE_JPEG or MODE_RAW
-    labels          (N,) int64, index into classes   offsets sizes_bytes  (N,) int64, in the file that holds the image
-    """
-
-    path: Path
+    path: Path  # the .beton, or the manifest of the shards
     manifest: dict
     classes: list[str]
-    heights: np.ndarray
-    widths: np.ndarray
-    labels: np.ndarray
-    modes: np.ndarray
-    offsets: np.ndarray
-    sizes_bytes: np.ndarray
+    heights: np.ndarray  # (N,) int64, px
+    widths: np.ndarray  # (N,) int64, px
+    labels: np.ndarray  # (N,) int64, index into classes
+    modes: np.ndarray  # (N,) uint8, MODE_JPEG or MODE_RAW
+    offsets: np.ndarray  # (N,) int64, in the file that holds the image
+    sizes_bytes: np.ndarray  # (N,) int64
 
     def __len__(self) -> int:
         return len(self.labels)

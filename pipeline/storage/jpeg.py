@@ -26,12 +26,12 @@ _CHROMA_FACTORS = {0: (1, 1), 1: (1, 2), 2: (2, 2), 4: (2, 1), 5: (1, 4)}  # TJS
 
 
 class Header(NamedTuple):
-    """What the header says: size, chroma subsampling (TJSAMP_*) and colour space (TJCS_*)."""
+    """What the header says."""
 
     height: int
     width: int
-    samples: int
-    space: int
+    samples: int  # chroma subsampling, TJSAMP_*
+    space: int  # colour space, TJCS_*
 
 
 class Decoded(NamedTuple):

@@ -42,14 +42,10 @@ ROW = np.dtype(
 
 @dataclass(frozen=True)
 class Shards(Stored):
-    """A finished set of shards; sample ids, labels and sizes are those of its .beton.
+    """A finished set of shards; sample ids, labels and sizes are those of its .beton."""
 
-    shard   (N,) int64, the number of the tar that holds an image
-    maps    one uint8 array a tar, read-only
-    """
-
-    shard: np.ndarray
-    maps: list[np.memmap]
+    shard: np.ndarray  # (N,) int64, the number of the tar that holds an image
+    maps: list[np.memmap]  # one uint8 array a tar, read-only
 
     def file_of(self, sample: int) -> tuple[Path, np.ndarray]:
         """The tar that holds an image."""
@@ -111,23 +107,15 @@ def _layout(source: Beton, shard_images: int) -> tuple[np.ndarray, list[int]]:
     return index, sizes
 
 
-def _member(name: str, data) -> bytes:
-    """A member's header: no time, no owner, so that the same images give the same bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
 def _write_shard(source: Beton, ids: range, path: Path) -> None:
-    with whole_file(path) as file:
+    """No time and no owner is noted, so that the same images give the same bytes."""
+    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in ids:
             label = b"%d" % source.labels[sample]
             for suffix, data in (("jpg", beton.jpeg_bytes(source, sample)), ("cls", label)):
-                file.write(_member(f"{sample:09d}.{suffix}", data))
-                file.write(data)
-                file.write(bytes(-len(data) % BLOCK))
-        file.write(bytes(2 * BLOCK))
-        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+                member = tarfile.TarInfo(f"{sample:09d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def pack_shards(source: Beton, shard_images: int) -> Path:

@@ -44,44 +44,35 @@ _FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; Huff
 
 
 class ImageBytes(NamedTuple):
-    """What is kept of one image: `how` indexes HOW, `mode` is the .beton's, the digest is that of `data`.
+    """What is kept of one image."""
 
-    On its way from a worker `data` may be left out: then it lies in memory that both share.
-    """
-
-    how: int
-    mode: int
+    how: int  # index into HOW
+    mode: int  # the .beton's
     height: int
     width: int
     size_bytes: int
-    sha256: bytes
-    data: bytes | memoryview
+    sha256: bytes  # of `data`
+    data: bytes | memoryview  # empty on the way from a worker, if it lies in memory that both share
 
 
 class How(NamedTuple):
-    """The three settings: the longest side, px; the quality of what is encoded again; whether all of a JPEG is decoded
-    before it is kept."""
+    """The settings that decide what is kept."""
 
     max_side_px: int
-    quality: int
-    decode_all: bool
+    quality: int  # JPEG quality of what is encoded again
+    decode_all: bool  # before a JPEG is kept
 
 
 class Structure(NamedTuple):
-    """What a walk over a JPEG's markers shows: size, colours, whether there may be EXIF.
-
-    height_at    where its height stands, two bytes
-    scan_at      where its first scan starts
-    doubtful     only decoding it can tell whether it is sound
-    """
+    """What a walk over a JPEG's markers shows."""
 
     height: int
     width: int
     components: int
-    has_app1: bool
-    height_at: int
-    scan_at: int
-    doubtful: bool
+    has_app1: bool  # there may be EXIF
+    height_at: int  # where its height stands, two bytes
+    scan_at: int  # where its first scan starts
+    doubtful: bool  # only decoding it can tell whether it is sound
 
 
 def jpeg_structure(data: bytes) -> Structure | None:
@@ -150,16 +141,13 @@ def _starts_well(data: bytes, found: Structure) -> bool:
 
 
 class _Decoded(NamedTuple):
-    """An image of height × width px, made smaller by `part` in the decoder.
-
-    `sound`: a JPEG without a fault, as it is stored. All others are Pillow's, and upright.
-    """
+    """An image that was height × width px, made smaller by `part` in the decoder."""
 
     image: Image.Image
     height: int
     width: int
     part: int
-    sound: bool
+    sound: bool  # a JPEG without a fault, as it is stored; all others are Pillow's, and upright
 
 
 def _decode(data: bytes, max_side_px: int) -> _Decoded:

@@ -23,19 +23,12 @@ from pipeline.views.vector_cpu import ROWS
 
 
 class Scratch(NamedTuple):
-    """Memory of one thread.
+    """Memory of one thread."""
 
-    planes     uint8 (3, …), the view being made
-    resample   what the crop-resize needs
-    program    uint8 (PROGRAM_LENGTH,), the colour operations of a view
-    colours    float32 (3 · BLOCK,), the pixels they work on
-    blur       what the blur needs
-    """
-
-    planes: np.ndarray
+    planes: np.ndarray  # uint8 (3, …), the view being made
     resample: ResampleScratch
-    program: np.ndarray
-    colours: np.ndarray
+    program: np.ndarray  # uint8 (PROGRAM_LENGTH,), the colour operations of a view
+    colours: np.ndarray  # float32 (3 · BLOCK,), the pixels they work on
     blur: BlurScratch
 
 

@@ -53,24 +53,15 @@ WIDTH = next(_columns)  # the number of columns
 
 
 class ViewPlan(NamedTuple):
-    """What the kernels need to know about V views of B images, and the sizes the host needs to allocate.
+    """What the kernels need to know about V views of B images, and the sizes the host needs to allocate."""
 
-    table          int64 (V · B, WIDTH), row v · B + b
-    images         B
-    side_px        H = W of the views
-    pitch_px       from row to row of an intermediate: side_px, rounded up to whole tiles
-    between_px     of the intermediate of all views
-    taps           of both axes of all views: rows of the coefficient buffer
-    blur_radius    the largest box radius of any view, px; -1 = no view is blurred
-    """
-
-    table: torch.Tensor
-    images: int
-    side_px: int
-    pitch_px: int
-    between_px: int
-    taps: int
-    blur_radius: int
+    table: torch.Tensor  # int64 (V · B, WIDTH), row v · B + b
+    images: int  # B
+    side_px: int  # H = W of the views
+    pitch_px: int  # from row to row of an intermediate: side_px, rounded up to whole tiles
+    between_px: int  # of the intermediate of all views
+    taps: int  # of both axes of all views: rows of the coefficient buffer
+    blur_radius: int  # the largest box radius of any view, px; -1 = no view is blurred
 
     def to(self, device: torch.device | str) -> "ViewPlan":
         """The same plan with its table on `device`: one asynchronous copy of 256 bytes a view."""

@@ -22,33 +22,21 @@ BICUBIC_SUPPORT, BILINEAR_SUPPORT = 2.0, 1.0
 
 
 class ResampleScratch(NamedTuple):
-    """Memory of one thread for crop-resizes of images up to the size it was made for. S: the view's padded side.
+    """Memory of one thread for crop-resizes of images up to the size it was made for. S: the view's padded side."""
 
-    begin, count, total        int64, int64, float64 (S,): an output pixel's first input pixel, number of input
-                               pixels (taps) and sum of weights
-    weights                    float64: weight of tap k of output pixel i at k · (output pixels) + i
-    block_begin, block_count   int64 (S / LANES,): a block's first input column, how many it needs,
-    block_start                int64 (S / LANES,): where its weights start
-    block_weights              float64 (…, LANES): weight of an input column in each lane
-    row_begin, row_count       int64 (side,): the first input row of an output row, how many it needs
-    row_weights                int32: as `weights`, in units of 2^-22
-    real_rows                  float64 (ROWS, 3 · longest side): the rows at work
-    between                    uint8: what the first of the two passes leaves
-    """
-
-    begin: np.ndarray
-    count: np.ndarray
-    total: np.ndarray
-    weights: np.ndarray
-    block_begin: np.ndarray
-    block_count: np.ndarray
-    block_start: np.ndarray
-    block_weights: np.ndarray
-    row_begin: np.ndarray
-    row_count: np.ndarray
-    row_weights: np.ndarray
-    real_rows: np.ndarray
-    between: np.ndarray
+    begin: np.ndarray  # int64 (S,): an output pixel's first input pixel,
+    count: np.ndarray  # int64 (S,): its number of input pixels (taps),
+    total: np.ndarray  # float64 (S,): the sum of its weights
+    weights: np.ndarray  # float64: weight of tap k of output pixel i at k · (output pixels) + i
+    block_begin: np.ndarray  # int64 (S / LANES,): a block's first input column,
+    block_count: np.ndarray  # int64 (S / LANES,): how many it needs,
+    block_start: np.ndarray  # int64 (S / LANES,): where its weights start
+    block_weights: np.ndarray  # float64 (…, LANES): weight of an input column in each lane
+    row_begin: np.ndarray  # int64 (side,): the first input row of an output row,
+    row_count: np.ndarray  # int64 (side,): how many it needs
+    row_weights: np.ndarray  # int32: as `weights`, in units of 2^-22
+    real_rows: np.ndarray  # float64 (ROWS, 3 · longest side): the rows at work
+    between: np.ndarray  # uint8: what the first of the two passes leaves
 
 
 @jit

@@ -20,25 +20,17 @@ Stamp = tuple[int, int]
 
 @dataclass(frozen=True)
 class Source:
-    """N images of one split.
-
-    names    one a sample, relative to the split, "/" between the parts
-    labels   (N,) int64, index into classes
-    where    the folder that names are relative to, or the tar file
-    extents  (N, 2) int64, offset and size in the tar file; None for a folder
-    pixels   (N, H, W, 3) uint8 where the source holds raw pixels; None otherwise
-    left_out what lies in its folders and is no image of it: suffix or name → how many
-    """
+    """N images of one split."""
 
     kind: str
     split: str
     classes: list[str]
-    names: list[str]
-    labels: np.ndarray
-    where: Path
-    extents: np.ndarray | None = None
-    pixels: np.ndarray | None = None
-    left_out: Counter = field(default_factory=Counter)
+    names: list[str]  # one an image, relative to `where`, "/" between the parts
+    labels: np.ndarray  # (N,) int64, index into classes
+    where: Path  # the folder that names are relative to, or the tar file
+    extents: np.ndarray | None = None  # (N, 2) int64, offset and size in the tar file; None for a folder
+    pixels: np.ndarray | None = None  # (N, H, W, 3) uint8 if the source holds raw pixels
+    left_out: Counter = field(default_factory=Counter)  # what lies there and is no image of it: suffix → how many
 
     def __len__(self) -> int:
         return len(self.names)

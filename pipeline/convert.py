@@ -90,7 +90,7 @@ def _identity(source: Source, config: ConvertConfig) -> dict:
 
 
 def _already_there(out: Path, identity: dict, source: Source) -> bool:
-    """Whether `out` is this conversion, finished. Raises UserError where it is another one's, or of other images."""
+    """Whether `out` is this conversion, finished. Raises UserError if it is another one's, or of other images."""
     if not out.exists():
         return False
     try:
@@ -130,7 +130,7 @@ def _go_back_to_unchanged(source: Source, writer: BetonWriter) -> bool:
 
 
 def _check_space(source: Source, writer: BetonWriter, config: ConvertConfig) -> None:
-    """Predicts the size of the result from a few images. Raises UserError where the disk has no room for it."""
+    """Predicts the size of the result from a few images. Raises UserError if the disk has no room for it."""
     chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLED_IMAGES).astype(int))
     if source.pixels is not None:
         sizes = [source.pixels[0].nbytes]
@@ -157,7 +157,7 @@ def _append_all(source: Source, writer: BetonWriter, config: ConvertConfig, work
                 where = source.where / source.names[writer.done]
                 if not config.skip_unreadable:
                     raise UserError(
-                        f"{where} is not a readable image ({result}); mend or remove it, or pass --skip-unreadable"
+                        f"{where} is not a readable image ({result}); repair or remove it, or pass --skip-unreadable"
                     )
                 bar.write(f"skipped: {where} ({result})", file=sys.stderr)
             writer.append(None if isinstance(result, str) else result, stamp)

@@ -1,7 +1,7 @@
 """What this project asks of a disk: a file is there whole or not at all, and so is a line.
 
     write_whole, whole_file     a temporary file beside it → flush → rename → flush of the folder
-    append_line, read_lines     JSON lines; one that a full disk or a kill tore takes no other with it
+    append_line, read_lines     JSON lines; one torn by a full disk or a kill harms no other
 
 All of it works on network disks without file locks, and where flushing a folder is refused.
 """
@@ -27,7 +27,7 @@ REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES,
 
 
 def flush(fd: int) -> None:
-    """`os.fsync`, where the file system knows it: some refuse it, mostly of folders."""
+    """`os.fsync`, if the file system knows it: some refuse it, mostly of folders."""
     try:
         os.fsync(fd)
     except OSError as error:
@@ -36,7 +36,7 @@ def flush(fd: int) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Makes names in a folder survive a power failure, where the file system lets a folder be opened and flushed."""
+    """Makes names in a folder survive a power failure, if the file system lets a folder be opened and flushed."""
     try:
         fd = os.open(folder, os.O_RDONLY)
     except OSError as error:
@@ -88,7 +88,7 @@ def write_whole(
 
 
 def _give_second_name(path: Path, name: Path) -> None:
-    """At no moment is there no `path`, where the file system has hard links; elsewhere for a moment."""
+    """At no moment is there no `path`, if the file system has hard links; else for a moment."""
     with contextlib.suppress(FileNotFoundError):
         name.unlink()
     try:

@@ -67,7 +67,7 @@ class OneWriter:
                 self.path.unlink()
 
     def _create(self, path: Path) -> bool:
-        """Whether a file `path` of ours is new there; False where there is one. With hard links it appears whole."""
+        """Whether a file `path` of ours is new there; False if there is one. With hard links it appears whole."""
         own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             _write_new(own, self._content)
@@ -87,7 +87,7 @@ class OneWriter:
         return True
 
     def _took_over(self) -> bool:
-        """Replaces a dead writer's file by ours. False where that is not done yet; UserError where the writer lives.
+        """Replaces a dead writer's file by ours. False if that is not done yet; UserError if the writer lives.
 
         Of several that find it dead, the one that has the file .next replaces it, if it is still the dead one's: so no
         living writer's file is ever taken away.
@@ -154,7 +154,7 @@ class OneWriter:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Raises FileExistsError where there is such a file, OSError where the disk does not take it."""
+    """Raises FileExistsError if there is such a file, OSError if the disk does not take it."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         if os.write(fd, content) < len(content):
@@ -176,7 +176,7 @@ def _content_and_time(path: Path) -> tuple[bytes, int] | None:
 
 
 def _parsed(content: bytes) -> dict:
-    """Who writes; {} where the file was never finished."""
+    """Who writes; {} if the file was never finished."""
     try:
         about = json.loads(content)
         return about if isinstance(about, dict) and {"pid", "host", "since"} <= about.keys() else {}
@@ -198,7 +198,7 @@ def _machine() -> str:
 
 
 def _process_start(pid) -> int | None:
-    """When a process of this machine started, in clock ticks since its boot; None where it does not run."""
+    """When a process of this machine started, in clock ticks since its boot; None if it does not run."""
     try:
         state, *rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else int(rest[18])

@@ -68,7 +68,7 @@ def windows_of_positions(seed: int, epoch: int, images: int, blocks: Blocks) -> 
 
 
 def rank_batch(global_batch: int, world_size: int) -> int:
-    """Images a rank gets of one global batch. Raises UserError where they cannot be shared equally."""
+    """Images a rank gets of one global batch. Raises UserError if they cannot be shared equally."""
     if global_batch % world_size:
         raise UserError(
             f"--global-batch {global_batch} is not divisible by the world size {world_size}; "
@@ -78,7 +78,7 @@ def rank_batch(global_batch: int, world_size: int) -> int:
 
 
 def steps_per_epoch(images: int, global_batch: int, drop_last: bool = True) -> int:
-    """Steps of one epoch. Raises UserError where not even one batch fills up."""
+    """Steps of one epoch. Raises UserError if not even one batch fills up."""
     if drop_last and global_batch > images:
         raise UserError(
             f"--global-batch {global_batch} is larger than the dataset ({images} images); "

@@ -124,7 +124,7 @@ class Beton(Stored):
 
 
 def jpeg_bytes(stored: Stored, sample: int) -> np.ndarray:
-    """The stored bytes of one sample, a view into its file: a JPEG, or raw R G B pixels where its mode says so."""
+    """The stored bytes of one sample, a view into its file: a JPEG, or raw R G B pixels if its mode says so."""
     start = stored.offsets[sample]
     return stored.file_of(sample)[1][start : start + stored.sizes_bytes[sample]]
 
@@ -140,7 +140,7 @@ def _file_lines(stored: Stored) -> list[str]:
 
 
 def checked_bytes(path: Path, belongs_to: Path, sha256: str) -> bytes:
-    """The content of a file beside a dataset. Raises UserError where it is missing or not the one it was made with."""
+    """The content of a file beside a dataset. Raises UserError if it is missing or not the one it was made with."""
     if not path.is_file():
         raise UserError(f"{path} is missing; it belongs to {belongs_to.name}: copy it too, or convert again")
     content = path.read_bytes()
@@ -150,7 +150,7 @@ def checked_bytes(path: Path, belongs_to: Path, sha256: str) -> bytes:
 
 
 def require_same_classes(first: str, classes: list[str], second: str, other_classes: list[str]) -> None:
-    """Raises UserError where two splits, named `first` and `second`, have different classes."""
+    """Raises UserError if two splits, named `first` and `second`, have different classes."""
     if classes == other_classes:
         return
     extra, missing = sorted(set(other_classes) - set(classes)), sorted(set(classes) - set(other_classes))

@@ -67,7 +67,7 @@ class BetonWriter:
     """The half-finished file of one conversion of `images` images; `done` of them are in it.
 
     `identity` names settings and source: a half-finished file of another identity is started again, as is any
-    with `fresh`, which removes a finished file too. Raises UserError where another process is writing the same file.
+    with `fresh`, which removes a finished file too. Raises UserError if another process is writing the same file.
     """
 
     def __init__(self, path: Path, images: int, identity: dict, fresh: bool = False):
@@ -144,7 +144,7 @@ class BetonWriter:
         return self._rows["stamp"][: self.done]
 
     def append(self, stored: ImageBytes | None, stamp: Stamp) -> None:
-        """The next image of the source, or None where it is left out."""
+        """The next image of the source, or None if it is left out."""
         self._one.require()
         if stored is not None:
             offset, size = beton.place(self._end, stored.size_bytes), stored.size_bytes
@@ -166,7 +166,7 @@ class BetonWriter:
     def _make_room(self, end: int) -> None:
         """Has the file system set blocks aside, which it does for many images faster than for one after the other.
 
-        Where it cannot, writing does it, or says that the disk is full.
+        If it cannot, writing does it, or says that the disk is full.
         """
         self._room_end = end + ROOM_BYTES
         _libc.fallocate64(self._partial, 0, end, ROOM_BYTES)
@@ -250,7 +250,7 @@ class BetonWriter:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the files; what was appended and not yet flushed is flushed by `checkpoint`, not here."""
+        """Closes the files; what was appended and not yet flushed is flushed by `checkpoint`, not here."""
         self._flusher.shutdown()
         os.close(self._partial)
         os.close(self._journal)

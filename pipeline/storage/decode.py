@@ -78,7 +78,7 @@ def decode_rgb(handle, data, offset, size, mode, height, width, out):
     """One sample's pixels into out[: height·width·3], R G B rows; greyscale comes out as R = G = B.
 
     `handle` from make_handle; data, offset and size as in Beton; `out` contiguous uint8 of at least
-    height·width·3 elements, of which no other is written. Returns OK or the status that says what is wrong
+    height·width·3 elements; no others are written. Returns OK or the status that says what is wrong
     (STATUS_TEXT). At libjpeg's first warning it stops with DAMAGED; only with OK has `out` an image.
     The accurate integer transform and smooth upsampling, libjpeg's defaults: Pillow's pixels, bit for bit.
     """

@@ -1,6 +1,6 @@
 """libjpeg-turbo's TurboJPEG interface: JPEG bytes ↔ pixels or Y Cb Cr planes, from Python.
 
-Pixels count only where libjpeg had nothing to complain about: decoding stops at its first warning. TurboJPEG gives the
+Pixels count only if libjpeg had nothing to complain about: decoding stops at its first warning. TurboJPEG gives the
 same code for a warning as for a fatal fault that follows one, and there most of the pixels were never written.
 
 Each call makes its own decompressor (4 µs): after some faults in one image (a bogus Huffman table) libjpeg-turbo
@@ -37,7 +37,7 @@ class Header(NamedTuple):
 class Decoded(NamedTuple):
     """(H, W, 1 or 3) pixels of an image of height × width px.
 
-    Where the decoder made it smaller, H and W are height / part and width / part, rounded up.
+    If the decoder made it smaller, H and W are height / part and width / part, rounded up.
     """
 
     pixels: np.ndarray
@@ -60,7 +60,7 @@ class Planes(NamedTuple):
 
 
 def load_library() -> ctypes.CDLL | None:
-    """libturbojpeg, None where it is not installed."""
+    """libturbojpeg, None if it is not installed."""
     for name in ("libturbojpeg.so.0", ctypes.util.find_library("turbojpeg")):
         try:
             return ctypes.CDLL(name) if name else None
@@ -71,7 +71,7 @@ def load_library() -> ctypes.CDLL | None:
 
 @functools.cache
 def turbojpeg() -> ctypes.CDLL:
-    """The library with the signatures of what is called from Python. Raises UserError where it is missing."""
+    """The library with the signatures of what is called from Python. Raises UserError if it is missing."""
     lib, pointer, size, number = load_library(), ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
     if lib is None:
         raise UserError("libturbojpeg.so.0 is missing; install the package libturbojpeg0 (Debian, Ubuntu)")
@@ -114,7 +114,7 @@ def _read_header(handle: int, data: bytes) -> Header | None:
 
 
 def _complaint(handle: int) -> str:
-    """What libjpeg said last. Raises MemoryError where that is no word about the image."""
+    """What libjpeg said last. Raises MemoryError if that says nothing about the image."""
     text = turbojpeg().tjGetErrorStr2(handle).decode(errors="replace")
     if "nsufficient memory" in text or "emory allocation" in text:
         raise MemoryError(text)

@@ -11,12 +11,12 @@ Kept = tuple[store.ImageBytes | str, Stamp]  # what is kept of an image, or why 
 
 
 def keep_image(place: Place, how: store.How) -> Kept:
-    """One image. Raises UserError where the disk does not give it, or memory is short: its bytes are no matter then."""
+    """One image. Raises UserError if the disk or the memory fails, which says nothing about the image."""
     try:
         data, stamp = read_image(place)
     except OSError as error:
         raise UserError(
-            f"{place[0]} cannot be read from the disk ({error.strerror}); mend that and run again"
+            f"{place[0]} cannot be read from the disk ({error.strerror}); repair that and run again"
         ) from None
     except MemoryError:
         raise out_of_memory(f"for {place[0]}") from None

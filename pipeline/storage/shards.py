@@ -49,8 +49,8 @@ class Shards(Stored):
 
     def file_of(self, sample: int) -> tuple[Path, np.ndarray]:
         """The tar that holds an image."""
-        number = self.shard[sample]
-        return _shard_path(self.path, number), self.maps[number]
+        mapped = self.maps[self.shard[sample]]
+        return mapped.filename, mapped
 
 
 class Digests:
@@ -121,7 +121,7 @@ def _write_shard(source: Beton, ids: range, path: Path) -> None:
 def pack_shards(source: Beton, shard_images: int) -> Path:
     """The shards of a .beton beside it; returns their manifest's path, the --data of a loader.
 
-    Raises UserError for a .beton without JPEGs, where the disk has no room, and where another process packs them.
+    Raises UserError for a .beton without JPEGs, if the disk has no room, and if another process packs them.
     """
     path = source.path.with_suffix(SUFFIX)
     if (source.modes != beton.MODE_JPEG).any():

@@ -160,7 +160,7 @@ def _decode(data: bytes, max_side_px: int) -> _Decoded:
             pixels = decoded.pixels.squeeze(2) if decoded.pixels.shape[2] == 1 else decoded.pixels
             return _Decoded(Image.fromarray(pixels), decoded.height, decoded.width, decoded.part, True)
         ends_early = decoded in (_END_OF_FILE, _END_OF_SEGMENT)
-        # Where the end marker alone is missing there is no grey, and Pillow decides.
+        # If the end marker alone is missing there is no grey, and Pillow decides.
         if ends_early and isinstance(decode_pixels(data + _END, max_side_px, MAX_PIXELS), str):
             raise Unreadable(f"cut off ({decoded})")
     image = upright_pixels(data)
@@ -180,7 +180,7 @@ def _encoded(how: int, data: bytes, height: int, width: int) -> ImageBytes:
 def store_image(data: bytes, how: How) -> ImageBytes:
     """What is kept of one image file. Raises Unreadable.
 
-    A JPEG is kept as it is when its markers are in order and it starts well; with `decode_all`, or where the
+    A JPEG is kept as it is when its markers are in order and it starts well; with `decode_all`, or if the
     markers leave a doubt, when all of it decodes without a warning.
     """
     max_side_px, quality, decode_all = how

@@ -35,7 +35,7 @@ def verify(stored: Stored, workers: int = 0) -> None:
 
 
 def _verify_chunk(samples: list[tuple[Path, int, int, int, int, int, str]]) -> list[str]:
-    """For each (file, offset, size, mode, height, width, sha256) what is wrong with it, "" where nothing is."""
+    """For each (file, offset, size, mode, height, width, sha256) what is wrong with it, "" if nothing is."""
     from pipeline.storage import decode  # with numba, which takes half a second to load
 
     handle, problems = decode.make_handle(), []

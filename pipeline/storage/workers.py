@@ -33,7 +33,7 @@ _shared: memoryview | None = None  # in a forked worker, all slots
 class Workers:
     """As a context, `count` processes; 0 is one a core. `slots` is how many chunks have a slot, one behind the other.
 
-    Forked, they start at once with all that is loaded and compiled here. Where other threads run, as torch's do, a fork
+    Forked, they start at once with all that is loaded and compiled here. If other threads run, as torch's do, a fork
     could inherit their locks: then a fork server starts them, and without slots, as it does not share memory.
     """
 
@@ -88,7 +88,7 @@ class Workers:
 
 
 def write_slot(slot: int, at: int, data: bytes) -> bool:
-    """In a worker, lays bytes into a slot; False where they do not fit, or no memory is shared (a fork server's)."""
+    """In a worker, lays bytes into a slot; False if they do not fit, or no memory is shared (a fork server's)."""
     if _shared is None or at + len(data) > SLOT_BYTES:
         return False
     start = slot * SLOT_BYTES + at
@@ -97,7 +97,7 @@ def write_slot(slot: int, at: int, data: bytes) -> bool:
 
 
 def out_of_memory(what: str) -> UserError:
-    """What a user reads where memory was short, which is never an image's fault."""
+    """What a user reads if memory was short, which is never an image's fault."""
     return UserError(
         f"memory was too short {what}; run the same command again, with fewer --workers: it continues where it stopped"
     )

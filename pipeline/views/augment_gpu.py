@@ -69,7 +69,7 @@ def _lut(normalization: Normalization, dtype: torch.dtype, device: torch.device)
 
 @lru_cache(maxsize=8)
 def _exact_hues(device: torch.device) -> torch.Tensor:
-    """Uint8 (256,): 1 where a hue of exactly k / 255 of the circle is k - 1 to Pillow, after its roundings."""
+    """Uint8 (256,): 1 if a hue of exactly k / 255 of the circle is k - 1 to Pillow, after its roundings."""
     sixths = 6 * np.arange(255)
     rest, full, none = sixths % 255, np.full(255, 255), np.zeros(255, int)
     ways = [(full, rest, none), (255 - rest, full, none), (none, full, rest)]

@@ -1,7 +1,7 @@
 """The end of a view on the GPU: Pillow's Gaussian blur, solarize, normalize.
 
 Pillow blurs by three passes of one box along the rows, then three along the columns, each rounded to 8 bits
-(blur_cpu.py tells the weights). Here three passes are one walk along a line: what a pass still needs of the one before
+(blur_cpu.py gives the weights). Here three passes are one walk along a line: what a pass still needs of the one before
 it is a window in registers, and the sums are the same integers as Pillow's running ones.
 """
 

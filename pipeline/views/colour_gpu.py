@@ -60,8 +60,8 @@ def _quotient(a, b):
 def _turn_hue(r, g, b, shift, exact_hues):
     """To 8-bit HSV, the hue shifted, and back, in integers: Pillow's results for every colour.
 
-    Pillow's hue is a float32 quotient cut to 8 bits. Where the quotient is a whole number, its roundings decide whether
-    that or the one below comes out: `exact_hues` (256,) tells. Held to Pillow for all 2²⁴ colours, both ways.
+    Pillow's hue is a float32 quotient cut to 8 bits. If the quotient is a whole number, its roundings decide whether
+    that or the one below comes out: `exact_hues` (256,) says which. The tests compare all 2²⁴ colours with Pillow.
     """
     high, low = tl.maximum(r, tl.maximum(g, b)), tl.minimum(r, tl.minimum(g, b))
     spread = high - low

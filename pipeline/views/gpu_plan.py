@@ -45,7 +45,7 @@ SATURATION_FACTOR = next(_columns)
 HUE_SHIFT = next(_columns)  # 0 … 255
 GREY = next(_columns)
 SOLARIZE = next(_columns)
-BLUR = next(_columns)  # 1 where there is one; the next three say which
+BLUR = next(_columns)  # 1 if there is one; the next three say which
 BLUR_RADIUS = next(_columns)
 BLUR_INNER = next(_columns)
 BLUR_EDGE = next(_columns)
@@ -125,7 +125,7 @@ def plan_views(
     """The plan of all views of B images whose pixels lie in one uint8 buffer, image b (h, w, 3) from byte starts[b] on.
 
     `starts`, `heights`, `widths` are (B,); boxes are relative to what is in the buffer (who ships a cut of the image
-    shifts them). `interpolations` has one of SUPPORT's names a view. The table is in pinned memory where there is a
+    shifts them). `interpolations` has one of SUPPORT's names a view. The table is in pinned memory if there is a
     GPU. Raises ValueError for boxes outside their image.
     """
     starts, heights, widths = (np.asarray(a, np.int64) for a in (starts, heights, widths))

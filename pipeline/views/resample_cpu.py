@@ -204,7 +204,7 @@ def _resize_columns(source, at, row_size, low, length, weights_size, window_px, 
 
 @jit
 def height_first(box_height, box_width, resized_height, resized_width):
-    """Pillow's choice: the pass along columns runs first where it takes away more than twice as many pixels.
+    """Pillow's choice: the pass along columns runs first if it takes away more than twice as many pixels.
 
     Since Pillow 13; older ones always begin with the rows. As each pass rounds and clips to 8 bits, the order
     shows: up to 15 of 255 at sharp edges.

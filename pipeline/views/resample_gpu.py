@@ -1,6 +1,6 @@
 """Crop, resize, flip on the GPU: Pillow's two-pass resize in Triton, by the numbers of a ViewPlan (gpu_plan.py).
 
-The arithmetic is Pillow's, as resample_cpu.py tells it: coefficients in float64, rounded to 22-bit fixed point; one
+The arithmetic is Pillow's, as resample_cpu.py describes it: coefficients in float64, rounded to 22-bit fixed point; one
 pass along an axis, 8 bits, then the other axis; the axis that shrinks more goes first. Kernels work on a whole batch;
 `view` is v · B + b everywhere here.
 

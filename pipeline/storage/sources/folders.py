@@ -1,7 +1,7 @@
 """Images in folders: which files are images, which folders are classes or splits, and what of a dataset is left out.
 
     root/<class>/**/<image>
-    root/train/<class>/…  root/val/<class>/…      validation/ or valid/ is val, where there is train/ and no val/
+    root/train/<class>/…  root/val/<class>/…      validation/ or valid/ is val, if there is train/ and no val/
 
 An image is a file whose name ends in one of SUFFIXES. Left out, and counted by suffix or name: other files, images
 that lie beside the class folders, folders beside the splits, hidden files (a dot comes first), and the folders that
@@ -44,7 +44,7 @@ def read(root: Path, split: str) -> Source:
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """The folder of a split, None where there is none."""
+    """The folder of a split, None if there is none."""
     others_count = (root / "train").is_dir()  # alone, valid/ could be a class
     names = _SPLIT_FOLDERS[split] if others_count else _SPLIT_FOLDERS[split][:1]
     return next((root / name for name in names if (root / name).is_dir()), None)
@@ -65,7 +65,7 @@ def class_folders(root: Path, split: str) -> Source:
     try:
         by_class = [sorted(_images_under(str(root / name), f"{name}/", left_out)) for name in classes]
     except OSError as error:  # a folder of somebody else's; a link that leads back to a folder above it
-        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); mend or remove it") from None
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); repair or remove it") from None
     for name, members in zip(classes, by_class, strict=True):
         if not members:
             raise UserError(

@@ -31,7 +31,7 @@ KINDS: tuple[Kind, ...] = (
 
 
 def split_names(root: Path) -> list[str]:
-    """The splits found under a folder; an empty list where the folder is itself one split. Raises UserError."""
+    """The splits found under a folder; an empty list if the folder is itself one split. Raises UserError."""
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "is missing"
         raise UserError(f"{root} {found}; --source expects a folder of images, one folder a class")
@@ -39,7 +39,7 @@ def split_names(root: Path) -> list[str]:
 
 
 def open_source(root: str | Path, split: str = "") -> Source:
-    """Lists one split of a dataset. `split` may be empty where `root` is itself one split, a folder of classes.
+    """Lists one split of a dataset. `split` may be empty if `root` is itself one split, a folder of classes.
 
     Raises UserError for a missing or empty folder, a class without images, an incomplete tar file or list, CIFAR-10
     with other pixels or labels than the published ones.

@@ -59,7 +59,7 @@ def pixel_stamp(pixels: np.ndarray) -> Stamp:
 
 
 def read_stamps(source: Source, count: int) -> np.ndarray:
-    """The stamps of the first `count` images as they are now, (count, 2) int64; -1 where there is no file.
+    """The stamps of the first `count` images as they are now, (count, 2) int64; -1 if there is no file.
 
     Each file is asked for once, by several threads: about ten seconds for ImageNet's 1.3 million on a local disk.
     """

@@ -15,7 +15,7 @@ _LISTS = {"train": "trainval", "val": "test"}
 
 
 def voc_root(folder: Path) -> Path | None:
-    """VOC2007 itself, where it is `folder` or lies in it, in VOCdevkit or not."""
+    """VOC2007 itself, if it is `folder` or lies in it, in VOCdevkit or not."""
     for root in (folder, folder / "VOC2007", folder / "VOCdevkit" / "VOC2007"):
         if (root / "ImageSets" / "Main").is_dir():
             return root
@@ -29,7 +29,7 @@ def has(root: Path, split: str) -> bool:
 
 
 def read(root: Path, split: str) -> Source:
-    """Lists the images of a split. Raises UserError where some of them are missing."""
+    """Lists the images of a split. Raises UserError if some of them are missing."""
     voc = voc_root(root)
     listed = _list(voc, split)
     names = [f"JPEGImages/{line.split()[0]}.jpg" for line in listed.read_text().splitlines() if line.strip()]

@@ -199,7 +199,7 @@ def convert(source: Source, out: Path, config: ConvertConfig) -> None:
         return
     # The workers first: they are forked, which a process with threads must not be, and the writer has two.
     start_workers = contextlib.nullcontext() if source.pixels is not None else Workers(config.workers)
-    with start_workers as workers, BetonWriter(out, len(source), identity, config.fresh) as writer:
+    with start_workers as workers, BetonWriter(out, len(source), identity, fresh=config.fresh) as writer:
         try:
             manifest = _fill(source, writer, config, workers)
         except OSError as error:

@@ -70,7 +70,7 @@ class BetonWriter:
     with `fresh`, which removes a finished file too. Raises UserError if another process is writing the same file.
     """
 
-    def __init__(self, path: Path, images: int, identity: dict, fresh: bool = False):
+    def __init__(self, path: Path, images: int, identity: dict, *, fresh: bool = False):
         self.path = path
         self.partial_path = path.with_suffix(".beton.partial")
         self.journal_path = path.with_suffix(".beton.journal")

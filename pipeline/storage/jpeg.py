@@ -169,7 +169,7 @@ def decode_planes(data: bytes, max_side_px: int, max_pixels: int) -> Planes | No
     return Planes(planes, header.height, header.width, part, _CHROMA_FACTORS.get(header.samples, (1, 1)))
 
 
-def encode_planes(planes: list[np.ndarray], height: int, width: int, quality: int) -> bytes:
+def encode_planes(planes: list[np.ndarray], height: int, width: int, *, quality: int) -> bytes:
     """A JPEG of Y alone or, as 4:2:0, of Y and Cb, Cr of half its size. Y's size is the image's, made even."""
     lib, samples = turbojpeg(), _420_SAMPLES if len(planes) == 3 else _GREY_SAMPLES
     buffer = np.empty(lib.tjBufSize(width, height, samples), np.uint8)

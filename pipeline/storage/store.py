@@ -5,9 +5,9 @@
     recoded   anything else that can be read (CMYK, PNG, an EXIF rotation, damaged codes): encoded again
     raw       R G B pixels of sources without files
 
-What can be read is what Pillow reads, and its pixels are Pillow's; but for a JPEG whose first fault is that it ends or
-breaks off too soon, where Pillow may show grey: it is refused. The rules for other formats
-are in any_image.py.
+What can be read is what Pillow reads, and its pixels are Pillow's. The exception is a JPEG whose first fault is that it
+ends or breaks off too soon: Pillow may show grey there, so it is refused. The rules for other formats are in
+any_image.py.
 
 Encoding again is JPEG at the given quality with 4:2:0 chroma, as FFCV's writer does it; transparency, colour
 profiles and metadata are dropped, as torchvision's loader drops them; an EXIF rotation is applied first.
@@ -194,7 +194,7 @@ def store_image(data: bytes, how: How) -> ImageBytes:
     if plain and max(found[:2]) > max_side_px:
         from pipeline.storage.shrink import shrink_jpeg  # with numba, which takes half a second to load
 
-        shrunk = shrink_jpeg(data, max_side_px, quality, MAX_PIXELS)
+        shrunk = shrink_jpeg(data, max_side_px=max_side_px, quality=quality, max_pixels=MAX_PIXELS)
         if shrunk is not None:
             return _encoded(RESIZED, *shrunk)
     image, height, width, part, sound = _decode(data, max_side_px)

@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from pipeline.views import augment_gpu, blur_gpu, colour_gpu, resample_gpu
 
-SIDE = {"side": 224, "pitch": 224}
+SIDE = {"side": 224}
 POINTERS = {"table": "*i64", "sums": "*i64", "first": "*i32", "coefficients": "*i32", "source": "*i32"}
 POINTERS |= dict.fromkeys(("pixels", "planes", "exact_hues", "levels"), "*u8")
 POINTERS |= {"between": "*i32", "colours": "*i32", "lut": "*bf16"}

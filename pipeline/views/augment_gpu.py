@@ -135,18 +135,18 @@ def _launch(pixels: torch.Tensor, plan: ViewPlan, lut: torch.Tensor, out: torch.
     colours = torch.empty((n, side, pitch), dtype=torch.int32, device=device)
     planes, turned = torch.empty((2, n, 3, side, pitch), dtype=torch.uint8, device=device)
     sums = torch.zeros(n, dtype=torch.int64, device=device)
-    hues, shape = _exact_hues(device), (side, pitch)
+    hues = _exact_hues(device)
 
     def tiles(settings: dict[str, int]) -> tuple[int, int]:
         return n, pitch // TILE_PX * triton.cdiv(side, settings["LANES"] // TILE_PX * settings["ROWS"])
 
     fill_coefficients[(n, 2, triton.cdiv(side, fill["OUTPUTS"]))](table, first, coefficients, side, **fill)
-    resize_once[(n, STRIDES)](pixels, table, first, coefficients, between, *shape, **resize)
-    start_colours[tiles(start)](between, table, first, coefficients, colours, sums, hues, *shape, **start)
-    finish_colours[tiles(finish)](table, colours, sums, hues, lut, planes, out, *shape, **finish)
+    resize_once[(n, STRIDES)](pixels, table, first, coefficients, between, side, **resize)
+    start_colours[tiles(start)](between, table, first, coefficients, colours, sums, hues, side, **start)
+    finish_colours[tiles(finish)](table, colours, sums, hues, lut, planes, out, side, **finish)
     if plan.blur_radius < 0:
         return
     lines = (n, triton.cdiv(3 * side, blur["LINES"]))
     blur["RADIUS"] = max(plan.blur_radius, 1)  # one kernel for all sigma up to 2.4 px
     for source, target, last in ((planes, turned, False), (turned, out, True)):
-        blur_lines[lines](table, source.view(torch.int32), target, lut, *shape, LAST=last, **blur)
+        blur_lines[lines](table, source.view(torch.int32), target, lut, side, LAST=last, **blur)

@@ -159,16 +159,16 @@ def start_colours(
     sums,
     exact_hues,
     side: tl.constexpr,
-    pitch: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     TAPS: tl.constexpr,
 ):
     """Grid (views, tiles): second pass, jitter up to contrast → colours, a pixel an int32; sums of luma (views,)."""
+    pitch: tl.constexpr = (side + TILE - 1) // TILE * TILE
     view = tl.program_id(0)
     top, x = _place(pitch, ROWS, LANES)
     steps, before_mean = field(table, view, STEPS), field(table, view, STEPS_BEFORE_MEAN)
-    levels = resized_rows(between, table, first, coefficients, view, top, x, side, pitch, ROWS, TAPS)
+    levels = resized_rows(between, table, first, coefficients, view, top, x, side, ROWS, TAPS)
     levels = _jitter(levels, table, view, 0, before_mean, tl.full((), 0, tl.int32), exact_hues)
     to, packed = colours + view.to(tl.int64) * (side * pitch) + top * pitch + x, words(levels)
     for row in tl.static_range(ROWS):
@@ -178,24 +178,16 @@ def start_colours(
         for row in tl.static_range(ROWS):
             luma = _luma(levels[3 * row], levels[3 * row + 1], levels[3 * row + 2])
             total += tl.where((top + row < side) & (x < side), luma, 0)
+        # Whole numbers: their sum does not depend on the order in which programs add.
         tl.atomic_add(sums + view, tl.reduce(total, None, _add).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
 def finish_colours(
-    table,
-    colours,
-    sums,
-    exact_hues,
-    lut,
-    planes,
-    out,
-    side: tl.constexpr,
-    pitch: tl.constexpr,
-    ROWS: tl.constexpr,
-    LANES: tl.constexpr,
+    table, colours, sums, exact_hues, lut, planes, out, side: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
 ):
     """Grid (views, tiles): contrast and what follows, grey; views to be blurred → planes, others normalized → out."""
+    pitch: tl.constexpr = (side + TILE - 1) // TILE * TILE
     view = tl.program_id(0)
     top, x = _place(pitch, ROWS, LANES)
     own, levels = colours + view.to(tl.int64) * (side * pitch) + top * pitch + x, ()
@@ -203,6 +195,7 @@ def finish_colours(
         word = tl.load(own + row * pitch, mask=top + row < side, other=0)
         levels += (word & 255, (word >> 8) & 255, word >> 16)
     count = side * side
+    # The mean rounded half up, in whole numbers, as Pillow's contrast takes it.
     mean = ((2 * tl.load(sums + view) + count) // (2 * count)).to(tl.int32)
     begin, end = field(table, view, STEPS_BEFORE_MEAN), field(table, view, STEPS)
     levels = _jitter(levels, table, view, begin, end, mean, exact_hues)

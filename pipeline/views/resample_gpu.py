@@ -89,6 +89,7 @@ def fill_coefficients(table, first, coefficients, side: tl.constexpr, OUTPUTS: t
     begin = tl.maximum((centre - reach + 0.5).to(tl.int32), 0)
     end = tl.minimum((centre + reach + 0.5).to(tl.int32), box)
     start = tl.where(inside, tl.minimum(begin, box - taps), 0)
+    # Twice over the taps: Pillow divides every weight by the sum of all, and rounds halves away from zero.
     total = tl.full((OUTPUTS,), 0.0, tl.float64)
     for k in range(taps):
         weight = _weight(((start + k).to(tl.float64) - centre + 0.5) * inverse, support)
@@ -145,6 +146,7 @@ def _sums(
     for _ in tl.range(taps, loop_unroll_factor=TAPS):
         added, moved = (), ()
         weight = tl.load(weights)
+        # Along the rows all rows share a column's weight; down the columns each row has its own.
         for row in tl.static_range(ROWS):
             if DOWN and row > 0:
                 weight = tl.load(weights + row)
@@ -182,7 +184,6 @@ def resize_once(
     coefficients,
     between,
     side: tl.constexpr,
-    pitch: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     TAPS: tl.constexpr,
@@ -191,6 +192,7 @@ def resize_once(
 
     A tile is 32 columns × LANES / 32 · ROWS rows, every lane with ROWS of them below each other.
     """
+    pitch: tl.constexpr = (side + TILE - 1) // TILE * TILE
     view = tl.program_id(0)
     box_height, box_width = field(table, view, BOX_HEIGHT), field(table, view, BOX_WIDTH)
     down = field(table, view, HEIGHT_FIRST) != 0
@@ -199,6 +201,7 @@ def resize_once(
     target = between + field64(table, view, BETWEEN)
     lane, tile_rows = tl.arange(0, LANES), LANES // TILE * ROWS
     across = (width + TILE - 1) // TILE
+    # Views differ in size, so each has the same number of programs, which share its tiles.
     for tile in range(tl.program_id(1), (height + tile_rows - 1) // tile_rows * across, tl.num_programs(1)):
         above = tile // across
         top = above * tile_rows + lane // TILE * ROWS
@@ -222,9 +225,10 @@ def resize_once(
 
 @triton.jit
 def resized_rows(
-    between, table, first, coefficients, view, top, x, side, pitch, ROWS: tl.constexpr, TAPS: tl.constexpr
+    between, table, first, coefficients, view, top, x, side: tl.constexpr, ROWS: tl.constexpr, TAPS: tl.constexpr
 ):
     """The second pass, for ROWS rows from `top` on, at x, both (LANES,): a tuple of red, green, blue of each."""
+    pitch: tl.constexpr = (side + TILE - 1) // TILE * TILE
     source = between + field64(table, view, BETWEEN)
     if field(table, view, HEIGHT_FIRST) != 0:
         taps, begin, of_x = _axis(table, first, coefficients, view, 1, x, side)

@@ -34,8 +34,9 @@ from eval.features import Encoder, open_encoder
 from eval.subject import encoder_facts, protocol_name, require_positive, result_folder, write_result
 from eval.supervised import milestones_for
 from pipeline.command import DATA, RUNS, run_command
-from pipeline.disk import OneWriter, followed_once, write_whole
+from pipeline.disk import followed_once, write_whole
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from train.agreement import only_writer
 from train.batchnorm import with_global_batch_norm
 from train.distributed import Ranks, largest, say, start_ranks, stop_ranks

@@ -47,7 +47,7 @@ from eval.supervised import (
     threads_for,
     validate,
 )
-from pipeline.choices.order import balanced_subset
+from pipeline.choices.subsets import balanced_subset
 from pipeline.command import run_command
 from pipeline.errors import UserError
 

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from pipeline.choices.order import balanced_subset, k_shot
+from pipeline.choices.subsets import balanced_subset, k_shot
 from pipeline.constants import IMAGENET_LIST_IMAGES, IMAGENET_LIST_SHA256
 from pipeline.errors import UserError
 from pipeline.storage.beton import Beton, open_beton

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.storage.sources.open import voc_root
+from pipeline.storage.sources.voc2007 import voc_root
 
 CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog"),

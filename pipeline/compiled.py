@@ -2,8 +2,10 @@
 
 Numba keeps compiled code beside a source file and trusts it while that one file is unchanged. But a function's
 code contains that of the functions it calls: change those in another file, and the old ones would still run. So
-the code is kept in a folder named after a digest of every source file of the package. The decorators below name that
-folder each time they are used: no function can be decorated before it is known.
+the code is kept in a folder named after a digest of every source file of the package. Each decorator below tells numba
+that folder.
+
+Compiled functions take their arguments by position, also more than three: that is how kernels call each other.
 """
 
 import hashlib
@@ -21,7 +23,7 @@ MONTH_S = 30 * 24 * 3600
 
 
 def source_digest(folder: Path) -> str:
-    """Of the names and contents of all Python files in a folder and those below it."""
+    """The digest of the names and contents of all Python files in a folder and below it."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())

@@ -3,25 +3,23 @@
     python pipeline/convert.py --source IMAGES/train --out data/mine/train.beton
     python pipeline/convert.py --source IMAGES --out data/mine            train/ and val/ of IMAGES, classes compared
     python pipeline/convert.py --source IMAGES --out data/mine --format webdataset        tar shards as well
-    python pipeline/convert.py --verify --out data/mine/train.beton       reads a finished file again, all of it
+    python pipeline/convert.py --verify --out data/mine/train.beton       reads a finished file again and checks it
 
-JPEGs that need no resize are kept byte for byte. Other formats are encoded again (of animations the first frame);
-images of more than 8 bits a value only where they use that range, else they are refused by name.
+JPEGs that need no resize are kept byte for byte. Other formats are encoded again, of an animation the first frame. Of
+images with more than 8 bits a value the upper 8 are kept; an image that would come out almost black is refused by name.
 
-The result depends on the images and settings alone, not on --workers. Stopped at any moment, the same command continues
-where it stopped and ends with the same bytes; from the first image on whose size or time has changed since, it
-converts again. What is not converted is counted in the last line and in the manifest.
+The result depends on the images and settings alone, not on --workers. After a stop at any moment, the same command
+continues there and ends with the same bytes. If an image's size or time has changed since, the conversion starts again
+at that image. What is not converted is counted in the last line and in the manifest.
 """
 
 import contextlib
 import errno
 import hashlib
-import itertools
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -35,10 +33,12 @@ from pipeline.command import run_command
 from pipeline.errors import UserError
 from pipeline.storage import beton, shards, store
 from pipeline.storage.beton_writer import BetonWriter, remove_leftovers, state_sha256
-from pipeline.storage.sources import open as sources
-from pipeline.storage.workers import in_order, out_of_memory, read_slot, shared_slots, write_slot
+from pipeline.storage.kept_images import keep_image, kept_images
+from pipeline.storage.sources.open import open_source, split_names
+from pipeline.storage.sources.source import Source, image_places, read_stamps
+from pipeline.storage.verify import verify
+from pipeline.storage.workers import Workers, out_of_memory
 
-CHUNK_IMAGES = 32  # a worker's task
 SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
 
 
@@ -47,12 +47,12 @@ class ConvertConfig:
     """What to convert, to what, and how."""
 
     out: Path
-    """A .beton file; or a folder, which gets train.beton and val.beton."""
+    """The .beton file to write; or a folder, which gets train.beton and val.beton."""
     source: Path | None = None
-    """A folder with one folder a class, or one with train/ and val/ (validation/) of these; ImageNet's own tar files;
-    CIFAR-10; VOC2007, Places205 or iNaturalist 2018 as downloaded."""
+    """The images: a folder with one folder a class, or one with train/ and val/ (or validation/) of these; ImageNet's
+    own tar files; CIFAR-10, VOC2007, Places205 or iNaturalist 2018 as they are downloaded."""
     split: Literal["", "train", "val"] = ""
-    """Which split, where --source has several."""
+    """Which split to convert, if --source has several."""
     format: Literal["beton", "webdataset"] = "beton"
     """webdataset: the .beton, and beside it tar shards of the same JPEGs, for other programs and --loader dali."""
     shard_images: int = 5000
@@ -62,110 +62,35 @@ class ConvertConfig:
     quality: int = 90
     """JPEG quality of images that are encoded again."""
     check: Literal["quick", "full"] = "quick"
-    """How a JPEG is checked before it is kept: its markers and its start (0.2 ms), or decoding all of it (2 ms)."""
+    """How a JPEG is checked before it is kept. quick: its markers and its first pixels (0.2 ms); full: all of it is
+    decoded (2 ms)."""
     workers: int = 0
-    """Processes; 0 for one a core. The result does not depend on it."""
+    """Worker processes; 0 for one a core. The result does not depend on it."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read, and list them in the manifest, instead of stopping at the first."""
     fresh: bool = False
-    """Start again; a finished or half-finished file is removed first."""
+    """Start again: an existing file, finished or not, is removed first."""
     verify: bool = False
-    """Read the finished file again and check every checksum and every image."""
+    """Read the finished file again and check the checksum of every image, and that it decodes."""
 
 
-# ---- what a worker does ----
-
-
-def _store_chunk(
-    places: list[sources.Place], slot: int | None, max_side: int, quality: int, decode_all: bool
-) -> list[tuple[store.Stored | str, sources.Stamp]]:
-    """What is stored of some images, or of one that is unreadable the reason; and their stamps.
-
-    What fits into the slot lies there, one behind the other, and has no `data`.
-    """
-    results, taken = [], 0
-    for place in places:
-        try:
-            data, stamp = sources.read_image(place)
-        except OSError as error:
-            raise UserError(
-                f"{place[0]} cannot be read from the disk ({error.strerror}); mend that and run again"
-            ) from None
-        except MemoryError:
-            raise out_of_memory(f"for {place[0]}") from None
-        try:
-            result = store.store_image(data, max_side, quality, decode_all)
-        except store.Unreadable as error:
-            result = str(error)
-        except MemoryError:
-            raise out_of_memory(f"for {place[0]}") from None
-        if slot is not None and not isinstance(result, str) and write_slot(slot, taken, result.data):
-            taken += result.size_bytes
-            result = result._replace(data=b"")
-        results.append((result, stamp))
-    return results
-
-
-def _verify_chunk(path: Path, rows: list[tuple]) -> list[str]:
-    """For some samples (offset, size, mode, height, width, sha256) what is wrong with each, "" where nothing is."""
-    from pipeline.storage import decode  # with numba, which takes half a second to load
-
-    handle, problems = decode.make_handle(), []
-    with open(path, "rb") as file:
-        for offset, size, mode, height, width, sha256 in rows:
-            file.seek(offset)
-            data = np.frombuffer(file.read(size), np.uint8)
-            if hashlib.sha256(data).hexdigest() != sha256:
-                problems.append("its bytes have changed")
-                continue
-            out = np.empty(height * width * 3, np.uint8)
-            status = decode.decode_rgb(handle, data, 0, len(data), mode, height, width, out)
-            problems.append(decode.STATUS_TEXT[status] if status else "")
-    decode.free_handle(handle)
-    return problems
-
-
-# ---- one conversion ----
-
-
-def _stored_images(
-    source: sources.Source, start: int, config: ConvertConfig
-) -> Iterator[tuple[store.Stored | str, sources.Stamp]]:
-    """What is stored of images start …, in order, and their stamps. `data` is valid until the next one is asked for."""
-    if source.pixels is not None:
-        yield from ((store.store_raw(pixels), sources.pixel_stamp(pixels)) for pixels in source.pixels[start:])
-        return
-    with shared_slots(config.workers) as slots:
-        chunks = (
-            (
-                sources.image_places(source, first, min(first + CHUNK_IMAGES, len(source))),
-                *(number % slots, config.max_side, config.quality, config.check == "full"),
-            )
-            for number, first in enumerate(range(start, len(source), CHUNK_IMAGES))
-        )
-        with contextlib.closing(in_order(config.workers, _store_chunk, chunks)) as done:
-            for number, chunk in enumerate(done):
-                at = 0
-                for result, stamp in chunk:
-                    if isinstance(result, store.Stored) and not result.data:
-                        result = result._replace(data=read_slot(number % slots, at, result.size_bytes))
-                        at += result.size_bytes
-                    yield result, stamp
+def _how(config: ConvertConfig) -> store.How:
+    return store.How(config.max_side, config.quality, decode_all=config.check == "full")
 
 
 def _settings(config: ConvertConfig) -> dict:
     return {"max_side_px": config.max_side, "quality": config.quality, "check": config.check}
 
 
-def _identity(source: sources.Source, config: ConvertConfig) -> dict:
+def _identity(source: Source, config: ConvertConfig) -> dict:
     """What decides the bytes of the result. The place of the source does not."""
     listing = hashlib.sha256("\n".join([*source.classes, "", *source.names]).encode("utf-8", "surrogateescape"))
     listing.update(source.labels.astype("<i8").tobytes())
     return {**_settings(config), "kind": source.kind, "listing_sha256": listing.hexdigest(), "pillow": PIL.__version__}
 
 
-def _already_there(out: Path, identity: dict, source: sources.Source) -> bool:
-    """Whether `out` is this conversion, finished. Raises UserError where it is another one's, or of other images."""
+def _already_there(out: Path, identity: dict, source: Source) -> bool:
+    """Whether `out` is this conversion, finished. Raises UserError if it is another one's, or of other images."""
     if not out.exists():
         return False
     try:
@@ -182,7 +107,7 @@ def _already_there(out: Path, identity: dict, source: sources.Source) -> bool:
     state = manifest.get("source", {}).get("state_sha256")
     if state is None:
         compared = f"names and settings; the {what} of its images were not yet noted when it was made"
-    elif state == state_sha256(sources.read_stamps(source, len(source))):
+    elif state == state_sha256(read_stamps(source, len(source))):
         compared = f"names, settings, and {what} of {len(source)} images"
     else:
         raise UserError(
@@ -194,9 +119,9 @@ def _already_there(out: Path, identity: dict, source: sources.Source) -> bool:
     return True
 
 
-def _go_back_to_unchanged(source: sources.Source, writer: BetonWriter) -> bool:
+def _go_back_to_unchanged(source: Source, writer: BetonWriter) -> bool:
     """Keeps what was done before the first image that is another one now; whether there is such a one."""
-    changed = (writer.stamps() != sources.read_stamps(source, writer.done)).any(1)
+    changed = (writer.stamps() != read_stamps(source, writer.done)).any(1)
     if changed.any():
         first = int(changed.argmax())
         print(f"note: {source.where / source.names[first]} has changed since it was converted", file=sys.stderr)
@@ -204,15 +129,15 @@ def _go_back_to_unchanged(source: sources.Source, writer: BetonWriter) -> bool:
     return bool(changed.any())
 
 
-def _check_space(source: sources.Source, writer: BetonWriter, config: ConvertConfig) -> None:
-    """Predicts the size of the result from a few images. Raises UserError where the disk has no room for it."""
+def _check_space(source: Source, writer: BetonWriter, config: ConvertConfig) -> None:
+    """Predicts the size of the result from a few images. Raises UserError if the disk has no room for it."""
     chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLED_IMAGES).astype(int))
     if source.pixels is not None:
         sizes = [source.pixels[0].nbytes]
     else:
-        places = [sources.image_places(source, i, i + 1)[0] for i in chosen]
-        stored = _store_chunk(places, None, config.max_side, config.quality, False)
-        sizes = [item.size_bytes for item, _ in stored if not isinstance(item, str)] or [0]
+        how = _how(config)._replace(decode_all=False)
+        kept = [keep_image(image_places(source, i, i + 1)[0], how)[0] for i in chosen]
+        sizes = [item.size_bytes for item in kept if not isinstance(item, str)] or [0]
     row_bytes = np.mean(sizes) * 1.05 + 200  # page ends, the tables, the journal and the file list
     needed = (len(source) - writer.done) * row_bytes + 3 * beton.PAGE_BYTES
     free = shutil.disk_usage(writer.path.parent).free
@@ -223,69 +148,69 @@ def _check_space(source: sources.Source, writer: BetonWriter, config: ConvertCon
         )
 
 
-def _append_all(source: sources.Source, writer: BetonWriter, config: ConvertConfig) -> None:
+def _append_all(source: Source, writer: BetonWriter, config: ConvertConfig, workers: Workers | None) -> None:
     start_bytes, start_s = writer.bytes_written, time.monotonic()
     bar = tqdm(total=len(source), initial=writer.done, unit="img", desc=writer.path.name, smoothing=0.05)
-    with bar, contextlib.closing(_stored_images(source, writer.done, config)) as results:
-        for result, stamp in results:
+    with bar:
+        for result, stamp in kept_images(source, writer.done, _how(config), workers):
             if isinstance(result, str):
                 where = source.where / source.names[writer.done]
                 if not config.skip_unreadable:
                     raise UserError(
-                        f"{where} is not a readable image ({result}); mend or remove it, or pass --skip-unreadable"
+                        f"{where} is not a readable image ({result}); repair or remove it, or pass --skip-unreadable"
                     )
                 bar.write(f"skipped: {where} ({result})", file=sys.stderr)
-                writer.append(None, stamp)
-            else:
-                writer.append(result, stamp)
+            writer.append(None if isinstance(result, str) else result, stamp)
             bar.update()
             if writer.done % 64 == 0:
                 mb_per_s = (writer.bytes_written - start_bytes) / 1e6 / max(time.monotonic() - start_s, 1e-3)
                 bar.set_postfix_str(f"{mb_per_s:.0f} MB/s", refresh=False)
 
 
-def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
+def _fill(source: Source, writer: BetonWriter, config: ConvertConfig, workers: Workers | None) -> dict:
+    """Everything from where the writer stands to the finished file. Returns the manifest."""
+    out = writer.path
+    _go_back_to_unchanged(source, writer)
+    if writer.done:
+        print(f"{out.name}: continuing after {writer.done} of {len(source)} images", file=sys.stderr)
+    if len(writer.skipped()) and not config.skip_unreadable:
+        raise UserError(
+            f"{source.where / source.names[writer.skipped()[0]]} was skipped before as unreadable;"
+            " pass --skip-unreadable again, or --fresh"
+        )
+    _check_space(source, writer, config)
+    try:
+        _append_all(source, writer, config, workers)
+        if _go_back_to_unchanged(source, writer):
+            raise UserError(f"{source.where} changed while it was converted; run again when that is over")
+    except (KeyboardInterrupt, UserError, MemoryError):
+        writer.checkpoint()
+        again = "the same command without --fresh" if config.fresh else "the same command"
+        print(f"{out.name}: stopped after {writer.done} of {len(source)} images; {again} continues", file=sys.stderr)
+        raise
+    return writer.finish(source, _settings(config))
+
+
+def convert(source: Source, out: Path, config: ConvertConfig) -> None:
     """One split into one file. Raises UserError for an unreadable image, a full disk, a file of another conversion."""
     identity = _identity(source, config)
     out.parent.mkdir(parents=True, exist_ok=True)
     if not config.fresh and _already_there(out, identity, source):
         return
-    writer = BetonWriter(out, len(source), identity, config.fresh)
-    try:
-        _go_back_to_unchanged(source, writer)
-        if writer.done:
-            print(f"{out.name}: continuing after {writer.done} of {len(source)} images", file=sys.stderr)
-        if len(writer.skipped()) and not config.skip_unreadable:
-            raise UserError(
-                f"{source.where / source.names[writer.skipped()[0]]} was skipped before as unreadable;"
-                " pass --skip-unreadable again, or --fresh"
-            )
-        _check_space(source, writer, config)
-        writer.before_forking()
+    # The workers first: they are forked, which a process with threads must not be, and the writer has two.
+    start_workers = contextlib.nullcontext() if source.pixels is not None else Workers(config.workers)
+    with start_workers as workers, BetonWriter(out, len(source), identity, fresh=config.fresh) as writer:
         try:
-            _append_all(source, writer, config)
-            writer.after_forking()
-            if _go_back_to_unchanged(source, writer):
-                raise UserError(f"{source.where} changed while it was converted; run again when that is over")
-        except (KeyboardInterrupt, UserError, MemoryError):
-            writer.checkpoint()
-            again = "the same command without --fresh" if config.fresh else "the same command"
-            print(
-                f"{out.name}: stopped after {writer.done} of {len(source)} images; {again} continues", file=sys.stderr
-            )
-            raise
-        manifest = writer.finish(source, _settings(config))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{out.parent} is full after {writer.done} of {len(source)} images; make room and run the same command"
-            " again, it continues there"
-        ) from None
-    except MemoryError:
-        raise out_of_memory(f"after {writer.done} of {len(source)} images") from None
-    finally:
-        writer.close()
+            manifest = _fill(source, writer, config, workers)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{out.parent} is full after {writer.done} of {len(source)} images; make room and run the same command"
+                " again, it continues there"
+            ) from None
+        except MemoryError:
+            raise out_of_memory(f"after {writer.done} of {len(source)} images") from None
     stored = ", ".join(f"{count} {how}" for how, count in manifest["stored"].items() if count)
     left_out = ", ".join(f"{count} {what}" for what, count in manifest["left_out"].items())
     print(
@@ -294,48 +219,27 @@ def convert(source: sources.Source, out: Path, config: ConvertConfig) -> None:
     )
 
 
-def verify(path: Path, workers: int = 0) -> None:
-    """Reads a finished file whole: checksums and decodes. Raises UserError that names the first bad images."""
-    opened = beton.open_beton(path)
-    rows = beton.file_rows(opened)
-    if len(rows) != len(opened) or [row[1] for row in rows] != opened.labels.astype(str).tolist():
-        raise UserError(f"{beton.files_path(path)} lists other images than {path.name} has; convert again")
-    columns = (opened.offsets, opened.sizes_bytes, opened.modes, opened.heights, opened.widths)
-    samples = list(zip(*(column.tolist() for column in columns), [row[3] for row in rows], strict=True))
-    _verify_chunk(path, samples[:1])  # loads the compiled decoder once, before the workers fork
-    chunks = ((path, samples[first : first + CHUNK_IMAGES]) for first in range(0, len(samples), CHUNK_IMAGES))
-    problems = itertools.chain.from_iterable(in_order(workers, _verify_chunk, chunks))
-    checked = tqdm(problems, total=len(rows), unit="img", desc=f"verify {path.name}")
-    bad = [(rows[i][4], problem) for i, problem in enumerate(checked) if problem]
-    if bad:
-        names = "; ".join(f"{name}: {problem}" for name, problem in bad[:3])
-        raise UserError(
-            f"{path} has {len(bad)} bad images of {len(rows)} ({names}); convert again, with --check full --fresh"
-        )
-    print(f"{path}: all {len(rows)} images are in order")
-
-
 # ---- the command ----
 
 
-def _jobs(config: ConvertConfig) -> list[tuple[sources.Source, Path]]:
+def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
     """The conversions asked for. Splits of one dataset must have the same classes, checked before any starts."""
     if config.source is None:
         return []
     if config.out.suffix == ".beton":
-        return [(sources.open_source(config.source, config.split), config.out)]
-    splits = [config.split] if config.split else sources.split_names(config.source)
+        return [(open_source(config.source, config.split), config.out)]
+    splits = [config.split] if config.split else split_names(config.source)
     if not splits:
         raise UserError(
             f"{config.source} has no train/ or val/; give --out a file name that ends with .beton, not {config.out}"
         )
-    opened = [sources.open_source(config.source, split) for split in splits]
+    opened = [open_source(config.source, split) for split in splits]
     for other in opened[1:]:
         beton.require_same_classes(str(opened[0].where), opened[0].classes, str(other.where), other.classes)
     return [(source, config.out / f"{source.split}.beton") for source in opened]
 
 
-def _note_count(source: sources.Source) -> None:
+def _note_count(source: Source) -> None:
     """ImageNet with missing images converts, but not silently."""
     known = (constants.IMAGENET_TRAIN_IMAGES, constants.IMAGENET_VAL_IMAGES)
     imagenet = len(source.classes) == constants.IMAGENET_CLASSES and re.fullmatch(r"n\d{8}", source.classes[0])
@@ -362,15 +266,15 @@ def main(config: ConvertConfig) -> None:
         if config.format == "webdataset":
             shards.pack_shards(beton.open_beton(out), config.shard_images)
     if config.verify:
-        outs = [out for _, out in jobs] or (
-            [config.out] if not config.out.is_dir() else sorted(config.out.glob("*.beton"))
-        )
+        outs = [out for _, out in jobs]
+        if not outs:
+            outs = sorted(config.out.glob("*.beton")) if config.out.is_dir() else [config.out]
         if not outs:
             raise UserError(f"{config.out} has no .beton file to verify")
         for out in outs:
-            verify(out, config.workers)
+            verify(beton.open_beton(out), config.workers)
             if config.format == "webdataset":
-                shards.verify_shards(out.with_suffix(shards.SUFFIX))
+                verify(shards.open_shards(out.with_suffix(shards.SUFFIX)), config.workers)
 
 
 if __name__ == "__main__":

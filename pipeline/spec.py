@@ -9,15 +9,19 @@ Shape legend, used in every docstring of the project:
 World size is always spelled `world_size`; `global_batch` = `rank_batch` × `world_size`.
 """
 
+from __future__ import annotations  # torch takes seconds to load, and neither draws nor conversion need it
+
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
+
+if TYPE_CHECKING:
+    import torch
 
 SOLARIZE_THRESHOLD = 128  # v < 128 stays, v >= 128 becomes 255 - v (Zbontar 2021, appendix A)
 
@@ -122,6 +126,12 @@ class Blocks(NamedTuple):
     window: int
 
 
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32
+
+
 @dataclass(frozen=True)
 class LoaderConfig:
     """Everything that decides what a loader yields, and how (from `backend` on) it gets there.
@@ -160,7 +170,7 @@ class LoaderConfig:
     workers: int = 0
     device: str = "cpu"
     views_on: str = "auto"
-    view_type: torch.dtype = torch.float32
+    view_type: torch.dtype = field(default_factory=_float32)
 
     def resolution_at(self, epoch: int) -> int:
         """Side of an epoch's views, px."""

@@ -161,7 +161,7 @@ class Stages:
 
     def gpu_views(self, ids: np.ndarray) -> None:
         from pipeline.views.augment_gpu import make_views
-        from pipeline.views.resample_gpu import plan_views
+        from pipeline.views.gpu_plan import plan_views
 
         params, heights, widths = self.params(BARLOW_TWINS_VIEWS)
         plan = plan_views(params, self.starts, heights, widths, ["bicubic"] * 2, self.config.resolution)

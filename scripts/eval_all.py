@@ -24,7 +24,7 @@ from eval.subject import RESULTS, SubjectConfig, read_results, result_folder
 from pipeline.command import DATA, REPO, run_command
 from pipeline.disk import followed_once
 from pipeline.errors import UserError
-from pipeline.storage.sources.open import voc_root
+from pipeline.storage.sources.voc2007 import voc_root
 from train.checkpoint import BackboneInfo
 from train.run_data import dataset_sha256
 

@@ -21,17 +21,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.views import augment_gpu, blur_gpu, resample_gpu
+from pipeline.views import augment_gpu, blur_gpu, colour_gpu, resample_gpu
 
-SIDE = {"side": 224, "pitch": 224}
+SIDE = {"side": 224}
 POINTERS = {"table": "*i64", "sums": "*i64", "first": "*i32", "coefficients": "*i32", "source": "*i32"}
 POINTERS |= dict.fromkeys(("pixels", "planes", "exact_hues", "levels"), "*u8")
 POINTERS |= {"between": "*i32", "colours": "*i32", "lut": "*bf16"}
 KERNELS = [
     (resample_gpu.fill_coefficients, {"side": 224}, {}),
     (resample_gpu.resize_once, SIDE, {}),
-    (augment_gpu.start_colours, SIDE, {}),
-    (augment_gpu.finish_colours, SIDE, {"out": "*bf16"}),
+    (colour_gpu.start_colours, SIDE, {}),
+    (colour_gpu.finish_colours, SIDE, {"out": "*bf16"}),
     *(
         (blur_gpu.blur_lines, SIDE | {"RADIUS": radius, "LAST": last}, {"out": "*bf16" if last else "*u8"})
         for radius, last in ((1, False), (1, True), (8, True))

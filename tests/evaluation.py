@@ -8,7 +8,7 @@ import torch
 
 from pipeline.convert import ConvertConfig, convert
 from pipeline.spec import Normalization
-from pipeline.storage.sources.open import Source
+from pipeline.storage.sources.source import Source
 from train.checkpoint import BackboneInfo, save_checkpoint
 from train.model import make_backbone
 

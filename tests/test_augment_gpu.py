@@ -21,14 +21,14 @@ import triton.language as tl
 
 from pipeline.choices.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, centre_views, draw_views
 from pipeline.choices.draws import empty_params as empty
-from pipeline.choices.rng import philox4x32_array
 from pipeline.loaders.reference import apply_view_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
-from pipeline.views import augment_gpu
+from pipeline.views import augment_gpu, colour_gpu
 from pipeline.views.augment_cpu import UNCHANGED, apply_view, make_scratch
 from pipeline.views.augment_gpu import make_views, normalize_views
+from pipeline.views.gpu_plan import MAX_SIGMA_PX, ViewPlan, plan_views
 from pipeline.views.resample_cpu import height_first
-from pipeline.views.resample_gpu import MAX_SIGMA_PX, ViewPlan, plan_views
+from tests.philox import philox4x32_array
 
 INTERPRETED = not isinstance(augment_gpu.start_colours, triton.JITFunction)
 DEVICES = [
@@ -239,7 +239,7 @@ def test_many_photographs_at_224_px_against_numba(imagenet_sample):
 def turn_hues(colours, exact_hues, out, shift, COUNT: tl.constexpr):
     at = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
     colour = tl.load(colours + at)
-    r, g, b = augment_gpu._turn_hue((colour >> 16) & 255, (colour >> 8) & 255, colour & 255, shift, exact_hues)
+    r, g, b = colour_gpu._turn_hue((colour >> 16) & 255, (colour >> 8) & 255, colour & 255, shift, exact_hues)
     tl.store(out + at, (r << 16) | (g << 8) | b)
 
 

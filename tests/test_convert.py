@@ -21,10 +21,10 @@ from PIL.PngImagePlugin import PngImageFile
 
 from pipeline import convert
 from pipeline.convert import ConvertConfig
-from pipeline.disk import _machine
 from pipeline.errors import UserError
+from pipeline.one_writer import _machine
 from pipeline.storage import beton, beton_writer, store, workers
-from pipeline.storage.sources.open import Source
+from pipeline.storage.sources.source import Source
 
 REPO = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(REPO / "pipeline" / "convert.py")]
@@ -126,7 +126,7 @@ def test_raw_pixels(out):
     opened = beton.open_beton(out)
     stored = np.stack([beton.jpeg_bytes(opened, i).reshape(32, 32, 3) for i in range(100)])
     assert (opened.modes == beton.MODE_RAW).all() and np.array_equal(stored, pixels)
-    convert.verify(out, 1)
+    convert.verify(beton.open_beton(out), 1)
 
 
 def test_both_splits(images, tmp_path, capsys):
@@ -155,7 +155,7 @@ def test_without_a_progress_bar(images, out):
 
 def as_source(kind: str, root: Path) -> Source:
     """The images as a folder, as a tar keeps them (here one after the other in a file), or as pixels."""
-    source = convert.sources.open_source(root / "images")
+    source = convert.open_source(root / "images")
     if kind == "tar":
         if not (root / "all.tar").exists():
             (root / "all.tar").write_bytes(b"".join((source.where / name).read_bytes() for name in source.names))
@@ -259,7 +259,7 @@ def test_skipping_has_to_be_asked_for_again(images, out, monkeypatch):
 
 def test_a_disk_error_is_never_skipped(images, out):
     """A file that is listed and then cannot be read is no bad image: the disk or its permissions are at fault."""
-    listed = convert.sources.open_source(images)
+    listed = convert.open_source(images)
     (images / "class_1" / "69.jpg").unlink()
     with pytest.raises(UserError, match=r"69\.jpg cannot be read from the disk \(No such file"):
         convert.convert(listed, out, ConvertConfig(out, workers=1, skip_unreadable=True))
@@ -554,7 +554,7 @@ def test_a_full_disk(images, out, tmp_path, monkeypatch):
     assert not out.exists()
     monkeypatch.undo()
     convert.main(ConvertConfig(out, images, workers=1))
-    convert.verify(out, 1)
+    convert.verify(beton.open_beton(out), 1)
 
 
 def test_too_little_space_is_seen_beforehand(images, out, monkeypatch):
@@ -569,7 +569,7 @@ def test_the_predicted_size_is_about_right(imagenet_sample, out, monkeypatch):
     config = ConvertConfig(out, imagenet_sample[0].parents[1], workers=2)
     convert.main(config)
     size = out.stat().st_size
-    source, other = convert.sources.open_source(config.source), out.with_name("other.beton")
+    source, other = convert.open_source(config.source), out.with_name("other.beton")
     writer = beton_writer.BetonWriter(other, 500, {})
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=size * 0.9))
     with pytest.raises(UserError, match="make room"):
@@ -606,7 +606,7 @@ def test_two_at_once(images, out, monkeypatch):
 
 def test_verify_finds_one_changed_byte(images, out):
     convert.main(ConvertConfig(out, images, workers=1))
-    convert.verify(out, 1)
+    convert.verify(beton.open_beton(out), 1)
     opened = beton.open_beton(out)
     with open(out, "r+b") as file:
         file.seek(opened.offsets[41] + 200)
@@ -614,7 +614,7 @@ def test_verify_finds_one_changed_byte(images, out):
         file.seek(opened.offsets[41] + 200)
         file.write(changed)
     with pytest.raises(UserError, match=r"1 bad images of 70 \(class_1/13.jpg: its bytes have changed\)"):
-        convert.verify(out, 2)
+        convert.verify(beton.open_beton(out), 2)
 
 
 def test_verify_finds_what_a_quick_check_misses(images, out):
@@ -626,9 +626,9 @@ def test_verify_finds_what_a_quick_check_misses(images, out):
     path.write_bytes(content)
     convert.main(ConvertConfig(out, images, workers=1))
     with pytest.raises(UserError, match=r"large\.jpg: the JPEG is damaged .* --check full --fresh"):
-        convert.verify(out, 1)
+        convert.verify(beton.open_beton(out), 1)
     convert.main(ConvertConfig(out, images, workers=1, check="full", fresh=True, skip_unreadable=True))
-    convert.verify(out, 1)
+    convert.verify(beton.open_beton(out), 1)
 
 
 # ---- the command line ----

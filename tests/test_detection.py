@@ -27,8 +27,8 @@ from eval.detector.model import detectron2_name, make_detector
 from eval.detector.scores import coco_scores, voc_scores
 from eval.detector.training import Schedule, Training, detect, make_optimizer, take_precise_statistics, train
 from eval.subject import read_results
-from pipeline.disk import OneWriter
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from pipeline.spec import Normalization
 from tests.evaluation import write_run
 from train.agreement import WRITER

@@ -10,9 +10,10 @@ import time
 
 import pytest
 
-from pipeline import disk
-from pipeline.disk import OneWriter, append_line, followed_once, read_lines, whole_file, write_whole
+from pipeline import disk, one_writer
+from pipeline.disk import append_line, followed_once, read_lines, whole_file, write_whole
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 
 
 @pytest.fixture
@@ -208,30 +209,36 @@ def test_a_killed_writer_that_nobody_waited_for_is_dead(tmp_path, holder):
     OneWriter(tmp_path / "lock", "the run r").close()
 
 
+def stop_beating(writer: OneWriter) -> None:
+    """As where its process or its machine stands still."""
+    writer._ended.set()
+    writer._thread.join()
+
+
 def on_another_machine(path) -> None:
     about = json.loads(path.read_bytes())
     path.write_bytes(json.dumps(about | {"machine": "another boot", "host": "node7"}).encode())
 
 
 def test_of_another_machine_the_beat_decides(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(disk, "WATCH_S", 0.5)
+    monkeypatch.setattr(one_writer, "WATCH_S", 0.5)
     path = tmp_path / "lock"
-    OneWriter(path, "the run r").stop_beating()
+    stop_beating(OneWriter(path, "the run r"))
     on_another_machine(path)
     with OneWriter(path, "the run r") as writer:  # no beat: taken over
-        writer.stop_beating()
+        stop_beating(writer)
         assert b"another boot" not in path.read_bytes()
         on_another_machine(path)
         clock = iter(range(100))
-        content_and_time = disk._content_and_time
-        monkeypatch.setattr(disk, "_content_and_time", lambda path: (content_and_time(path)[0], next(clock)))
+        content_and_time = one_writer._content_and_time
+        monkeypatch.setattr(one_writer, "_content_and_time", lambda path: (content_and_time(path)[0], next(clock)))
         with pytest.raises(UserError, match="by process .* on node7"):
             OneWriter(path, "the run r")
     assert "node7" in capsys.readouterr().err
 
 
 def test_a_writer_shows_that_it_lives_and_learns_that_it_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "BEAT_S", 0.02)
+    monkeypatch.setattr(one_writer, "BEAT_S", 0.02)
     path = tmp_path / "lock"
     with OneWriter(path, "the run r") as writer:
         before = path.stat().st_mtime_ns
@@ -251,21 +258,21 @@ def test_a_writer_shows_that_it_lives_and_learns_that_it_lost(tmp_path, monkeypa
 def test_a_writer_that_stood_still_looks_before_it_writes(tmp_path, monkeypatch):
     """Without the thread that beats, and after so long that another machine may have taken over."""
     path, now = tmp_path / "lock", [1000.0]
-    monkeypatch.setattr(disk, "_clock_s", lambda: now[0])
+    monkeypatch.setattr(one_writer, "_clock_s", lambda: now[0])
     with OneWriter(path, "the run r") as writer:
-        writer.stop_beating()
+        stop_beating(writer)
         before = path.stat().st_mtime_ns
-        now[0] += disk.WATCH_S / 2
+        now[0] += one_writer.WATCH_S / 2
         writer.require()  # still its own: shows that it lives
         assert path.stat().st_mtime_ns > before
         path.write_bytes(b"another's")
-        now[0] += disk.WATCH_S / 2
+        now[0] += one_writer.WATCH_S / 2
         with pytest.raises(UserError, match="another process took over the run r"):
             writer.require()
 
 
 def test_an_unfinished_file_is_watched_and_replaced(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "WATCH_S", 0.1)
+    monkeypatch.setattr(one_writer, "WATCH_S", 0.1)
     (tmp_path / "lock").write_bytes(b'{"host": "no')
     OneWriter(tmp_path / "lock", "the run r").close()
     assert names(tmp_path) == []

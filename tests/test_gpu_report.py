@@ -50,7 +50,7 @@ def test_the_report_is_short(scripts):
 def test_bytes_of_the_kernels(scripts):
     """Of one view, by hand: a 30 × 20 px box, 8 px a side, rows of 32 px, height not first; blurred or not."""
     from pipeline.choices.draws import empty_params
-    from pipeline.views.resample_gpu import plan_views
+    from pipeline.views.gpu_plan import plan_views
 
     kernels = scripts("gpu_kernels")
     for sigma_px in (0.0, 1.0):

@@ -24,7 +24,7 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, Loade
 from pipeline.storage.beton import MODE_JPEG, jpeg_bytes, open_beton
 from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.storage.shards import pack_shards
-from pipeline.storage.sources.open import Source
+from pipeline.storage.sources.source import Source
 
 RESOLUTION = 64
 
@@ -178,7 +178,7 @@ def test_what_the_decoder_refuses_is_named(config, monkeypatch):
         whole = jpeg_bytes(stored, sample)
         return whole[: len(whole) // 2] if sample == 11 else whole
 
-    monkeypatch.setattr(decode, "stored_jpeg", half_of_11)
+    monkeypatch.setattr(decode, "jpeg_bytes", half_of_11)
     monkeypatch.setattr(loader_dali.DaliLoader, "_jpegs", lambda self, ids: [half_of_11(self.stored, i) for i in ids])
     with pytest.raises(UserError, match=f"{open_beton(config.data).file_names()[11]}.*damaged or cut off"):
         _all(config, 0, 3)

@@ -92,9 +92,9 @@ def test_lanes_that_are_not_neighbours_in_memory(shape, elements, lanes, good):
 
 ON_THE_CPU = """
 import torch
-from pipeline.views import augment_gpu, resample_gpu
+from pipeline.views import augment_gpu, gpu_plan
 from pipeline.spec import Normalization
-plan = resample_gpu.ViewPlan(torch.empty(0, dtype=torch.int64), 0, 16, 32, 0, 0, -1)
+plan = gpu_plan.ViewPlan(torch.empty(0, dtype=torch.int64), 0, 16, 32, 0, 0, -1)
 augment_gpu.make_views(torch.empty(0, dtype=torch.uint8), plan, Normalization())
 """
 

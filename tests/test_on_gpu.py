@@ -103,7 +103,7 @@ def test_nccl_with_one_rank(tmp_path, same_arithmetic):
 def test_images_beyond_two_gibibytes():
     """A resident set is one buffer: images past byte 2³¹ are read where they lie."""
     from pipeline.views.augment_gpu import make_views
-    from pipeline.views.resample_gpu import plan_views
+    from pipeline.views.gpu_plan import plan_views
 
     rng, sizes = np.random.default_rng(0), np.array([90, 70, 110])
     images = torch.from_numpy(rng.integers(0, 256, int((sizes**2).sum()) * 3, np.uint8))

@@ -1,6 +1,9 @@
 """The order of samples: a permutation an epoch, the same global batch at any world size, resumable anywhere."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +11,7 @@ from scipy import stats
 
 from pipeline.choices import order as order_module
 from pipeline.choices.order import (
-    balanced_subset,
     epoch_order,
-    k_shot,
     rank_batch,
     sequential_batches,
     shuffled_batches,
@@ -18,9 +19,11 @@ from pipeline.choices.order import (
     window_count,
     windows_of_positions,
 )
+from pipeline.choices.subsets import balanced_subset, k_shot
 from pipeline.errors import UserError
 from pipeline.spec import Blocks
 
+REPO = Path(__file__).resolve().parents[1]
 IDS = np.arange(1000)
 BLOCKS = Blocks(8, 16)
 
@@ -171,6 +174,13 @@ def test_one_pass_holds_every_sample_once_over_the_ranks(images, global_batch, w
         for i in part
     ]
     assert sorted(seen) == ids.tolist()
+
+
+def test_choices_load_neither_torch_nor_the_command_line():
+    """So they start at once, and a conversion, which forks, may use them."""
+    code = "import sys, pipeline.choices.draws, pipeline.choices.order, pipeline.choices.subsets; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO, check=True)
+    assert not {"torch", "tyro"} & set(done.stdout.split())
 
 
 def test_user_errors():

@@ -16,7 +16,7 @@ from pipeline.loaders.stream import make_plan
 from pipeline.spec import BARLOW_TWINS_VIEWS, Blocks, LoaderConfig
 from pipeline.storage import shards as shards_module
 from pipeline.storage.beton import jpeg_bytes, open_beton
-from pipeline.storage.shards import open_shards, pack_shards, stored_jpeg, stored_ranges
+from pipeline.storage.shards import open_shards, pack_shards, stored_ranges
 
 BLOCKS = Blocks(4, 3)
 
@@ -94,7 +94,7 @@ def test_ranges_of_samples(config, tmp_path):
         assert len(ranges) == expected
         assert sum(end - start for _, start, end in ranges) >= beton.sizes_bytes[ids].sum()
         for sample in ids:
-            jpeg = stored_jpeg(stored, sample).tobytes()
+            jpeg = jpeg_bytes(stored, sample).tobytes()
             assert any(jpeg in path.read_bytes()[start:end] for path, start, end in ranges)
             assert jpeg == jpeg_bytes(beton, sample).tobytes()
 

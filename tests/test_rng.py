@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from pipeline.choices.rng import DOMAIN_ORDER, DOMAIN_VIEWS, philox4x32, philox4x32_array, uniform4, words_array
+from pipeline.choices.rng import DOMAIN_ORDER, DOMAIN_VIEWS, philox4x32, uniform4, words_array
+from tests.philox import philox4x32_array
 
 # Random123 1.14, tests/kat_vectors, "philox4x32 10": counter, key, expected.
 ONES = 0xFFFFFFFF
@@ -29,6 +30,16 @@ def test_numba_and_numpy_give_the_same_bits():
     arrays = philox4x32_array(words[:, :4], words[:, 4:])
     for row, expected in zip(words, arrays, strict=True):
         assert tuple(philox4x32(*row)) == tuple(expected)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])
+def test_words_of_an_array(seed):
+    """Every word of many samples, against NumPy's generator with the counter and key as rng.py describes them."""
+    samples = np.concatenate([np.arange(1000), [2**31, 2**32 - 1]])
+    counter = np.stack([np.full_like(samples, n) for n in (3, 1 | DOMAIN_ORDER << 16, 0, 5)], -1)
+    counter[:, 2] = samples
+    expected = philox4x32_array(counter, np.array([seed & ONES, seed >> 32]))
+    assert np.array_equal(words_array(seed, DOMAIN_ORDER, 5, samples, 1, 3), expected)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**63 - 1])

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import train.runstate
-from pipeline.disk import OneWriter
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from pipeline.storage.shards import open_stored
 from tests.evaluation import write_split
 from tests.oracles_train import SyntheticLoader

@@ -1,11 +1,13 @@
 """Datasets on disk: the right images, classes and order, and clear words where something is wrong."""
 
+import hashlib
 import io
 import json
 import os
 import pickle
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,12 +20,38 @@ from pipeline.errors import UserError
 from pipeline.storage import any_image
 from pipeline.storage.sources import folders
 from pipeline.storage.sources import open as sources
-from pipeline.storage.sources.open import image_places, open_source, read_image, split_names
+from pipeline.storage.sources.open import KINDS, open_source, split_names
+from pipeline.storage.sources.source import SPLITS, Source, image_places, read_image, read_stamps
 
 
 def write(path: Path, content: bytes = b"x") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+
+
+# ---- kinds ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_is_not_where_there_is_none_of_it(kind, tmp_path):
+    assert [kind.has(tmp_path, split) for split in SPLITS] == [False, False]
+
+
+def test_a_kind_more_is_a_module_with_two_functions(tmp_path, monkeypatch):
+    write(tmp_path / "pets.txt", b"b/1.jpg 1\na/2.jpg 0")
+    write(tmp_path / "b" / "1.jpg", b"pixels")
+
+    def read(root: Path, split: str) -> Source:
+        names, labels = zip(*(line.split() for line in (root / "pets.txt").read_text().splitlines()), strict=True)
+        return Source("pets", split, ["a", "b"], list(names), np.array(labels, np.int64), root)
+
+    pets = SimpleNamespace(has=lambda root, split: split == "val" and (root / "pets.txt").is_file(), read=read)
+    monkeypatch.setattr(sources, "KINDS", (*KINDS, pets))
+    assert split_names(tmp_path) == ["val"]
+    source = open_source(tmp_path, "val")
+    assert source.kind == "pets" and source.labels.tolist() == [1, 0]
+    assert read_image(image_places(source, 0, 1)[0])[0] == b"pixels"
+    assert read_stamps(source, 2)[:, 0].tolist() == [6, -1]  # the second image's file is missing
 
 
 # ---- one folder a class ----
@@ -245,7 +273,7 @@ def cifar(tmp_path, monkeypatch) -> dict[str, Path]:
         pixels = rng.integers(0, 256, (len(batches) * 20, 32, 32, 3), np.uint8)
         labels = rng.integers(0, 10, len(pixels))
         for name, content in (("", pixels), ("LABELS_", labels.astype(np.uint8))):
-            digest = sources.hashlib.sha256(content.tobytes()).hexdigest()
+            digest = hashlib.sha256(content.tobytes()).hexdigest()
             monkeypatch.setattr(constants, f"CIFAR10_{split.upper()}_{name}SHA256", digest)
         for batch, part, own in zip(
             batches, np.split(pixels, len(batches)), np.split(labels, len(batches)), strict=True

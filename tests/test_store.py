@@ -16,7 +16,17 @@ from PIL import Image, ImageOps
 from pipeline.storage import store
 from pipeline.storage.decode import STATUS_TEXT, decode_rgb, free_handle, make_handle
 from pipeline.storage.shrink import _resize_rows
-from pipeline.storage.store import HOW, KEPT, MAX_SCANS, RECODED, RESIZED, Unreadable, jpeg_structure, store_image
+from pipeline.storage.store import (
+    HOW,
+    KEPT,
+    MAX_SCANS,
+    RECODED,
+    RESIZED,
+    How,
+    Unreadable,
+    jpeg_structure,
+    store_image,
+)
 
 QUALITY = 90
 
@@ -51,7 +61,7 @@ def photo_jpeg(photo) -> bytes:
 def test_real_jpegs_are_kept_byte_for_byte(imagenet_sample):
     for path in imagenet_sample:
         data = path.read_bytes()
-        stored = store_image(data, 65535, QUALITY, False)
+        stored = store_image(data, How(65535, QUALITY, False))
         with Image.open(path) as image:
             assert (stored.width, stored.height) == image.size
         assert stored.how == KEPT and stored.data == data, path
@@ -68,9 +78,9 @@ def test_of_a_jpeg_without_its_end_marker_pillow_decides(imagenet_sample):
         except OSError:
             expected = None
             with pytest.raises(Unreadable, match="truncated"):
-                store_image(data, 65535, QUALITY, False)
+                store_image(data, How(65535, QUALITY, False))
         else:
-            stored = store_image(data, 65535, QUALITY, False)
+            stored = store_image(data, How(65535, QUALITY, False))
             assert stored.how == RECODED and stored.data == encoded(expected, quality=QUALITY, subsampling="4:2:0")
         verdicts[expected is None] += 1
     assert min(verdicts[True], verdicts[False]) > 1
@@ -86,8 +96,8 @@ def test_what_later_scans_have_wrong_is_seen(photo):
         with pytest.raises(OSError):
             Image.open(io.BytesIO(changed)).load()
         with pytest.raises(Unreadable):
-            store_image(changed, 500, QUALITY, False)
-    assert store_image(data, 500, QUALITY, False).how == KEPT
+            store_image(changed, How(500, QUALITY, False))
+    assert store_image(data, How(500, QUALITY, False)).how == KEPT
 
 
 def test_an_orientation_of_another_type_turns_nothing(photo_jpeg):
@@ -99,19 +109,19 @@ def test_an_orientation_of_another_type_turns_nothing(photo_jpeg):
     data = written.replace(number, text)
     assert data != written
     assert ImageOps.exif_transpose(Image.open(io.BytesIO(data))).size == (320, 240)
-    stored = store_image(data, 500, QUALITY, False)
+    stored = store_image(data, How(500, QUALITY, False))
     assert (stored.width, stored.height) == (320, 240)
 
 
 def test_decoding_all_keeps_the_same(imagenet_sample):
     for path in imagenet_sample[::10]:
         data = path.read_bytes()
-        assert store_image(data, 500, QUALITY, True) == store_image(data, 500, QUALITY, False)
+        assert store_image(data, How(500, QUALITY, True)) == store_image(data, How(500, QUALITY, False))
 
 
 def test_resized_are_close_to_pillows_own(imagenet_sample):
     for path in imagenet_sample[::25]:
-        stored = store_image(path.read_bytes(), 200, QUALITY, False)
+        stored = store_image(path.read_bytes(), How(200, QUALITY, False))
         with Image.open(path) as image:
             scale = 200 / max(image.size)
             size = tuple(round(side * scale) for side in image.size)
@@ -123,7 +133,7 @@ def test_resized_are_close_to_pillows_own(imagenet_sample):
 @pytest.mark.parametrize("factor", [4, 9, 17])
 def test_very_large_images_are_shrunk_while_decoding(photo, factor):
     large = photo.resize((320 * factor, 240 * factor), Image.Resampling.BICUBIC)
-    stored = store_image(encoded(large, quality=95), 320, QUALITY, False)
+    stored = store_image(encoded(large, quality=95), How(320, QUALITY, False))
     assert (stored.how, stored.width, stored.height) == (RESIZED, 320, 240)
     assert difference(stored, photo) < 3
 
@@ -136,7 +146,7 @@ def test_every_chroma_layout_and_odd_sizes(photo, mode, size):
     data = encoded(large, quality=95, **({} if mode == "L" else {"subsampling": mode}))
     share = 90 / max(size)
     small = tuple(max(1, round(side * share)) for side in size)
-    stored = store_image(data, 90, QUALITY, False)
+    stored = store_image(data, How(90, QUALITY, False))
     assert (stored.how, stored.width, stored.height) == (RESIZED, *small)
     reference = Image.open(io.BytesIO(data)).resize(small, Image.Resampling.BICUBIC)
     assert difference(stored, reference) < 3.5
@@ -162,14 +172,14 @@ def test_exif_rotation_is_applied_once(photo, fmt):
         data = encoded(small, fmt, exif=exif, **({"quality": 95} if fmt in ("JPEG", "WEBP") else {}))
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
         assert upright.size == ((64, 128) if orientation > 4 else (128, 64))
-        stored = store_image(data, 500, QUALITY, False)
+        stored = store_image(data, How(500, QUALITY, False))
         if fmt == "JPEG" and orientation == 1:
             assert stored.how == KEPT and stored.data == data
         else:
             assert stored.how == RECODED
             assert stored.data == encoded(upright, quality=QUALITY, subsampling="4:2:0"), orientation
         assert (stored.width, stored.height) == upright.size
-        resized = store_image(data, 32, QUALITY, False)
+        resized = store_image(data, How(32, QUALITY, False))
         share = 32 / 128
         expected = upright.resize([round(side * share) for side in upright.size], Image.Resampling.BICUBIC)
         assert (resized.how, resized.width, resized.height) == (RESIZED, *expected.size)
@@ -180,19 +190,19 @@ def test_exif_rotation_is_applied_once(photo, fmt):
 def test_damaged_exif_does_not_matter(photo_jpeg):
     app1 = b"\xff\xe1" + struct.pack(">H", 2 + 14) + b"Exif\0\0II*\0\xff\xff\xff\xff"
     data = photo_jpeg[:2] + app1 + photo_jpeg[2:]
-    assert store_image(data, 500, QUALITY, False).data == data
+    assert store_image(data, How(500, QUALITY, False)).data == data
 
 
 def test_greyscale_is_kept_as_greyscale(photo):
     data = encoded(photo.convert("L"))
-    assert store_image(data, 500, QUALITY, False).data == data
-    smaller = store_image(data, 100, QUALITY, False)
+    assert store_image(data, How(500, QUALITY, False)).data == data
+    smaller = store_image(data, How(100, QUALITY, False))
     assert smaller.how == RESIZED and Image.open(io.BytesIO(smaller.data)).mode == "L"
 
 
 def test_cmyk_jpeg_becomes_rgb(photo):
     cmyk = photo.convert("CMYK")
-    stored = store_image(encoded(cmyk, quality=95), 500, QUALITY, False)
+    stored = store_image(encoded(cmyk, quality=95), How(500, QUALITY, False))
     assert stored.how == RECODED and Image.open(io.BytesIO(stored.data)).mode == "RGB"
     assert difference(stored, photo) < 3
 
@@ -220,11 +230,11 @@ def test_sixteen_bits_that_use_their_range(photo):
         *(png_16(deep[..., None]), encoded(Image.fromarray(deep), "TIFF"), pgm_16(deep)),
         *(pgm_16(grey.astype(np.uint16) * 16, 4080), png_16(np.concatenate([deep[..., None], opaque], 2))),
     ):
-        assert difference(store_image(data, 500, QUALITY, False), photo.convert("L")) < 0.5
+        assert difference(store_image(data, How(500, QUALITY, False)), photo.convert("L")) < 0.5
     rgb = colour.astype(np.uint16) * 257
     for data in (png_16(rgb), png_16(np.concatenate([rgb, opaque], 2))):
-        assert difference(store_image(data, 500, QUALITY, False), photo) < 0.5
-    black = store_image(png_16(np.zeros((8, 8, 1), np.uint16)), 500, QUALITY, False)
+        assert difference(store_image(data, How(500, QUALITY, False)), photo) < 0.5
+    black = store_image(png_16(np.zeros((8, 8, 1), np.uint16)), How(500, QUALITY, False))
     assert (decoded(black) == 0).all()
 
 
@@ -251,10 +261,10 @@ def test_deep_images_that_pillow_reads_otherwise(photo):
     """Separate planes come out as noise, light ink has low values, and 16 bits a pixel are not 16 a value."""
     colour = np.asarray(photo).astype(np.uint16)
     with pytest.raises(Unreadable, match="16 bits in separate planes"):
-        store_image(tiff_16(colour * 257, 2, True), 500, QUALITY, False)
-    assert difference(store_image(tiff_16(colour * 257, 2, False), 500, QUALITY, False), photo) < 0.5
+        store_image(tiff_16(colour * 257, 2, True), How(500, QUALITY, False))
+    assert difference(store_image(tiff_16(colour * 257, 2, False), How(500, QUALITY, False)), photo) < 0.5
     paper = np.zeros((20, 30, 4), np.uint16)
-    assert decoded(store_image(tiff_16(paper, 5, False), 500, QUALITY, False)).min() == 255
+    assert decoded(store_image(tiff_16(paper, 5, False), How(500, QUALITY, False))).min() == 255
     dark = Image.fromarray(np.full((20, 30, 3), 32, np.uint8))
     header = struct.pack(
         "<2sIHHIIiiHHIIiiII", b"BM", 54 + 12 + 20 * 60, 0, 0, 66, 40, 30, -20, 1, 16, 3, 1200, 0, 0, 0, 0
@@ -262,7 +272,7 @@ def test_deep_images_that_pillow_reads_otherwise(photo):
     bmp = header + struct.pack("<3I", 0xF800, 0x07E0, 0x001F) + struct.pack("<H", 4 << 11 | 8 << 5 | 4) * 600
     with Image.open(io.BytesIO(bmp)) as opened:
         assert np.abs(np.asarray(opened.convert("RGB"), int) - np.asarray(dark)).max() < 4
-    assert difference(store_image(bmp, 500, QUALITY, False), dark) < 4
+    assert difference(store_image(bmp, How(500, QUALITY, False)), dark) < 4
 
 
 def test_more_than_eight_bits_never_become_black(photo):
@@ -287,7 +297,7 @@ def test_more_than_eight_bits_never_become_black(photo):
         (encoded(Image.fromarray(twelve * 16), "TIFF", tiffinfo={262: 0}), "in which 0 is white"),
     ):
         with pytest.raises(Unreadable, match=found):
-            store_image(data, 500, QUALITY, False)
+            store_image(data, How(500, QUALITY, False))
 
 
 @pytest.mark.parametrize(
@@ -299,7 +309,7 @@ def test_more_than_eight_bits_never_become_black(photo):
 )
 def test_other_formats_whatever_their_name(photo, mode, fmt):
     image = photo.convert(mode)
-    stored = store_image(encoded(image, fmt), 500, QUALITY, False)
+    stored = store_image(encoded(image, fmt), How(500, QUALITY, False))
     assert (stored.how, stored.width, stored.height) == (RECODED, 320, 240)
     assert difference(stored, image.convert("RGB")) < 0.5
 
@@ -309,7 +319,7 @@ def test_of_several_frames_the_first(photo, fmt):
     other = photo.transpose(Image.Transpose.ROTATE_180)
     options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100}}.get(fmt, {})
     data = encoded(photo, fmt, save_all=True, append_images=[other], **options)
-    stored = store_image(data, 500, QUALITY, False)
+    stored = store_image(data, How(500, QUALITY, False))
     shown = Image.open(io.BytesIO(data)).convert("RGB")
     assert stored.how == RECODED and stored.data == encoded(shown, quality=QUALITY, subsampling="4:2:0")
     assert difference(stored, photo) < (12 if fmt == "GIF" else 2)
@@ -317,20 +327,20 @@ def test_of_several_frames_the_first(photo, fmt):
 
 def test_formats_that_start_other_programs_are_none(photo):
     with pytest.raises(Unreadable, match="no known image format"):
-        store_image(encoded(photo, "EPS"), 500, QUALITY, False)
+        store_image(encoded(photo, "EPS"), How(500, QUALITY, False))
 
 
 def test_progressive_and_restart_markers_are_kept(photo):
     for options in ({"progressive": True}, {"restart_marker_blocks": 2}, {"subsampling": "4:4:4"}, {"optimize": True}):
         data = encoded(photo, **options)
-        assert store_image(data, 500, QUALITY, False).data == data, options
+        assert store_image(data, How(500, QUALITY, False)).data == data, options
 
 
 def test_a_flat_image_is_kept(photo):
     """Flat areas make long runs of equal bytes, which look like a hole in the file; decoding clears the doubt."""
     for colour in (0, 128, 255):
         data = encoded(Image.new("RGB", (500, 500), (colour,) * 3), optimize=True)
-        assert store_image(data, 500, QUALITY, False).data == data
+        assert store_image(data, How(500, QUALITY, False)).data == data
 
 
 @pytest.mark.parametrize(
@@ -344,7 +354,7 @@ def test_a_flat_image_is_kept(photo):
 @pytest.mark.parametrize("decode_all", [False, True])
 def test_what_is_no_image_is_unreadable(data, decode_all):
     with pytest.raises(Unreadable):
-        store_image(data, 500, QUALITY, decode_all)
+        store_image(data, How(500, QUALITY, decode_all))
 
 
 def test_a_cut_off_file_is_unreadable(imagenet_sample):
@@ -354,28 +364,28 @@ def test_a_cut_off_file_is_unreadable(imagenet_sample):
         for cut in (*rng.integers(1, len(data) - 200, 8), len(data) // 2, len(data) - 2):
             for max_side in (100, 65535):
                 with pytest.raises(Unreadable):
-                    store_image(data[:cut], max_side, QUALITY, False)
+                    store_image(data[:cut], How(max_side, QUALITY, False))
 
 
 @pytest.mark.parametrize("fmt", ["PNG", "GIF", "WEBP", "BMP"])
 def test_a_cut_off_file_of_another_format_is_unreadable(photo, fmt):
     data = encoded(photo, fmt)
     with pytest.raises(Unreadable):
-        store_image(data[: len(data) // 2], 500, QUALITY, False)
+        store_image(data[: len(data) // 2], How(500, QUALITY, False))
 
 
 def test_a_tail_of_zeros_is_unreadable(photo_jpeg):
     """What a crash leaves of a file: its full length, the end never written."""
     half = len(photo_jpeg) // 2
     with pytest.raises(Unreadable):
-        store_image(photo_jpeg[:half] + bytes(len(photo_jpeg) - half), 500, QUALITY, False)
+        store_image(photo_jpeg[:half] + bytes(len(photo_jpeg) - half), How(500, QUALITY, False))
 
 
 def test_a_hole_is_not_kept(photo_jpeg):
     third = len(photo_jpeg) // 3
     holed = photo_jpeg[:third] + bytes(1000) + photo_jpeg[third + 1000 :]
     with contextlib.suppress(Unreadable):
-        assert store_image(holed, 500, QUALITY, False).how != KEPT
+        assert store_image(holed, How(500, QUALITY, False)).how != KEPT
 
 
 def limit_memory(room_bytes: int) -> None:
@@ -389,7 +399,7 @@ def test_a_shortage_of_memory_is_no_unreadable_image(photo):
     large = photo.resize((2800, 2100), Image.Resampling.NEAREST)
     progressive, png = encoded(large, progressive=True), encoded(large, "PNG")
     cases = [(progressive, 400), (progressive, 2500), (png, 400)]
-    expected = [store_image(data, side, QUALITY, True).sha256 for data, side in cases]
+    expected = [store_image(data, How(side, QUALITY, True)).sha256 for data, side in cases]
     before, held, refused = resource.getrlimit(resource.RLIMIT_AS), [], 0
     try:
         limit_memory(0)
@@ -400,7 +410,7 @@ def test_a_shortage_of_memory_is_no_unreadable_image(photo):
             limit_memory(room_bytes)
             for number, (data, side) in enumerate(cases):
                 try:
-                    assert store_image(data, side, QUALITY, True).sha256 == expected[number]
+                    assert store_image(data, How(side, QUALITY, True)).sha256 == expected[number]
                 except MemoryError:
                     refused += 1
     finally:
@@ -412,7 +422,7 @@ def test_a_bomb_of_pixels_is_unreadable(photo_jpeg):
     frame = photo_jpeg.index(b"\xff\xc0")
     bomb = photo_jpeg[: frame + 5] + struct.pack(">HH", 30000, 30000) + photo_jpeg[frame + 9 :]
     with pytest.raises(Unreadable, match="900000000 pixels"):
-        store_image(bomb, 500, QUALITY, False)
+        store_image(bomb, How(500, QUALITY, False))
 
 
 def test_a_bomb_of_scans_is_unreadable(photo):
@@ -421,19 +431,19 @@ def test_a_bomb_of_scans_is_unreadable(photo):
     bomb = data[:-2] + data[last:-2] * (MAX_SCANS + 1) + data[-2:]
     for max_side in (100, 500):
         with pytest.raises(Unreadable, match="scans"):
-            store_image(bomb, max_side, QUALITY, False)
+            store_image(bomb, How(max_side, QUALITY, False))
 
 
 def test_an_image_too_large_for_a_page(photo, photo_jpeg, monkeypatch):
     """The format cannot hold more than a page of one image; a huge header makes a JPEG that large."""
     comment = b"\xff\xfe\xff\xff" + bytes(65533)
     large = photo_jpeg[:2] + comment * (store.PAGE_BYTES // len(comment) + 1) + photo_jpeg[2:]
-    stored = store_image(large, 500, QUALITY, False)
+    stored = store_image(large, How(500, QUALITY, False))
     assert stored.how == RECODED and len(stored.data) < 100_000 and difference(stored, photo) < 3
     monkeypatch.setattr(store, "PAGE_BYTES", 1000)
     for max_side in (100, 500):
         with pytest.raises(Unreadable, match="lower --max-side"):
-            store_image(photo_jpeg, max_side, QUALITY, False)
+            store_image(photo_jpeg, How(max_side, QUALITY, False))
 
 
 def test_structure_says_what_pillow_says(imagenet_sample):
@@ -458,7 +468,7 @@ def test_mutations_are_stored_or_refused_and_never_crash(photo_jpeg, decode_all)
     rng, handle, counts = np.random.default_rng(3), make_handle(), Counter()
     for _ in range(300):
         try:
-            stored = store_image(mutated(photo_jpeg, rng), 2000, QUALITY, decode_all)
+            stored = store_image(mutated(photo_jpeg, rng), How(2000, QUALITY, decode_all))
         except Unreadable:
             counts["unreadable"] += 1
             continue

@@ -16,8 +16,8 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-from pipeline.disk import OneWriter
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from tests.oracles_train import SyntheticLoader, barlow_loss_torch
 from train.agreement import only_writer, require_same_start
 from train.batchnorm import CrossRankBatchNorm
@@ -144,12 +144,12 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    import pipeline.disk
+    import pipeline.one_writer
     import train.agreement
     import train.runlog
 
     train.runlog.RUNS = folder
-    pipeline.disk.WATCH_S, train.agreement.ASK_S = 0.5, 0.1
+    pipeline.one_writer.WATCH_S, train.agreement.ASK_S = 0.5, 0.1
     ranks = start_ranks()
     x = torch.tensor([float(rank + 1)], requires_grad=True)
     total = sum_over_ranks(x)

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from pipeline.command import REPO
 from pipeline.compiled import source_digest
-from pipeline.disk import OneWriter
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks, largest
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from pipeline.choices.order import balanced_subset
+from pipeline.choices.subsets import balanced_subset
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
 from pipeline.spec import LoaderConfig, centre_view

@@ -20,8 +20,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.command import run_command
-from pipeline.disk import OneWriter
 from pipeline.loader import make_loader
+from pipeline.one_writer import OneWriter
 from pipeline.storage.shards import open_stored
 from train.agreement import only_writer, require_same_start
 from train.batchnorm import with_global_batch_norm

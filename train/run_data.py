@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.choices.order import balanced_subset, rank_batch
+from pipeline.choices.order import rank_batch
+from pipeline.choices.subsets import balanced_subset
 from pipeline.errors import UserError
 from pipeline.spec import LoaderConfig
 from pipeline.storage.beton import Beton

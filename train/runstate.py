@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from pipeline.disk import OneWriter
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from train.checkpoint import (
     CHECKPOINT,
     BackboneInfo,

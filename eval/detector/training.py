@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from eval.detector.data import DetectionImages, Split, training_keys
-from pipeline.disk import OneWriter
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from train.content import DamagedFile, read_state, write_state
 from train.distributed import Ranks, StopRequest
 

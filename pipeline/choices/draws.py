@@ -30,39 +30,26 @@ class ViewParams(NamedTuple):
     Geometry: the box is cut out of the image, resized to `resized_*`, and the (H, W) window at
     `window_*` of that is the view. A random crop has resized = (H, W) and window (0, 0); a centre crop
     has the whole image as its box.
-
-    box_top box_left box_height box_width   int32, px of the stored image
-    resized_height resized_width            int32, px
-    window_top window_left                  int32, px of the resized box; may be negative: zeros there
-    flip                                    uint8, 1 = mirrored left-right, after the resize
-    jitter                                  uint8, 1 = the four colour operations run
-    jitter_order                            uint8 (B, V, 4), which operation runs first … last; one whose
-                                            strength is 0 is NOTHING (hue by 0 turns would still round)
-    brightness contrast saturation          float32, blend factors, 1 = unchanged
-    hue                                     float32, turns in [-0.5, 0.5], 0 = unchanged
-    grey                                    uint8, 1 = R = G = B = luma
-    sigma_px                                float32, blur radius; 0 = no blur
-    solarize                                uint8, 1 = values of 128 and above are inverted
     """
 
-    box_top: np.ndarray
+    box_top: np.ndarray  # the box: int32, px of the stored image
     box_left: np.ndarray
     box_height: np.ndarray
     box_width: np.ndarray
-    resized_height: np.ndarray
+    resized_height: np.ndarray  # int32, px
     resized_width: np.ndarray
-    window_top: np.ndarray
+    window_top: np.ndarray  # the window: int32, px of the resized box; may be negative: zeros there
     window_left: np.ndarray
-    flip: np.ndarray
-    jitter: np.ndarray
-    jitter_order: np.ndarray
-    brightness: np.ndarray
+    flip: np.ndarray  # uint8, 1 = mirrored left-right, after the resize
+    jitter: np.ndarray  # uint8, 1 = the four colour operations run
+    jitter_order: np.ndarray  # uint8 (B, V, 4), which runs first … last; NOTHING if its strength is 0: hue would round
+    brightness: np.ndarray  # these three: float32, blend factors, 1 = unchanged
     contrast: np.ndarray
     saturation: np.ndarray
-    hue: np.ndarray
-    grey: np.ndarray
-    sigma_px: np.ndarray
-    solarize: np.ndarray
+    hue: np.ndarray  # float32, turns in [-0.5, 0.5], 0 = unchanged
+    grey: np.ndarray  # uint8, 1 = R = G = B = luma
+    sigma_px: np.ndarray  # float32, blur radius; 0 = no blur
+    solarize: np.ndarray  # uint8, 1 = values of 128 and above are inverted
 
 
 _DTYPES = dict.fromkeys(ViewParams._fields[:8], np.int32)
@@ -87,14 +74,33 @@ def empty_params(images: int, views: int) -> ViewParams:
     return ViewParams(**arrays)
 
 
-def _table(views: tuple[ViewSpec, ...]) -> np.ndarray:
-    """The view table as numbers for the compiled loop, one row a view."""
+class _Table(NamedTuple):
+    """The view table as numbers for the compiled loop, float64: ranges (V, 2), strengths (V, 4), the others (V,)."""
+
+    area: np.ndarray
+    log_ratio: np.ndarray
+    p_flip: np.ndarray
+    p_jitter: np.ndarray
+    strengths: np.ndarray  # by the jitter's four codes
+    p_grey: np.ndarray
+    p_blur: np.ndarray
+    sigma_px: np.ndarray
+    p_solarize: np.ndarray
+
+
+def _table(views: tuple[ViewSpec, ...]) -> _Table:
     rows = []
     for v in views:
-        geometry = (*v.area, *np.log(v.ratio), v.p_flip)
-        jitter = (v.p_jitter, v.brightness, v.contrast, v.saturation, v.hue)
-        rows.append((*geometry, *jitter, v.p_grey, v.p_blur, *v.sigma_px, v.p_solarize))
-    return np.array(rows, np.float64)
+        strengths = (v.brightness, v.contrast, v.saturation, v.hue)
+        geometry = (v.area, np.log(v.ratio), v.p_flip)
+        rows.append((*geometry, v.p_jitter, strengths, v.p_grey, v.p_blur, v.sigma_px, v.p_solarize))
+    return _Table(*(np.array(column, np.float64) for column in zip(*rows, strict=True)))
+
+
+@jit
+def _between(bounds, u):
+    """Uniform between two bounds."""
+    return bounds[0] + (bounds[1] - bounds[0]) * u
 
 
 @jit
@@ -113,23 +119,27 @@ def _fallback_box(height, width, min_ratio, max_ratio):
 
 
 @jit
-def _draw_box(seed, epoch, sample, view, height, width, row, top_u, left_u):
-    """RandomResizedCrop's box (torchvision's algorithm): ten tries, then the centred fallback."""
+def _draw_box(seed, epoch, sample, v, height, width, table, top_u, left_u):
+    """RandomResizedCrop's box (torchvision's algorithm): ten tries, then the centred fallback.
+
+    Its place has uniforms of its own, so that they do not depend on how many tries the size took.
+    """
     area = height * width
     for block in range(5):
-        u = uniform4(seed, DOMAIN_VIEWS, epoch, sample, view, block)
+        u = uniform4(seed, DOMAIN_VIEWS, epoch, sample, v, block)
         for k in range(2):
-            target = area * (row[0] + (row[1] - row[0]) * u[2 * k])
-            aspect = np.exp(row[2] + (row[3] - row[2]) * u[2 * k + 1])
+            target = area * _between(table.area[v], u[2 * k])
+            aspect = np.exp(_between(table.log_ratio[v], u[2 * k + 1]))
             w = int(np.rint(np.sqrt(target * aspect)))
             h = int(np.rint(np.sqrt(target / aspect)))
             if 0 < w <= width and 0 < h <= height:
                 return int(top_u * (height - h + 1)), int(left_u * (width - w + 1)), h, w
-    return _fallback_box(height, width, np.exp(row[2]), np.exp(row[3]))
+    return _fallback_box(height, width, np.exp(table.log_ratio[v, 0]), np.exp(table.log_ratio[v, 1]))
 
 
 @jit
 def _factor(strength, u):
+    """ColorJitter's: uniform in [max(0, 1 - strength), 1 + strength]."""
     low = max(0.0, 1.0 - strength)
     return low + (1.0 + strength - low) * u
 
@@ -137,29 +147,29 @@ def _factor(strength, u):
 @jit
 def _draw(seed, epoch, samples, heights, widths, table, resolution_px, orders, p):
     for b in range(len(samples)):
-        for v in range(len(table)):
-            row = table[v]
-            # Blocks as int64(…): a literal number would compile the generator anew for each.
+        for v in range(len(table.p_flip)):
+            # Blocks as int64(…): a literal number would compile the generator once more for each.
             u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(5))
-            box = _draw_box(seed, epoch, samples[b], v, heights[b], widths[b], row, u[0], u[1])
+            box = _draw_box(seed, epoch, samples[b], v, heights[b], widths[b], table, u[0], u[1])
             p.box_top[b, v], p.box_left[b, v], p.box_height[b, v], p.box_width[b, v] = box
             p.resized_height[b, v] = resolution_px
             p.resized_width[b, v] = resolution_px
-            p.flip[b, v] = u[2] < row[4]
-            p.jitter[b, v] = u[3] < row[5]
+            p.flip[b, v] = u[2] < table.p_flip[v]
+            p.jitter[b, v] = u[3] < table.p_jitter[v]
             u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(6))
-            p.brightness[b, v] = _factor(row[6], u[0])
-            p.contrast[b, v] = _factor(row[7], u[1])
-            p.saturation[b, v] = _factor(row[8], u[2])
-            p.hue[b, v] = row[9] * (2.0 * u[3] - 1.0)
+            strengths = table.strengths[v]
+            p.brightness[b, v] = _factor(strengths[BRIGHTNESS], u[0])
+            p.contrast[b, v] = _factor(strengths[CONTRAST], u[1])
+            p.saturation[b, v] = _factor(strengths[SATURATION], u[2])
+            p.hue[b, v] = strengths[HUE] * (2.0 * u[3] - 1.0)
             u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(7))
             for k in range(4):
                 operation = orders[int(u[0] * 24), k]
-                p.jitter_order[b, v, k] = operation if row[6 + operation] > 0 else NOTHING
-            p.grey[b, v] = u[1] < row[10]
-            p.sigma_px[b, v] = row[12] + (row[13] - row[12]) * u[3] if u[2] < row[11] else 0.0
+                p.jitter_order[b, v, k] = operation if strengths[operation] > 0 else NOTHING
+            p.grey[b, v] = u[1] < table.p_grey[v]
+            p.sigma_px[b, v] = _between(table.sigma_px[v], u[3]) if u[2] < table.p_blur[v] else 0.0
             u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(8))
-            p.solarize[b, v] = u[0] < row[14]
+            p.solarize[b, v] = u[0] < table.p_solarize[v]
 
 
 def draw_views(

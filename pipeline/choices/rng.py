@@ -7,8 +7,7 @@ Philox4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as eas
     key     = (seed low 32 bits, seed high 32 bits)
     counter = (slot // 4, view | domain << 16, sample, epoch)   →   4 words; the slot picks word slot % 4
 
-The same function stands here twice, as numba for kernels and as NumPy for whole arrays; the tests hold
-both to the published vectors and to each other, bit for bit.
+The tests hold it to the published vectors and to a second implementation, bit for bit.
 """
 
 import numpy as np
@@ -17,7 +16,7 @@ from pipeline.compiled import jit
 
 DOMAIN_VIEWS = 0  # the random choices of views (draws.py)
 DOMAIN_ORDER = 1  # the order of samples in an epoch (order.py)
-DOMAIN_SPLIT = 2  # class-balanced subsets of a dataset (order.py)
+DOMAIN_SPLIT = 2  # class-balanced subsets of a dataset (subsets.py)
 DOMAIN_BLOCKS = 3  # the order of blocks in an epoch (order.py)
 DOMAIN_STAND_IN = 4  # which sample stands in for one that cannot be decoded (bad_images.py)
 
@@ -43,39 +42,35 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @jit
-def uniform4(seed, domain, epoch, sample, view, block):
-    """The four uniforms in [0, 1) of slots 4·block … 4·block + 3, float64 with 32 random bits each."""
+def words4(seed, domain, epoch, sample, view, block):
+    """The four words of one block: of slots 4·block … 4·block + 3."""
     s = np.uint64(seed)
-    words = philox4x32(
-        block, np.uint64(view) | (np.uint64(domain) << np.uint64(16)), sample, epoch, s & _MASK, s >> _SHIFT
-    )
-    return (
-        words[0] * TWO_POW_MINUS_32,
-        words[1] * TWO_POW_MINUS_32,
-        words[2] * TWO_POW_MINUS_32,
-        words[3] * TWO_POW_MINUS_32,
-    )
+    purpose = np.uint64(view) | (np.uint64(domain) << np.uint64(16))
+    return philox4x32(block, purpose, sample, epoch, s & _MASK, s >> _SHIFT)
 
 
-def philox4x32_array(counter, key) -> np.ndarray:
-    """NumPy's form of `philox4x32`: counter (..., 4) and key (..., 2), uint32 → words (..., 4), uint32."""
-    c0, c1, c2, c3 = (np.asarray(counter)[..., i].astype(np.uint64) for i in range(4))
-    k0, k1 = (np.asarray(key)[..., i].astype(np.uint64) for i in range(2))
-    for _ in range(10):
-        p0 = _M0 * c0
-        p1 = _M1 * c2
-        c0, c1, c2, c3 = (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _MASK, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _MASK
-        k0 = (k0 + _W0) & _MASK
-        k1 = (k1 + _W1) & _MASK
-    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), -1).astype(np.uint32)
+@jit
+def uniform4(seed, domain, epoch, sample, view, block):
+    """The same as uniforms in [0, 1), float64 with 32 random bits each."""
+    w = words4(seed, domain, epoch, sample, view, block)
+    return w[0] * TWO_POW_MINUS_32, w[1] * TWO_POW_MINUS_32, w[2] * TWO_POW_MINUS_32, w[3] * TWO_POW_MINUS_32
+
+
+@jit
+def _fill_words(seed, domain, epoch, samples, view, block, out):
+    for i in range(len(samples)):
+        out[i, 0], out[i, 1], out[i, 2], out[i, 3] = words4(seed, domain, epoch, samples[i], view, block)
 
 
 def words_array(seed: int, domain: int, epoch: int, samples: np.ndarray, view: int, block: int) -> np.ndarray:
     """The four uint32 words of one block for many samples at once: (N,) sample ids → (N, 4)."""
-    samples = np.asarray(samples)
-    counter = np.empty((len(samples), 4), np.uint32)
-    counter[:, 0] = block
-    counter[:, 1] = view | (domain << 16)
-    counter[:, 2] = samples
-    counter[:, 3] = epoch
-    return philox4x32_array(counter, np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32))
+    samples = np.ascontiguousarray(samples, np.int64)
+    words = np.empty((len(samples), 4), np.uint32)
+    _fill_words(np.uint64(seed), domain, epoch, samples, view, block, words)
+    return words
+
+
+def random_keys(seed: int, domain: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """A random 64-bit key for each id, (N,) uint64: sorted by it, the ids are shuffled."""
+    words = words_array(seed, domain, epoch, ids, 0, 0)
+    return words[:, 0].astype(np.uint64) << _SHIFT | words[:, 1]

@@ -15,10 +15,9 @@ import numpy as np
 from pipeline.choices.rng import DOMAIN_STAND_IN, words_array
 from pipeline.errors import UserError
 from pipeline.spec import LoaderConfig
-from pipeline.storage.beton import MODE_JPEG, Beton
+from pipeline.storage.beton import MODE_JPEG, Stored, jpeg_bytes
 from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE
 from pipeline.storage.jpeg import Decoded, decode_pixels
-from pipeline.storage.shards import Shards, stored_jpeg
 
 _MEMORY_TOO = (STATUS_TEXT[NOT_A_JPEG], STATUS_TEXT[UNDECODABLE])  # what is answered, too, where memory is short
 TRIES = 100  # bad stand-ins in a row after which the file, not an image, must be the cause
@@ -30,7 +29,7 @@ class BadImages:
     `ids` are the samples in use, from which stand-ins are drawn.
     """
 
-    def __init__(self, config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray) -> None:
+    def __init__(self, config: LoaderConfig, stored: Stored, ids: np.ndarray) -> None:
         self.substitute = config.on_bad_image == "substitute"
         self.seed, self.stored, self.ids = config.seed, stored, ids
         self.found: set[int] = set()
@@ -53,7 +52,7 @@ class BadImages:
         if self.stored.modes[sample] != MODE_JPEG:
             return False
         try:
-            return isinstance(decode_pixels(stored_jpeg(self.stored, sample).tobytes(), 65535, 1 << 32), Decoded)
+            return isinstance(decode_pixels(jpeg_bytes(self.stored, sample).tobytes(), 65535, 1 << 32), Decoded)
         except MemoryError:
             return True
 

@@ -32,9 +32,9 @@ from pipeline.errors import UserError
 from pipeline.loaders.bad_images import BadImages
 from pipeline.loaders.stream import Plan, make_plan, samples_in_use
 from pipeline.spec import Batch, CentreCrop, LoaderConfig
-from pipeline.storage.beton import MODE_JPEG
+from pipeline.storage.beton import MODE_JPEG, jpeg_bytes
 from pipeline.storage.decode import STATUS_TEXT, decode_status
-from pipeline.storage.shards import Digests, open_stored, stored_jpeg
+from pipeline.storage.shards import Digests, open_stored
 from pipeline.views.augment_cpu import Scratch, make_scratch, normalization_table, views_of_images
 
 AHEAD = 2  # finished batches beside the one in use; as many again are in DALI's decoder
@@ -151,7 +151,7 @@ class DaliLoader:
         params, side = self._params(ids, epoch), self.config.resolution_at(epoch)
         if self._gpu_views:
             from pipeline.views.augment_gpu import make_views
-            from pipeline.views.resample_gpu import plan_views
+            from pipeline.views.gpu_plan import plan_views
 
             plan = plan_views(params, starts, heights, widths, self._interpolations, side)
             with torch.cuda.stream(self._stream):
@@ -179,7 +179,7 @@ class DaliLoader:
         DALI takes a JPEG with broken codes without a word. So bytes are checked when they are first used: 0.1 ms an
         image, once. Where stand-ins are wanted, libjpeg has decoded them instead.
         """
-        jpegs = [stored_jpeg(self.stored, sample) for sample in ids]
+        jpegs = [jpeg_bytes(self.stored, sample) for sample in ids]
         if self._bad.substitute:
             return jpegs
         new = np.flatnonzero(~self._checked[ids])

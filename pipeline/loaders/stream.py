@@ -20,22 +20,20 @@ from pipeline.choices.order import (
     windows_of_positions,
 )
 from pipeline.spec import LoaderConfig
-from pipeline.storage.beton import Beton
-from pipeline.storage.shards import Shards, stored_ranges
+from pipeline.storage.beton import Stored
+from pipeline.storage.shards import stored_ranges
 
 READ_BYTES = 4 << 20
 
 Plan = Iterator[tuple[int, int, np.ndarray]]
 
 
-def samples_in_use(config: LoaderConfig, stored: Beton | Shards) -> np.ndarray:
+def samples_in_use(config: LoaderConfig, stored: Stored) -> np.ndarray:
     """The ids that a loader draws its batches from."""
     return np.arange(len(stored)) if config.ids is None else np.asarray(config.ids, np.int64)
 
 
-def make_plan(
-    config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray, start_step: int, stop_step: int | None
-) -> Plan:
+def make_plan(config: LoaderConfig, stored: Stored, ids: np.ndarray, start_step: int, stop_step: int | None) -> Plan:
     """Yields (step, epoch, sample ids of this rank); `ids` are the samples in use, in file order."""
     c = config
     if not c.shuffle:
@@ -46,7 +44,7 @@ def make_plan(
     return read_ahead(plan, config, stored, ids) if c.blocks else plan
 
 
-def read_ahead(plan: Plan, config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray) -> Plan:
+def read_ahead(plan: Plan, config: LoaderConfig, stored: Stored, ids: np.ndarray) -> Plan:
     """Passes a plan on; beside it reads the window in use, where it starts inside one, and always the next."""
     c, epoch, asked = config, -1, -1
     per_epoch, windows = steps_per_epoch(len(ids), c.global_batch), window_count(len(ids), c.blocks)

@@ -37,7 +37,7 @@ from pipeline.storage.decode import OK, STATUS_TEXT, decode_rgb, free_handle, ma
 from pipeline.views.augment_cpu import UNCHANGED, Scratch, apply_view, make_scratch, normalization_table
 
 if TYPE_CHECKING:
-    from pipeline.views.resample_gpu import ViewPlan
+    from pipeline.views.gpu_plan import ViewPlan
 
 AHEAD = 2  # batches in the making beside the one in use: enough to hide the jitter of decode times
 JOBS_PER_WORKER = 4  # a batch is split finer than the workers, so that none waits long for the slowest
@@ -202,7 +202,7 @@ class FfcvLoader:
         return ends - size_bytes, int(ends[-1:].sum())
 
     def _plan(self, epoch: int, ids: np.ndarray, starts: np.ndarray) -> "ViewPlan":
-        from pipeline.views.resample_gpu import plan_views
+        from pipeline.views.gpu_plan import plan_views
 
         images = self._params(ids, epoch), starts, self.sizes[0][ids], self.sizes[1][ids]
         return plan_views(*images, self._interpolations, self.config.resolution_at(epoch))

@@ -1,11 +1,11 @@
 """Any image file that Pillow reads → its pixels, upright, 8 bits a value.
 
-Of more than 8 bits a value the upper 8 are kept, where a value reaches a quarter of its range. Below that they would
+Of more than 8 bits a value the upper 8 are kept, if a value reaches a quarter of its range. Below that they would
 come out almost black: 10 or 12 bits in 16. These are refused, with the range found, and so are 32-bit and
 floating-point numbers, of which nothing says what is white.
 
 The pixels are those of `ImageOps.exif_transpose(Image.open(file)).convert("RGB")`, greyscale staying greyscale. Of
-several frames the first counts. A shortage of memory is no word about an image: MemoryError is raised, not Unreadable.
+several frames the first counts. A shortage of memory says nothing about an image: it is a MemoryError, not Unreadable.
 """
 
 import io
@@ -42,7 +42,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 (upright) where there is none or it is damaged; of a TIFF 1 once Pillow has turned it."""
+    """EXIF's orientation, 1 (upright) if there is none or it is damaged; of a TIFF 1 once Pillow has turned it."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except MemoryError:
@@ -85,7 +85,7 @@ def upright_pixels(data: bytes) -> Image.Image:
 
 
 def _require_memory(pixels: int) -> None:
-    """Raises MemoryError where an image of so many pixels could not have been decoded.
+    """Raises MemoryError if an image of so many pixels could not have been decoded.
 
     A decoder that was refused memory calls the image broken, in the same words as for one that is.
     """

@@ -53,8 +53,8 @@ def manifest_path(path: Path) -> Path:
 
 
 def files_path(path: Path) -> Path:
-    """`x.beton` → `x.files.tsv`."""
-    return path.with_suffix(".files.tsv")
+    """`x.beton` or `x.shards.json` → `x.files.tsv`."""
+    return path.with_name(path.name.removesuffix(".beton").removesuffix(".shards.json") + ".files.tsv")
 
 
 def data_start(samples: int) -> int:
@@ -87,24 +87,18 @@ def tables_sha256(head: bytes, samples: np.ndarray, allocations: np.ndarray) -> 
 
 
 @dataclass(frozen=True)
-class Beton:
-    """A finished .beton file, mapped into memory. Opening reads its tables, 50 bytes a sample, and no image.
+class Stored:
+    """N images as they are stored, in a .beton file or in shards (shards.py), mapped into memory."""
 
-    heights widths  (N,) int64, px                   modes  (N,) uint8, MODE_JPEG or MODE_RAW
-    labels          (N,) int64, index into classes   offsets sizes_bytes  (N,) int64, into data
-    data            the whole file, uint8, read-only
-    """
-
-    path: Path
+    path: Path  # the .beton, or the manifest of the shards
     manifest: dict
     classes: list[str]
-    heights: np.ndarray
-    widths: np.ndarray
-    labels: np.ndarray
-    modes: np.ndarray
-    offsets: np.ndarray
-    sizes_bytes: np.ndarray
-    data: np.memmap
+    heights: np.ndarray  # (N,) int64, px
+    widths: np.ndarray  # (N,) int64, px
+    labels: np.ndarray  # (N,) int64, index into classes
+    modes: np.ndarray  # (N,) uint8, MODE_JPEG or MODE_RAW
+    offsets: np.ndarray  # (N,) int64, in the file that holds the image
+    sizes_bytes: np.ndarray  # (N,) int64
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,24 +107,50 @@ class Beton:
         """The source file of each sample, by id, relative to the source's root. Read on each call: 1 s for ImageNet."""
         return [line[line.rindex("\t") + 1 :] for line in _file_lines(self)]
 
+    def file_of(self, sample: int) -> tuple[Path, np.ndarray]:
+        """The file that holds an image, and its bytes, uint8, read-only."""
+        raise NotImplementedError
 
-def file_rows(beton: Beton) -> list[list[str]]:
+
+@dataclass(frozen=True)
+class Beton(Stored):
+    """A finished .beton file. Opening reads its tables, 50 bytes a sample, and no image. `data` is the whole file."""
+
+    data: np.ndarray
+
+    def file_of(self, sample: int) -> tuple[Path, np.ndarray]:
+        """The one file there is."""
+        return self.path, self.data
+
+
+def jpeg_bytes(stored: Stored, sample: int) -> np.ndarray:
+    """The stored bytes of one sample, a view into its file: a JPEG, or raw R G B pixels if its mode says so."""
+    start = stored.offsets[sample]
+    return stored.file_of(sample)[1][start : start + stored.sizes_bytes[sample]]
+
+
+def file_rows(stored: Stored) -> list[list[str]]:
     """`x.files.tsv` by sample id: [id, label, how it was stored, sha256, file name], all text."""
-    return [line.split("\t") for line in _file_lines(beton)]
+    return [line.split("\t") for line in _file_lines(stored)]
 
 
-def _file_lines(beton: Beton) -> list[str]:
-    path = files_path(beton.path)
-    if not path.is_file():
-        raise UserError(f"{path} is missing; it belongs to {beton.path.name}: copy it too, or convert again")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != beton.manifest["files_sha256"]:
-        raise UserError(f"{path} does not belong to {beton.path.name} (its sha256 differs); convert again")
+def _file_lines(stored: Stored) -> list[str]:
+    content = checked_bytes(files_path(stored.path), stored.path, stored.manifest["files_sha256"])
     return content.decode("utf-8", "surrogateescape").split("\n")[1:-1]
 
 
+def checked_bytes(path: Path, belongs_to: Path, sha256: str) -> bytes:
+    """The content of a file beside a dataset. Raises UserError if it is missing or not the one it was made with."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; it belongs to {belongs_to.name}: copy it too, or convert again")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UserError(f"{path} does not belong to {belongs_to.name} (its sha256 differs); convert again")
+    return content
+
+
 def require_same_classes(first: str, classes: list[str], second: str, other_classes: list[str]) -> None:
-    """Raises UserError where two splits, named `first` and `second`, have different classes."""
+    """Raises UserError if two splits, named `first` and `second`, have different classes."""
     if classes == other_classes:
         return
     extra, missing = sorted(set(other_classes) - set(classes)), sorted(set(classes) - set(other_classes))
@@ -141,7 +161,23 @@ def require_same_classes(first: str, classes: list[str], second: str, other_clas
     )
 
 
+def read_manifest(path: Path, version: int, expected: dict[str, type]) -> dict:
+    """A manifest with entries of these types. Raises UserError for a file that is none, or of another version."""
+    try:
+        manifest = json.loads(path.read_bytes())
+        found = manifest["format_version"]
+        complete = all(isinstance(manifest[key], kind) for key, kind in expected.items())
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a manifest of pipeline/convert.py ({error!r}); convert again") from None
+    if found != version:
+        raise UserError(f"{path} has format version {found}, this code reads {version}; convert again")
+    if not complete:
+        raise UserError(f"{path} is not a manifest of pipeline/convert.py (an entry has a wrong type); convert again")
+    return manifest
+
+
 def _read_manifest(path: Path) -> dict:
+    """That of a .beton, both of which must be there."""
     where = manifest_path(path)
     if not path.is_file():
         raise UserError(f"{path} is missing; make it with pipeline/convert.py, or give the path of another .beton")
@@ -150,18 +186,8 @@ def _read_manifest(path: Path) -> dict:
             f"{path} has no {where.name} beside it, so it comes from another tool or was moved alone;"
             " convert it with pipeline/convert.py, or move the manifest too"
         )
-    try:
-        manifest = json.loads(where.read_text())
-        version = manifest["format_version"]
-        expected_types = {"classes": list, "images": int, "bytes": int, "tables_sha256": str, "files_sha256": str}
-        complete = all(isinstance(manifest[key], kind) for key, kind in expected_types.items())
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where} is not a manifest of pipeline/convert.py ({error!r}); convert again") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{where} has format version {version}, this code reads {FORMAT_VERSION}; convert again")
-    if not complete:
-        raise UserError(f"{where} is not a manifest of pipeline/convert.py (an entry has a wrong type); convert again")
-    return manifest
+    expected = {"classes": list, "images": int, "bytes": int, "tables_sha256": str, "files_sha256": str}
+    return read_manifest(where, FORMAT_VERSION, expected)
 
 
 def _check_tables(path: Path, manifest: dict, samples: np.ndarray, allocations: np.ndarray, file_bytes: int) -> None:
@@ -221,9 +247,3 @@ def open_beton(path: str | Path) -> Beton:
         sizes_bytes=allocations["bytes"].astype(np.int64),
         data=data,
     )
-
-
-def jpeg_bytes(beton: Beton, sample: int) -> np.ndarray:
-    """The stored bytes of one sample, a view into the file: a JPEG, or raw R G B pixels where its mode says so."""
-    start = beton.offsets[sample]
-    return beton.data[start : start + beton.sizes_bytes[sample]]

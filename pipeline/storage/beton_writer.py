@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.disk import OneWriter, flush_folder, write_whole
+from pipeline.disk import flush_folder, write_whole
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from pipeline.storage import beton
-from pipeline.storage.sources.open import Source, Stamp
-from pipeline.storage.store import HOW, SKIPPED, Stored
+from pipeline.storage.sources.source import Source, Stamp
+from pipeline.storage.store import HOW, SKIPPED, ImageBytes
 
 CHECKPOINT_S = 0.25  # a killed conversion repeats about this much
 ROOM_BYTES = 64 << 20  # blocks set aside at a time
@@ -66,10 +67,10 @@ class BetonWriter:
     """The half-finished file of one conversion of `images` images; `done` of them are in it.
 
     `identity` names settings and source: a half-finished file of another identity is started again, as is any
-    with `fresh`, which removes a finished file too. Raises UserError where another process is writing the same file.
+    with `fresh`, which removes a finished file too. Raises UserError if another process is writing the same file.
     """
 
-    def __init__(self, path: Path, images: int, identity: dict, fresh: bool = False):
+    def __init__(self, path: Path, images: int, identity: dict, *, fresh: bool = False):
         self.path = path
         self.partial_path = path.with_suffix(".beton.partial")
         self.journal_path = path.with_suffix(".beton.journal")
@@ -142,16 +143,8 @@ class BetonWriter:
         """Those of the images appended so far, (done, 2) int64."""
         return self._rows["stamp"][: self.done]
 
-    def before_forking(self) -> None:
-        """Stops the beat until an image is appended, or `after_forking`: a process with threads is not forked."""
-        self._one.stop_beating()
-
-    def after_forking(self) -> None:
-        self._one.start_beating()
-
-    def append(self, stored: Stored | None, stamp: Stamp) -> None:
-        """The next image of the source, or None where it is left out."""
-        self._one.start_beating()
+    def append(self, stored: ImageBytes | None, stamp: Stamp) -> None:
+        """The next image of the source, or None if it is left out."""
         self._one.require()
         if stored is not None:
             offset, size = beton.place(self._end, stored.size_bytes), stored.size_bytes
@@ -173,7 +166,7 @@ class BetonWriter:
     def _make_room(self, end: int) -> None:
         """Has the file system set blocks aside, which it does for many images faster than for one after the other.
 
-        Where it cannot, writing does it, or says that the disk is full.
+        If it cannot, writing does it, or says that the disk is full.
         """
         self._room_end = end + ROOM_BYTES
         _libc.fallocate64(self._partial, 0, end, ROOM_BYTES)
@@ -250,8 +243,14 @@ class BetonWriter:
         flush_folder(self.path.parent)
         self.journal_path.unlink()
 
+    def __enter__(self) -> "BetonWriter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Lets go of the files; what was appended and not yet flushed is flushed by `checkpoint`, not here."""
+        """Closes the files; what was appended and not yet flushed is flushed by `checkpoint`, not here."""
         self._flusher.shutdown()
         os.close(self._partial)
         os.close(self._journal)

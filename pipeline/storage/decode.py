@@ -10,9 +10,8 @@ import numba
 import numpy as np
 
 from pipeline.compiled import jit
-from pipeline.storage.beton import MODE_JPEG, MODE_RAW, Beton
+from pipeline.storage.beton import MODE_JPEG, MODE_RAW, Stored, jpeg_bytes
 from pipeline.storage.jpeg import RGB, STRICT, load_library, turbojpeg
-from pipeline.storage.shards import Shards, stored_jpeg
 
 # What decode_rgb answers: the index is the status.
 STATUS_TEXT = (
@@ -79,7 +78,7 @@ def decode_rgb(handle, data, offset, size, mode, height, width, out):
     """One sample's pixels into out[: height·width·3], R G B rows; greyscale comes out as R = G = B.
 
     `handle` from make_handle; data, offset and size as in Beton; `out` contiguous uint8 of at least
-    height·width·3 elements, of which no other is written. Returns OK or the status that says what is wrong
+    height·width·3 elements; no others are written. Returns OK or the status that says what is wrong
     (STATUS_TEXT). At libjpeg's first warning it stops with DAMAGED; only with OK has `out` an image.
     The accurate integer transform and smooth upsampling, libjpeg's defaults: Pillow's pixels, bit for bit.
     """
@@ -103,9 +102,9 @@ def decode_rgb(handle, data, offset, size, mode, height, width, out):
     return status
 
 
-def decode_status(stored: Beton | Shards, sample: int) -> int:
+def decode_status(stored: Stored, sample: int) -> int:
     """What libjpeg-turbo says of one sample: the status of decode_rgb."""
-    data, height, width = stored_jpeg(stored, sample), int(stored.heights[sample]), int(stored.widths[sample])
+    data, height, width = jpeg_bytes(stored, sample), int(stored.heights[sample]), int(stored.widths[sample])
     handle, out = make_handle(), np.empty(height * width * 3, np.uint8)
     status = decode_rgb(handle, data, 0, len(data), int(stored.modes[sample]), height, width, out)
     free_handle(handle)

@@ -1,6 +1,6 @@
 """libjpeg-turbo's TurboJPEG interface: JPEG bytes ↔ pixels or Y Cb Cr planes, from Python.
 
-Pixels count only where libjpeg had nothing to complain about: decoding stops at its first warning. TurboJPEG gives the
+Pixels count only if libjpeg had nothing to complain about: decoding stops at its first warning. TurboJPEG gives the
 same code for a warning as for a fatal fault that follows one, and there most of the pixels were never written.
 
 Each call makes its own decompressor (4 µs): after some faults in one image (a bogus Huffman table) libjpeg-turbo
@@ -26,18 +26,18 @@ _CHROMA_FACTORS = {0: (1, 1), 1: (1, 2), 2: (2, 2), 4: (2, 1), 5: (1, 4)}  # TJS
 
 
 class Header(NamedTuple):
-    """What the header says: size, chroma subsampling (TJSAMP_*) and colour space (TJCS_*)."""
+    """What the header says."""
 
     height: int
     width: int
-    samples: int
-    space: int
+    samples: int  # chroma subsampling, TJSAMP_*
+    space: int  # colour space, TJCS_*
 
 
 class Decoded(NamedTuple):
     """(H, W, 1 or 3) pixels of an image of height × width px.
 
-    Where the decoder made it smaller, H and W are height / part and width / part, rounded up.
+    If the decoder made it smaller, H and W are height / part and width / part, rounded up.
     """
 
     pixels: np.ndarray
@@ -60,7 +60,7 @@ class Planes(NamedTuple):
 
 
 def load_library() -> ctypes.CDLL | None:
-    """libturbojpeg, None where it is not installed."""
+    """libturbojpeg, None if it is not installed."""
     for name in ("libturbojpeg.so.0", ctypes.util.find_library("turbojpeg")):
         try:
             return ctypes.CDLL(name) if name else None
@@ -71,7 +71,7 @@ def load_library() -> ctypes.CDLL | None:
 
 @functools.cache
 def turbojpeg() -> ctypes.CDLL:
-    """The library with the signatures of what is called from Python. Raises UserError where it is missing."""
+    """The library with the signatures of what is called from Python. Raises UserError if it is missing."""
     lib, pointer, size, number = load_library(), ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
     if lib is None:
         raise UserError("libturbojpeg.so.0 is missing; install the package libturbojpeg0 (Debian, Ubuntu)")
@@ -114,7 +114,7 @@ def _read_header(handle: int, data: bytes) -> Header | None:
 
 
 def _complaint(handle: int) -> str:
-    """What libjpeg said last. Raises MemoryError where that is no word about the image."""
+    """What libjpeg said last. Raises MemoryError if that says nothing about the image."""
     text = turbojpeg().tjGetErrorStr2(handle).decode(errors="replace")
     if "nsufficient memory" in text or "emory allocation" in text:
         raise MemoryError(text)
@@ -169,7 +169,7 @@ def decode_planes(data: bytes, max_side_px: int, max_pixels: int) -> Planes | No
     return Planes(planes, header.height, header.width, part, _CHROMA_FACTORS.get(header.samples, (1, 1)))
 
 
-def encode_planes(planes: list[np.ndarray], height: int, width: int, quality: int) -> bytes:
+def encode_planes(planes: list[np.ndarray], height: int, width: int, *, quality: int) -> bytes:
     """A JPEG of Y alone or, as 4:2:0, of Y and Cb, Cr of half its size. Y's size is the image's, made even."""
     lib, samples = turbojpeg(), _420_SAMPLES if len(planes) == 3 else _GREY_SAMPLES
     buffer = np.empty(lib.tjBufSize(width, height, samples), np.uint8)

@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from pipeline.disk import OneWriter, whole_file, write_whole
+from pipeline.disk import whole_file, write_whole
 from pipeline.errors import UserError
+from pipeline.one_writer import OneWriter
 from pipeline.storage import beton
-from pipeline.storage.beton import Beton, open_beton
+from pipeline.storage.beton import Beton, Stored, open_beton
 
 SUFFIX = ".shards.json"
 FORMAT_VERSION = 1
@@ -40,67 +41,40 @@ ROW = np.dtype(
 
 
 @dataclass(frozen=True)
-class Shards:
-    """A finished set of shards, mapped into memory; sample ids, labels and sizes are those of its .beton.
+class Shards(Stored):
+    """A finished set of shards; sample ids, labels and sizes are those of its .beton."""
 
-    heights widths  (N,) int64, px       labels  (N,) int64, index into classes     modes  (N,) uint8, all MODE_JPEG
-    index           (N,) ROW             maps    one uint8 array a tar, read-only
-    """
+    shard: np.ndarray  # (N,) int64, the number of the tar that holds an image
+    maps: list[np.memmap]  # one uint8 array a tar, read-only
 
-    path: Path
-    manifest: dict
-    classes: list[str]
-    heights: np.ndarray
-    widths: np.ndarray
-    labels: np.ndarray
-    modes: np.ndarray
-    index: np.ndarray
-    maps: list[np.memmap]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def file_names(self) -> list[str]:
-        """The source file of each sample, by id."""
-        lines = _checked(_beside(self.path, ".files.tsv"), self.manifest["files_sha256"])
-        return [line.rsplit("\t", 1)[1] for line in lines.decode("utf-8", "surrogateescape").split("\n")[1:-1]]
+    def file_of(self, sample: int) -> tuple[Path, np.ndarray]:
+        """The tar that holds an image."""
+        mapped = self.maps[self.shard[sample]]
+        return mapped.filename, mapped
 
 
 class Digests:
     """The sha256 of each sample as the converter noted it, read where `x.files.tsv` is mapped: 8 bytes a sample."""
 
-    def __init__(self, stored: Beton | Shards) -> None:
-        path = beton.files_path(stored.path) if isinstance(stored, Beton) else _beside(stored.path, ".files.tsv")
-        _checked(path, stored.manifest["files_sha256"])
+    def __init__(self, stored: Stored) -> None:
+        path = beton.files_path(stored.path)
+        beton.checked_bytes(path, stored.path, stored.manifest["files_sha256"])
         self._text = np.memmap(path, np.uint8, "r")
         self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
 
     def sha256(self, sample: int) -> str:
+        """In hexadecimal digits."""
         line = self._text[self._ends[sample] + 1 : self._ends[sample + 1]].tobytes()
         return line.split(b"\t", 4)[3].decode("ascii")
 
 
-def stored_jpeg(stored: Beton | Shards, sample: int) -> np.ndarray:
-    """The bytes of one sample, a view into its file."""
-    if isinstance(stored, Beton):
-        return beton.jpeg_bytes(stored, sample)
-    row = stored.index[sample]
-    return stored.maps[row["shard"]][row["offset"] : row["offset"] + row["bytes"]]
-
-
-def stored_ranges(stored: Beton | Shards, ids: np.ndarray) -> list[tuple[Path, int, int]]:
+def stored_ranges(stored: Stored, ids: np.ndarray) -> list[tuple[Path, int, int]]:
     """Where some samples, given in file order, lie: (file, start, end), neighbours in one range."""
-    if isinstance(stored, Beton):
-        files, starts, sizes = np.zeros(len(ids), int), stored.offsets[ids], stored.sizes_bytes[ids]
-    else:
-        files, starts, sizes = (stored.index[name][ids].astype(np.int64) for name in ("shard", "offset", "bytes"))
-    ends = starts + sizes
-    apart = (np.diff(files) != 0) | (starts[1:] - ends[:-1] > NEAR_BYTES)
+    starts, ends = stored.offsets[ids], stored.offsets[ids] + stored.sizes_bytes[ids]
+    other_file = np.diff(stored.shard[ids]) != 0 if isinstance(stored, Shards) else False
+    apart = other_file | (starts[1:] - ends[:-1] > NEAR_BYTES)
     first, last = np.flatnonzero(np.r_[True, apart]), np.flatnonzero(np.r_[apart, True])
-    return [
-        (stored.path if isinstance(stored, Beton) else _shard_path(stored.path, files[a]), int(starts[a]), int(ends[z]))
-        for a, z in zip(first, last, strict=True)
-    ]
+    return [(stored.file_of(ids[a])[0], int(starts[a]), int(ends[z])) for a, z in zip(first, last, strict=True)]
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -133,29 +107,21 @@ def _layout(source: Beton, shard_images: int) -> tuple[np.ndarray, list[int]]:
     return index, sizes
 
 
-def _member(name: str, data) -> bytes:
-    """A member's header: no time, no owner, so that the same images give the same bytes."""
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
 def _write_shard(source: Beton, ids: range, path: Path) -> None:
-    with whole_file(path) as file:
+    """No time and no owner is noted, so that the same images give the same bytes."""
+    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in ids:
             label = b"%d" % source.labels[sample]
             for suffix, data in (("jpg", beton.jpeg_bytes(source, sample)), ("cls", label)):
-                file.write(_member(f"{sample:09d}.{suffix}", data))
-                file.write(data)
-                file.write(bytes(-len(data) % BLOCK))
-        file.write(bytes(2 * BLOCK))
-        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
+                member = tarfile.TarInfo(f"{sample:09d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def pack_shards(source: Beton, shard_images: int) -> Path:
     """The shards of a .beton beside it; returns their manifest's path, the --data of a loader.
 
-    Raises UserError for a .beton without JPEGs, where the disk has no room, and where another process packs them.
+    Raises UserError for a .beton without JPEGs, if the disk has no room, and if another process packs them.
     """
     path = source.path.with_suffix(SUFFIX)
     if (source.modes != beton.MODE_JPEG).any():
@@ -208,35 +174,13 @@ def _pack(source: Beton, shard_images: int, path: Path) -> None:
 # ---- reading ----
 
 
-def _checked(path: Path, sha256: str) -> bytes:
-    """A file's content. Raises UserError where it is missing or another one than the manifest means."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; copy it beside its {SUFFIX[1:]}, or convert again")
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{path} is not the file its manifest describes; copy both again or convert again")
-    return content
-
-
-def _read_manifest(path: Path) -> dict:
-    if not path.is_file():
-        raise UserError(f"{path} is missing; make it with pipeline/convert.py --format webdataset")
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
-        expected = {"classes": list, "images": int, "shard_bytes": list, "index_sha256": str, "files_sha256": str}
-        complete = all(isinstance(manifest[key], kind) for key, kind in expected.items())
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a manifest of pipeline/convert.py ({error!r}); convert again") from None
-    if version != FORMAT_VERSION or not complete:
-        raise UserError(f"{path} is of another version, or damaged; convert again with --format webdataset")
-    return manifest
-
-
 def open_shards(path: Path) -> Shards:
     """Opens a finished set of shards by its manifest. Raises UserError for one with missing or damaged parts."""
-    manifest = _read_manifest(path)
-    content = _checked(_beside(path, ".shards.npy"), manifest["index_sha256"])
+    if not path.is_file():
+        raise UserError(f"{path} is missing; make it with pipeline/convert.py --format webdataset")
+    expected = {"classes": list, "images": int, "shard_bytes": list, "index_sha256": str, "files_sha256": str}
+    manifest = beton.read_manifest(path, FORMAT_VERSION, expected)
+    content = beton.checked_bytes(_beside(path, ".shards.npy"), path, manifest["index_sha256"])
     index = np.load(io.BytesIO(content), allow_pickle=False)
     maps = []
     for shard, size in enumerate(manifest["shard_bytes"]):
@@ -253,29 +197,13 @@ def open_shards(path: Path) -> Shards:
         widths=index["width"].astype(np.int64),
         labels=index["label"].astype(np.int64),
         modes=np.full(len(index), beton.MODE_JPEG, np.uint8),
-        index=index,
+        offsets=index["offset"].astype(np.int64),
+        sizes_bytes=index["bytes"].astype(np.int64),
+        shard=index["shard"].astype(np.int64),
         maps=maps,
     )
 
 
-def open_stored(path: Path) -> Beton | Shards:
+def open_stored(path: Path) -> Stored:
     """A .beton, or shards by their manifest x.shards.json."""
     return open_shards(path) if path.name.endswith(SUFFIX) else open_beton(path)
-
-
-def verify_shards(path: Path) -> None:
-    """Reads finished shards whole and compares checksums. Raises UserError that names the first bad images."""
-    opened = open_shards(path)
-    digests = Digests(opened)
-    bad = [
-        sample
-        for sample in tqdm(range(len(opened)), unit="img", desc=f"verify {path.name}")
-        if hashlib.sha256(stored_jpeg(opened, sample)).hexdigest() != digests.sha256(sample)
-    ]
-    if bad:
-        names = opened.file_names()
-        raise UserError(
-            f"{path} has {len(bad)} changed images of {len(opened)} ({'; '.join(names[i] for i in bad[:3])});"
-            f" remove {path.name} and the tars, and convert again"
-        )
-    print(f"{path}: all {len(opened)} images are in order")

@@ -52,7 +52,7 @@ def _resize_rows(source, rows, scale):
     return out
 
 
-def shrink_jpeg(data: bytes, max_side_px: int, quality: int, max_pixels: int) -> tuple[bytes, int, int] | None:
+def shrink_jpeg(data: bytes, *, max_side_px: int, quality: int, max_pixels: int) -> tuple[bytes, int, int] | None:
     """(JPEG, height, width) with the longer side max_side_px; None for anything but a sound grey or Y Cb Cr JPEG."""
     decoded = decode_planes(data, max_side_px, max_pixels)
     if decoded is None:
@@ -65,4 +65,4 @@ def shrink_jpeg(data: bytes, max_side_px: int, quality: int, max_pixels: int) ->
     for plane in decoded.planes[1:]:
         turned = _resize_rows(plane, rows // 2, scales[0] * 2 / decoded.factors[0])
         resized.append(_resize_rows(turned, columns // 2, scales[1] * 2 / decoded.factors[1]))
-    return encode_planes(resized, height, width, quality), height, width
+    return encode_planes(resized, height, width, quality=quality), height, width

@@ -5,9 +5,9 @@
     recoded   anything else that can be read (CMYK, PNG, an EXIF rotation, damaged codes): encoded again
     raw       R G B pixels of sources without files
 
-What can be read is what Pillow reads, and its pixels are Pillow's; but for a JPEG whose first fault is that it ends or
-breaks off too soon, where Pillow may show grey: it is refused. The rules for other formats
-are in any_image.py.
+What can be read is what Pillow reads, and its pixels are Pillow's. The exception is a JPEG whose first fault is that it
+ends or breaks off too soon: Pillow may show grey there, so it is refused. The rules for other formats are in
+any_image.py.
 
 Encoding again is JPEG at the given quality with 4:2:0 chroma, as FFCV's writer does it; transparency, colour
 profiles and metadata are dropped, as torchvision's loader drops them; an EXIF rotation is applied first.
@@ -43,36 +43,36 @@ _SEGMENTS = frozenset((*range(0xE0, 0xF0), 0xFE, _DHT, _DQT, 0xDD))  # APPn, COM
 _FRAMES = frozenset((0xC0, 0xC1, 0xC2))  # baseline, extended, progressive; Huffman coded
 
 
-class Stored(NamedTuple):
-    """What is kept of one image: `how` indexes HOW, `mode` is the .beton's, the digest is that of `data`.
+class ImageBytes(NamedTuple):
+    """What is kept of one image."""
 
-    On its way from a worker `data` may be left out: then it lies in memory that both share.
-    """
-
-    how: int
-    mode: int
+    how: int  # index into HOW
+    mode: int  # the .beton's
     height: int
     width: int
     size_bytes: int
-    sha256: bytes
-    data: bytes | memoryview
+    sha256: bytes  # of `data`
+    data: bytes | memoryview  # empty on the way from a worker, if it lies in memory that both share
+
+
+class How(NamedTuple):
+    """The settings that decide what is kept."""
+
+    max_side_px: int
+    quality: int  # JPEG quality of what is encoded again
+    decode_all: bool  # before a JPEG is kept
 
 
 class Structure(NamedTuple):
-    """What a walk over a JPEG's markers shows: size, colours, whether there may be EXIF.
-
-    height_at    where its height stands, two bytes
-    scan_at      where its first scan starts
-    doubtful     only decoding it can tell whether it is sound
-    """
+    """What a walk over a JPEG's markers shows."""
 
     height: int
     width: int
     components: int
-    has_app1: bool
-    height_at: int
-    scan_at: int
-    doubtful: bool
+    has_app1: bool  # there may be EXIF
+    height_at: int  # where its height stands, two bytes
+    scan_at: int  # where its first scan starts
+    doubtful: bool  # only decoding it can tell whether it is sound
 
 
 def jpeg_structure(data: bytes) -> Structure | None:
@@ -141,16 +141,13 @@ def _starts_well(data: bytes, found: Structure) -> bool:
 
 
 class _Decoded(NamedTuple):
-    """An image of height × width px, made smaller by `part` in the decoder.
-
-    `sound`: a JPEG without a fault, as it is stored. All others are Pillow's, and upright.
-    """
+    """An image that was height × width px, made smaller by `part` in the decoder."""
 
     image: Image.Image
     height: int
     width: int
     part: int
-    sound: bool
+    sound: bool  # a JPEG without a fault, as it is stored; all others are Pillow's, and upright
 
 
 def _decode(data: bytes, max_side_px: int) -> _Decoded:
@@ -163,29 +160,30 @@ def _decode(data: bytes, max_side_px: int) -> _Decoded:
             pixels = decoded.pixels.squeeze(2) if decoded.pixels.shape[2] == 1 else decoded.pixels
             return _Decoded(Image.fromarray(pixels), decoded.height, decoded.width, decoded.part, True)
         ends_early = decoded in (_END_OF_FILE, _END_OF_SEGMENT)
-        # Where the end marker alone is missing there is no grey, and Pillow decides.
+        # If the end marker alone is missing there is no grey, and Pillow decides.
         if ends_early and isinstance(decode_pixels(data + _END, max_side_px, MAX_PIXELS), str):
             raise Unreadable(f"cut off ({decoded})")
     image = upright_pixels(data)
     return _Decoded(image, image.height, image.width, 1, False)
 
 
-def _stored(how: int, mode: int, height: int, width: int, data: bytes) -> Stored:
-    return Stored(how, mode, height, width, len(data), hashlib.sha256(data).digest(), data)
+def _stored(how: int, mode: int, height: int, width: int, data: bytes) -> ImageBytes:
+    return ImageBytes(how, mode, height, width, len(data), hashlib.sha256(data).digest(), data)
 
 
-def _encoded(how: int, data: bytes, height: int, width: int) -> Stored:
+def _encoded(how: int, data: bytes, height: int, width: int) -> ImageBytes:
     if len(data) > PAGE_BYTES:
         raise Unreadable(f"{len(data)} bytes after encoding, a .beton holds at most {PAGE_BYTES}; lower --max-side")
     return _stored(how, MODE_JPEG, height, width, data)
 
 
-def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -> Stored:
+def store_image(data: bytes, how: How) -> ImageBytes:
     """What is kept of one image file. Raises Unreadable.
 
-    A JPEG is kept as it is when its markers are in order and it starts well; with `decode_all`, or where the
+    A JPEG is kept as it is when its markers are in order and it starts well; with `decode_all`, or if the
     markers leave a doubt, when all of it decodes without a warning.
     """
+    max_side_px, quality, decode_all = how
     found = jpeg_structure(data)
     may_turn = data[:2] == _SOI if found is None else found.has_app1
     turn = UPRIGHT.get(jpeg_orientation(data)) if may_turn else None
@@ -196,14 +194,14 @@ def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -
     if plain and max(found[:2]) > max_side_px:
         from pipeline.storage.shrink import shrink_jpeg  # with numba, which takes half a second to load
 
-        shrunk = shrink_jpeg(data, max_side_px, quality, MAX_PIXELS)
+        shrunk = shrink_jpeg(data, max_side_px=max_side_px, quality=quality, max_pixels=MAX_PIXELS)
         if shrunk is not None:
             return _encoded(RESIZED, *shrunk)
     image, height, width, part, sound = _decode(data, max_side_px)
     if keep and sound:
         return _stored(KEPT, MODE_JPEG, height, width, data)
-    how = RESIZED if max(height, width) > max_side_px else RECODED
-    if how == RESIZED:
+    resize = max(height, width) > max_side_px
+    if resize:
         share = max_side_px / max(height, width)
         size = max(1, round(width * share)), max(1, round(height * share))
         image = image.resize(size, Image.Resampling.BICUBIC, (0, 0, width / part, height / part))
@@ -211,9 +209,9 @@ def store_image(data: bytes, max_side_px: int, quality: int, decode_all: bool) -
         image = image.transpose(turn)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
-    return _encoded(how, buffer.getvalue(), image.height, image.width)
+    return _encoded(RESIZED if resize else RECODED, buffer.getvalue(), image.height, image.width)
 
 
-def store_raw(pixels: np.ndarray) -> Stored:
+def store_raw(pixels: np.ndarray) -> ImageBytes:
     """(H, W, 3) uint8 pixels as they are."""
     return _stored(RAW, MODE_RAW, pixels.shape[0], pixels.shape[1], pixels.tobytes())

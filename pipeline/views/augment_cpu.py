@@ -23,19 +23,12 @@ from pipeline.views.vector_cpu import ROWS
 
 
 class Scratch(NamedTuple):
-    """Memory of one thread.
+    """Memory of one thread."""
 
-    planes     uint8 (3, …), the view being made
-    resample   what the crop-resize needs
-    program    uint8 (PROGRAM_LENGTH,), the colour operations of a view
-    colours    float32 (3 · BLOCK,), the pixels they work on
-    blur       what the blur needs
-    """
-
-    planes: np.ndarray
+    planes: np.ndarray  # uint8 (3, …), the view being made
     resample: ResampleScratch
-    program: np.ndarray
-    colours: np.ndarray
+    program: np.ndarray  # uint8 (PROGRAM_LENGTH,), the colour operations of a view
+    colours: np.ndarray  # float32 (3 · BLOCK,), the pixels they work on
     blur: BlurScratch
 
 
@@ -84,6 +77,7 @@ def apply_view(image, params, b, v, bicubic, table, scratch, out):
     box = p.box_top[b, v], p.box_left[b, v], p.box_height[b, v], p.box_width[b, v]
     resized, window = (p.resized_height[b, v], p.resized_width[b, v]), (p.window_top[b, v], p.window_left[b, v])
     crop_resize_flip(image, box, resized, window, p.flip[b, v] != 0, bicubic, scratch.resample, planes)
+    # The colour operations as one list of codes: whatever is off is NOTHING, and costs nothing.
     for k in range(4):
         program[k] = p.jitter_order[b, v, k] if p.jitter[b, v] else NOTHING
     program[4] = GREY if p.grey[b, v] else NOTHING

@@ -55,6 +55,7 @@ def box_weights(sigma_px):
 @kernel
 def _box(m, start, out, step, n, radius, inner, edge):
     """One pass of a box of any size along n values of m, `step` apart from m[start] on, to m[out] …; ends repeated."""
+    # A running sum of the 2 · radius + 1 inner pixels: one comes, one goes.
     last = n - 1
     total = np.int64(0)
     for k in range(-radius - 1, radius):
@@ -147,7 +148,7 @@ def _blur_narrow(planes, pitch, side, radius, inner, edge, m):
     widest_vectors()
     reach, last, length = radius + 1, side - 1, 3 * (side + 4)
     one, two = 15 * length, 16 * length  # behind the three rings
-    for y in range(side + 3 * reach):
+    for y in range(side + 3 * reach):  # the last rows come out 3 · reach steps after the last went in
         if y < side:
             for c in range(3):
                 pixel, at = unsigned(y * pitch), unsigned(one + c * (side + 4) + 2)

@@ -1,14 +1,15 @@
 """The end of a view on the GPU: Pillow's Gaussian blur, solarize, normalize.
 
 Pillow blurs by three passes of one box along the rows, then three along the columns, each rounded to 8 bits
-(blur_cpu.py tells the weights). Here three passes are one walk along a line: what a pass still needs of the one before
+(blur_cpu.py gives the weights). Here three passes are one walk along a line: what a pass still needs of the one before
 it is a window in registers, and the sums are the same integers as Pillow's running ones.
 """
 
 import triton
 import triton.language as tl
 
-from pipeline.views.resample_gpu import BLUR, BLUR_EDGE, BLUR_INNER, BLUR_RADIUS, SOLARIZE, field
+from pipeline.views.gpu_plan import BLUR, BLUR_EDGE, BLUR_INNER, BLUR_RADIUS, SOLARIZE
+from pipeline.views.resample_gpu import TILE, field
 
 LUT_SIZE = tl.constexpr(3 * 256)  # values of a look-up table: what the network gets, by channel and 8-bit value
 
@@ -53,26 +54,16 @@ def _box_weights(table, view, RADIUS: tl.constexpr):
 
 
 @triton.jit
-def _walk(
-    words,
-    start,
-    passes,
-    weights,
-    to,
-    step,
-    values,
-    wanted,
-    side,
-    END: tl.constexpr,
-    LAST: tl.constexpr,
-    RADIUS: tl.constexpr,
-):
+def _walk(words, start, passes, weights, target, side, END: tl.constexpr, LAST: tl.constexpr, RADIUS: tl.constexpr):
     """Sixteen pixels further along a line, from `start` on: three passes, each RADIUS + 1 pixels behind the one before.
 
-    END: the line may begin or end here. LAST: results are looked up in `values`, a table for each line's channel.
+    END: the line may begin or end here. `target` is where a lane's results go: pointer, step, look-up table of its
+    channel (used when LAST), whether there is such a line.
     """
+    to, step, values, wanted = target
     delay: tl.constexpr = RADIUS + 1
     first, second, third = passes
+    # Four words of four bytes each lane: split takes the last axis apart, two halves at a time.
     left, right = tl.split(tl.reshape(words, (words.shape[0], 2, 2)))
     word_0, word_2 = tl.split(left)
     word_1, word_3 = tl.split(right)
@@ -100,15 +91,7 @@ def _walk(
 
 @triton.jit
 def blur_lines(
-    table,
-    source,
-    out,
-    lut,
-    side: tl.constexpr,
-    pitch: tl.constexpr,
-    RADIUS: tl.constexpr,
-    LAST: tl.constexpr,
-    LINES: tl.constexpr,
+    table, source, out, lut, side: tl.constexpr, RADIUS: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr
 ):
     """Grid (views, ⌈3 · side / LINES⌉): three box passes along every line of blurred views, in registers.
 
@@ -116,6 +99,7 @@ def blur_lines(
     values for each pass, and writes across the lines, so that lanes write side by side: transposed planes or, when
     LAST, where lines are columns, solarized and normalized views.
     """
+    pitch: tl.constexpr = (side + TILE - 1) // TILE * TILE
     view = tl.program_id(0)
     if field(table, view, BLUR) != 0:
         lane = tl.program_id(1) * LINES + tl.arange(0, LINES)
@@ -132,12 +116,13 @@ def blur_lines(
         at = view.to(tl.int64) * (3 * side * pitch // 4) + (channel * side + line) * (pitch // 4)
         words = source + tl.multiple_of(at, 8)[:, None] + tl.arange(0, 4)[None, :]
         values = lut + field(table, view, SOLARIZE) * LUT_SIZE + channel * 256
-        weights = _box_weights(table, view, RADIUS)
+        target, weights = (to, step, values, wanted), _box_weights(table, view, RADIUS)
         window = (tl.full((LINES,), 0, tl.uint32),) * (2 * RADIUS + 3)
         passes = (window, window, window)
         for start in range(0, side + 3 * (RADIUS + 1), 16):
             loaded = tl.load(words + tl.minimum(start, pitch - 16) // 4)
+            # In a line's middle no pass looks at an end: less to compute for most of the pixels.
             if (start > 3 * RADIUS + 2) & (start + 16 <= side):
-                passes = _walk(loaded, start, passes, weights, to, step, values, wanted, side, False, LAST, RADIUS)
+                passes = _walk(loaded, start, passes, weights, target, side, False, LAST, RADIUS)
             else:
-                passes = _walk(loaded, start, passes, weights, to, step, values, wanted, side, True, LAST, RADIUS)
+                passes = _walk(loaded, start, passes, weights, target, side, True, LAST, RADIUS)

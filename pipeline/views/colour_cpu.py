@@ -49,6 +49,7 @@ def _blend(background, value, factor):
 
 @kernel
 def _blend_all(block, background, factor):
+    """Brightness, with a background of 0, and contrast, with that of the picture's mean."""
     widest_vectors()
     for i in range(3 * BLOCK):
         block[i] = _blend(background, block[i], factor)
@@ -56,6 +57,7 @@ def _blend_all(block, background, factor):
 
 @kernel
 def _saturate(block, factor):
+    """Every pixel blended with its own grey."""
     widest_vectors()
     for i in range(BLOCK):
         r, g, b = block[i], block[BLOCK + i], block[2 * BLOCK + i]
@@ -122,6 +124,7 @@ def _run(block, program, factors, mean):
         elif operation == SATURATION:
             _saturate(block, factors[2])
         elif operation == HUE:
+            # torchvision adds the shift as a byte: a negative one counts down from 256.
             _turn_hue(block, np.float32(np.uint8(np.int64(np.float64(factors[3]) * 255.0))))
         elif operation == GREY:
             _to_grey(block)
@@ -129,6 +132,7 @@ def _run(block, program, factors, mean):
 
 @kernel
 def _luma_sum(block):
+    """Of BLOCK pixels: at most 255 · 1024, which int32 holds."""
     widest_vectors()
     total = np.int32(0)
     for i in range(BLOCK):
@@ -161,11 +165,13 @@ def apply_colour(planes, pixels, count, program, factors, block):
     factors: brightness, contrast, saturation, hue. block: scratch, float32 (3 · BLOCK,). At most one contrast, whose
     mean is over `count` pixels: the others must be zero. Whole blocks are worked on, so planes ends with one.
     """
+    # What comes before the contrast runs in a first round, which sums up the picture; the rest in a second one.
     barrier, mean = 0, _0
     for k in range(len(program)):
         if program[k] == CONTRAST:
             barrier, total = k, 0
             for c in range(3):
+                # Past the view, to the end of its last block, black: it adds nothing to the sum.
                 for i in range(pixels, -(-pixels // BLOCK) * BLOCK):
                     planes[c, i] = 0
             for start in range(0, pixels, BLOCK):
@@ -174,7 +180,7 @@ def apply_colour(planes, pixels, count, program, factors, block):
                 total += _luma_sum(block)
                 if barrier > 0:
                     _store(block, planes, start)
-            mean = np.float32(int(total / count + 0.5))
+            mean = np.float32(int(total / count + 0.5))  # as Pillow's ImageEnhance.Contrast
     for start in range(0, pixels, BLOCK):
         _load(planes, start, block)
         _run(block, program[barrier:], factors, mean)

@@ -22,33 +22,21 @@ BICUBIC_SUPPORT, BILINEAR_SUPPORT = 2.0, 1.0
 
 
 class ResampleScratch(NamedTuple):
-    """Memory of one thread for crop-resizes of images up to the size it was made for. S: the view's padded side.
+    """Memory of one thread for crop-resizes of images up to the size it was made for. S: the view's padded side."""
 
-    begin, count, total        int64, int64, float64 (S,): an output pixel's first input pixel, number of input
-                               pixels (taps) and sum of weights
-    weights                    float64: weight of tap k of output pixel i at k · (output pixels) + i
-    block_begin, block_count   int64 (S / LANES,): a block's first input column, how many it needs,
-    block_start                int64 (S / LANES,): where its weights start
-    block_weights              float64 (…, LANES): weight of an input column in each lane
-    row_begin, row_count       int64 (side,): the first input row of an output row, how many it needs
-    row_weights                int32: as `weights`, in units of 2^-22
-    real_rows                  float64 (ROWS, 3 · longest side): the rows at work
-    between                    uint8: what the first of the two passes leaves
-    """
-
-    begin: np.ndarray
-    count: np.ndarray
-    total: np.ndarray
-    weights: np.ndarray
-    block_begin: np.ndarray
-    block_count: np.ndarray
-    block_start: np.ndarray
-    block_weights: np.ndarray
-    row_begin: np.ndarray
-    row_count: np.ndarray
-    row_weights: np.ndarray
-    real_rows: np.ndarray
-    between: np.ndarray
+    begin: np.ndarray  # int64 (S,): an output pixel's first input pixel,
+    count: np.ndarray  # int64 (S,): its number of input pixels (taps),
+    total: np.ndarray  # float64 (S,): the sum of its weights
+    weights: np.ndarray  # float64: weight of tap k of output pixel i at k · (output pixels) + i
+    block_begin: np.ndarray  # int64 (S / LANES,): a block's first input column,
+    block_count: np.ndarray  # int64 (S / LANES,): how many it needs,
+    block_start: np.ndarray  # int64 (S / LANES,): where its weights start
+    block_weights: np.ndarray  # float64 (…, LANES): weight of an input column in each lane
+    row_begin: np.ndarray  # int64 (side,): the first input row of an output row,
+    row_count: np.ndarray  # int64 (side,): how many it needs
+    row_weights: np.ndarray  # int32: as `weights`, in units of 2^-22
+    real_rows: np.ndarray  # float64 (ROWS, 3 · longest side): the rows at work
+    between: np.ndarray  # uint8: what the first of the two passes leaves
 
 
 @jit
@@ -95,6 +83,7 @@ def _fill_weights(start, n, box_px, resized_px, bicubic, s):
         s.begin[i] = max(int(centre - support + 0.5), 0)
         s.count[i] = min(int(centre + support + 0.5), box_px) - s.begin[i]
         s.total[i] = 0.0
+    # One tap of all pixels, then the next: the inner loop has no branch and no sum across lanes, so it is vector code.
     for k in range(taps):
         at = unsigned(k * n)
         for i in range(unsigned(n)):
@@ -111,6 +100,7 @@ def _fill_weights(start, n, box_px, resized_px, bicubic, s):
     for k in range(taps):
         at = unsigned(k * n)
         for i in range(unsigned(n)):
+            # To the nearest whole number, halves away from zero, as Pillow's normalize_coeffs_8bpc.
             fixed = s.weights[at + i] / (s.total[i] if s.total[i] != 0.0 else 1.0) * (1 << COEFFICIENT_BITS)
             s.weights[at + i] = np.int32(fixed + (-0.5 if fixed < 0 else 0.5))
     return taps
@@ -143,6 +133,7 @@ def _prepare_blocks(side, box_px, resized_px, window_px, flip, bicubic, s):
         s.block_begin[block], s.block_count[block] = box_px, 0
     if n > 0:
         _fill_weights(start, n, box_px, resized_px, bicubic, s)
+    # Which input columns a block of outputs needs, from the first to the last of any of its lanes.
     for i in range(n):
         x = start - window_px + i
         block = (side - 1 - x if flip else x) // LANES
@@ -154,6 +145,7 @@ def _prepare_blocks(side, box_px, resized_px, window_px, flip, bicubic, s):
         s.block_start[block] = used
         used += s.block_count[block]
     assert used <= len(s.block_weights)
+    # Each lane's weights at the columns of its block; zeros where another lane alone needs the column.
     for k in range(used):
         for lane in range(LANES):
             s.block_weights[k, lane] = 0.0
@@ -212,7 +204,7 @@ def _resize_columns(source, at, row_size, low, length, weights_size, window_px, 
 
 @jit
 def height_first(box_height, box_width, resized_height, resized_width):
-    """Pillow's choice: the pass along columns runs first where it takes away more than twice as many pixels.
+    """Pillow's choice: the pass along columns runs first if it takes away more than twice as many pixels.
 
     Since Pillow 13; older ones always begin with the rows. As each pass rounds and clips to 8 bits, the order
     shows: up to 15 of 255 at sharp edges.
@@ -235,6 +227,7 @@ def crop_resize_flip(image, box, resized, window, flip, bicubic, s, planes):
     assert top + height <= image.shape[0] and left + width <= image.shape[1]
     assert 3 * max(height, width) <= s.real_rows.shape[1] and planes.shape[1] >= (side + ROWS - 1) * pitch
     _prepare_blocks(side, width, resized[1], window[1], flip, bicubic, s)
+    # Of the rows only those from `low` to `high` are needed by the window; the other ones are not resized.
     low, high, rows = _prepare_rows(height, resized[0], window[0], bicubic, s)
     pixels, row_size = image.reshape(-1), 3 * image.shape[1]
     at, zero = top * row_size + 3 * left, np.int64(0)  # a literal 0 would compile functions a second time

@@ -39,9 +39,8 @@ from scipy import stats
 from pipeline.command import REPO, run_command
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
-from pipeline.storage.beton import Beton, file_rows, open_beton
+from pipeline.storage.beton import Beton, file_rows, jpeg_bytes, open_beton
 from pipeline.storage.decode import OK, decode_status
-from pipeline.storage.shards import stored_jpeg
 
 CHECKED_IMAGES = 200
 ALIKE_255 = 20.0  # mean difference of one photograph, encoded again or resized by another filter; of two, about 60
@@ -120,7 +119,7 @@ def check_ours(beton: Beton, images: Path, names: list[str], chosen: np.ndarray,
     assert beton.file_names() == names
     rows = file_rows(beton)
     for i in chosen:
-        data = stored_jpeg(beton, i).tobytes()
+        data = jpeg_bytes(beton, i).tobytes()
         assert decode_status(beton, int(i)) == OK and hashlib.sha256(data).hexdigest() == rows[i][3]
         assert not kept or rows[i][2] != "kept" or data == (images / names[i]).read_bytes()
 
@@ -157,7 +156,7 @@ def check(images: Path, out: Path) -> dict:
         count, decoded = ffcv_images(out / f"{theirs}.beton", chosen)
         assert count == len(names)
         differences = [
-            mean_difference_255(Image.open(io.BytesIO(stored_jpeg(beton, i))).convert("RGB"), image)
+            mean_difference_255(Image.open(io.BytesIO(jpeg_bytes(beton, i))).convert("RGB"), image)
             for i, image in zip(chosen, decoded, strict=True)
         ]
         assert max(differences) < ALIKE_255, f"{ours} and {theirs} differ by {max(differences):.1f} of 255"

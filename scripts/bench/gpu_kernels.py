@@ -25,7 +25,7 @@ from pipeline.loader import make_loader
 from pipeline.loaders.resident import ResidentLoader
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig, Normalization
 from pipeline.views.augment_gpu import make_views
-from pipeline.views.resample_gpu import FIELDS, ViewPlan, plan_views
+from pipeline.views.gpu_plan import BLUR, BOX_HEIGHT, BOX_WIDTH, ViewPlan, plan_views
 
 TYPES = {"bf16": torch.bfloat16, "float32": torch.float32}
 INTERPOLATIONS = [view.interpolation for view in BARLOW_TWINS_VIEWS]
@@ -182,11 +182,15 @@ def copy_bandwidth(config: StageConfig) -> float:
 # ---- bytes ----
 
 
+def boxes_bytes(plan: ViewPlan) -> int:
+    """The pixels that the views are cut from, three bytes each."""
+    return int((plan.table[:, BOX_HEIGHT.value] * plan.table[:, BOX_WIDTH.value]).sum()) * 3
+
+
 def moved_bytes(plan: ViewPlan, bytes_per_value: int) -> dict[str, int]:
     """What each launch reads and writes for a plan, by its name in apart_ms."""
-    table = dict(zip(FIELDS, plan.table.cpu().numpy().T, strict=True))
-    views, blurred, side = len(plan.table), int(table["blur"].sum()), plan.side_px
-    boxes = int((table["box_height"] * table["box_width"] * 3).sum())
+    views, blurred, side = len(plan.table), int(plan.table[:, BLUR.value].sum()), plan.side_px
+    boxes = boxes_bytes(plan)
     coefficients, between, colours = (4 * count for count in (plan.taps * side, plan.between_px, side * plan.pitch_px))
     plane, view = 3 * side * plan.pitch_px, 3 * side * side * bytes_per_value
     return {
@@ -201,9 +205,7 @@ def moved_bytes(plan: ViewPlan, bytes_per_value: int) -> dict[str, int]:
 
 def least_bytes(plan: ViewPlan, bytes_per_value: int) -> int:
     """What no design could save: the boxes in, the views out."""
-    table = dict(zip(FIELDS, plan.table.cpu().numpy().T, strict=True))
-    boxes = int((table["box_height"] * table["box_width"] * 3).sum())
-    return boxes + len(plan.table) * 3 * plan.side_px**2 * bytes_per_value
+    return boxes_bytes(plan) + len(plan.table) * 3 * plan.side_px**2 * bytes_per_value
 
 
 def summary(

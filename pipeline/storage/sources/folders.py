@@ -1,7 +1,7 @@
 """Images in folders: which files are images, which folders are classes or splits, and what of a dataset is left out.
 
     root/<class>/**/<image>
-    root/train/<class>/…  root/val/<class>/…      validation/ or valid/ is val, where there is train/ and no val/
+    root/train/<class>/…  root/val/<class>/…      validation/ or valid/ is val, if there is train/ and no val/
 
 An image is a file whose name ends in one of SUFFIXES. Left out, and counted by suffix or name: other files, images
 that lie beside the class folders, folders beside the splits, hidden files (a dot comes first), and the folders that
@@ -13,9 +13,12 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.storage.sources.imagenet_tars import tar_name
+from pipeline.storage.sources.source import SPLITS, Source
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
@@ -27,34 +30,30 @@ _LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "test
 _SUFFIX = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")  # "img.0001" has none
 
 
-class ClassFolders(NamedTuple):
-    """Classes and images of one split, both in the order of their names; `left_out` counts what is not among them."""
+def has(root: Path, split: str) -> bool:
+    """Whether the split's folder is there."""
+    return split_folder(root, split) is not None
 
-    classes: list[str]
-    by_class: list[list[str]]
-    left_out: Counter
+
+def read(root: Path, split: str) -> Source:
+    """Lists a split's folder, and counts what lies beside the splits."""
+    source = class_folders(split_folder(root, split), split)
+    used = {tar_name(s) for s in SPLITS} | {folder.name for s in SPLITS if (folder := split_folder(root, s))}
+    source.left_out.update(f"{_kind(entry)} beside the splits" for entry in _entries(root) if entry.name not in used)
+    return source
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """The folder of a split, None where there is none."""
+    """The folder of a split, None if there is none."""
     others_count = (root / "train").is_dir()  # alone, valid/ could be a class
     names = _SPLIT_FOLDERS[split] if others_count else _SPLIT_FOLDERS[split][:1]
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def beside_splits(root: Path, used: set[str]) -> Counter:
-    """What lies in a folder of splits and has none of the names that are used."""
-    left_out = Counter()
-    for entry in _entries(str(root)):
-        if entry.name not in used:
-            left_out[f"{_kind(entry)} beside the splits"] += 1
-    return left_out
-
-
-def class_folders(root: Path) -> ClassFolders:
-    """Lists one split. Raises UserError for a folder without class folders, or a class without images."""
+def class_folders(root: Path, split: str) -> Source:
+    """Lists a folder of classes. Raises UserError for one without class folders, or a class without images."""
     classes, loose, left_out = [], 0, Counter()
-    for entry in _entries(str(root)):
+    for entry in _entries(root):
         if _is_data_folder(entry):
             classes.append(entry.name)
         else:
@@ -66,7 +65,7 @@ def class_folders(root: Path) -> ClassFolders:
     try:
         by_class = [sorted(_images_under(str(root / name), f"{name}/", left_out)) for name in classes]
     except OSError as error:  # a folder of somebody else's; a link that leads back to a folder above it
-        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); mend or remove it") from None
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); repair or remove it") from None
     for name, members in zip(classes, by_class, strict=True):
         if not members:
             raise UserError(
@@ -78,10 +77,15 @@ def class_folders(root: Path) -> ClassFolders:
             f"{root} has the folders {' and '.join(classes)}, which look like splits and not like classes; "
             "rename them to train and val, or give one of them to --source"
         )
-    return ClassFolders(classes, by_class, left_out)
+    names = [name for members in by_class for name in members]
+    for name in names:
+        if "\t" in name or "\n" in name:  # these part the columns and lines of x.files.tsv
+            raise UserError(f"{str(root / name)!r} has a tab or a line break in its name; rename it")
+    labels = np.repeat(np.arange(len(classes)), [len(members) for members in by_class])
+    return Source("folder", split, classes, names, labels, root, left_out=left_out)
 
 
-def _entries(folder: str) -> list[os.DirEntry]:
+def _entries(folder: str | Path) -> list[os.DirEntry]:
     return sorted(os.scandir(folder), key=lambda entry: entry.name)
 
 

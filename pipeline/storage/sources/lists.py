@@ -10,61 +10,58 @@ A list of another length than the published one is refused: part of a test set r
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+
+import numpy as np
 
 from pipeline import constants
 from pipeline.errors import UserError
+from pipeline.storage.sources.source import Source
 
 _PLACES_IMAGES = Path("data/vision/torralba/deeplearning/images256")
 
 
-class Listing(NamedTuple):
-    """One split: class names, one name and label an image, and the folder that the names are relative to."""
-
-    kind: str
-    classes: list[str]
-    names: list[str]
-    labels: list[int]
-    folder: Path
+def has(root: Path, split: str) -> bool:
+    """Whether one of the two datasets' lists is there."""
+    return _list_path(root, split) is not None
 
 
-def list_path(root: Path, split: str) -> Path | None:
-    """The list of a split ("train" or "val"), None where the folder holds neither dataset's."""
+def read(root: Path, split: str) -> Source:
+    """Raises UserError for a list that is not the published one, or images that are not where it says."""
+    path = _list_path(root, split)
+    try:
+        source = _inat18(root, split, path) if path.suffix == ".json" else _places205(root, split, path)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the list of a dataset ({error!r}); download it again") from None
+    found, published = (len(source), len(source.classes)), constants.LISTED_SIZES[source.kind, split]
+    if found != published:
+        raise UserError(
+            f"{path} lists {found[0]} images of {found[1]} classes, {source.kind}'s {split} split has {published[0]} "
+            f"of {published[1]}; download it again"
+        )
+    if not (source.where / source.names[0]).is_file():
+        raise UserError(f"{source.where / source.names[0]} is missing; unpack the images into {root}")
+    return source
+
+
+def _list_path(root: Path, split: str) -> Path | None:
     for path in (root / "trainvalsplit_places205" / f"{split}_places205.csv", root / f"{split}2018.json"):
         if path.is_file():
             return path
     return None
 
 
-def read_list(root: Path, split: str) -> Listing:
-    """Raises UserError for a list that is not the published one, or images that are not where it says."""
-    path = list_path(root, split)
-    try:
-        listing = _inat18(root, path) if path.suffix == ".json" else _places205(root, path)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as the list of a dataset ({error!r}); download it again") from None
-    found, published = (len(listing.names), len(listing.classes)), constants.LISTED_SIZES[listing.kind, split]
-    if found != published:
-        raise UserError(
-            f"{path} lists {found[0]} images of {found[1]} classes, {listing.kind}'s {split} split has {published[0]} "
-            f"of {published[1]}; download it again"
-        )
-    if not (listing.folder / listing.names[0]).is_file():
-        raise UserError(f"{listing.folder / listing.names[0]} is missing; unpack the images into {root}")
-    return listing
-
-
-def _places205(root: Path, path: Path) -> Listing:
+def _places205(root: Path, split: str, path: Path) -> Source:
     rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
     names, labels = [row[0] for row in rows], [int(row[1]) for row in rows]
     by_label = {label: name.rsplit("/", 1)[0] for name, label in zip(names, labels, strict=True)}
     classes = [by_label[label] for label in range(len(by_label))]
-    return Listing("places205", classes, names, labels, root / _PLACES_IMAGES)
+    return Source("places205", split, classes, names, np.array(labels, np.int64), root / _PLACES_IMAGES)
 
 
-def _inat18(root: Path, path: Path) -> Listing:
+def _inat18(root: Path, split: str, path: Path) -> Source:
     content = json.loads(path.read_text())
     names = {image["id"]: image["file_name"] for image in content["images"]}
     rows = [(names[entry["image_id"]], entry["category_id"]) for entry in content["annotations"]]
     classes = [f"{entry['id']:04d}" for entry in sorted(content["categories"], key=lambda entry: entry["id"])]
-    return Listing("inat18", classes, [name for name, _ in rows], [label for _, label in rows], root)
+    labels = np.array([label for _, label in rows], np.int64)
+    return Source("inat18", split, classes, [name for name, _ in rows], labels, root)

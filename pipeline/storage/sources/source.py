@@ -1,0 +1,84 @@
+"""What a source is: one split of a dataset as it lies on disk, and how its images and their stamps are read."""
+
+import hashlib
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+SPLITS = ("train", "val")
+
+Place = tuple[str, int, int]  # of an image: file, offset, size in bytes or -1 for all of the file
+
+# By which a change of an image is noticed: size in bytes, and when its file was last written, ns; a tar's images have
+# the time of the tar, pixels without a file part of their digest.
+Stamp = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """N images of one split."""
+
+    kind: str
+    split: str
+    classes: list[str]
+    names: list[str]  # one an image, relative to `where`, "/" between the parts
+    labels: np.ndarray  # (N,) int64, index into classes
+    where: Path  # the folder that names are relative to, or the tar file
+    extents: np.ndarray | None = None  # (N, 2) int64, offset and size in the tar file; None for a folder
+    pixels: np.ndarray | None = None  # (N, H, W, 3) uint8 if the source holds raw pixels
+    left_out: Counter = field(default_factory=Counter)  # what lies there and is no image of it: suffix → how many
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def image_places(source: Source, start: int, stop: int) -> list[Place]:
+    """Where images start … stop - 1 are."""
+    if source.extents is None:
+        return [(os.path.join(source.where, name), 0, -1) for name in source.names[start:stop]]
+    return [(str(source.where), int(offset), int(size)) for offset, size in source.extents[start:stop]]
+
+
+def read_image(place: Place) -> tuple[bytes, Stamp]:
+    """The bytes of one image file, and its stamp: that of before it was read, so a later change shows in it."""
+    path, offset, size = place
+    with open(path, "rb") as file:
+        about = os.fstat(file.fileno())
+        file.seek(offset)
+        return file.read(size), (about.st_size if size < 0 else size, about.st_mtime_ns)
+
+
+def pixel_stamp(pixels: np.ndarray) -> Stamp:
+    """The stamp of pixels without a file."""
+    digest = hashlib.sha256(pixels.tobytes()).digest()
+    return pixels.nbytes, int.from_bytes(digest[:8], "little", signed=True)
+
+
+def read_stamps(source: Source, count: int) -> np.ndarray:
+    """The stamps of the first `count` images as they are now, (count, 2) int64; -1 if there is no file.
+
+    Each file is asked for once, by several threads: about ten seconds for ImageNet's 1.3 million on a local disk.
+    """
+    if source.pixels is not None:
+        return np.array([pixel_stamp(pixels) for pixels in source.pixels[:count]], np.int64).reshape(-1, 2)
+    if source.extents is not None:
+        written_ns = np.full(count, source.where.stat().st_mtime_ns)
+        return np.stack([source.extents[:count, 1], written_ns], 1)
+    with ThreadPoolExecutor(8) as pool:
+        parts = pool.map(lambda first: _file_stamps(source, first, min(first + 1000, count)), range(0, count, 1000))
+        return np.concatenate([np.empty((0, 2), np.int64), *parts])
+
+
+def _file_stamps(source: Source, start: int, stop: int) -> np.ndarray:
+    found = []
+    for path, _, _ in image_places(source, start, stop):
+        try:
+            about = os.stat(path)
+            found.append((about.st_size, about.st_mtime_ns))
+        except FileNotFoundError:
+            found.append((-1, -1))
+    return np.array(found, np.int64)

@@ -1,0 +1,46 @@
+"""PASCAL VOC 2007 as unpacked: train is its trainval list, val its test list.
+
+An image shows several classes and a .beton has one label an image: here all have one, and the evaluation reads the
+annotations.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import UserError
+from pipeline.storage.sources.source import Source
+
+_LISTS = {"train": "trainval", "val": "test"}
+
+
+def voc_root(folder: Path) -> Path | None:
+    """VOC2007 itself, if it is `folder` or lies in it, in VOCdevkit or not."""
+    for root in (folder, folder / "VOC2007", folder / "VOCdevkit" / "VOC2007"):
+        if (root / "ImageSets" / "Main").is_dir():
+            return root
+    return None
+
+
+def has(root: Path, split: str) -> bool:
+    """Whether the split's list is there."""
+    voc = voc_root(root)
+    return voc is not None and _list(voc, split).is_file()
+
+
+def read(root: Path, split: str) -> Source:
+    """Lists the images of a split. Raises UserError if some of them are missing."""
+    voc = voc_root(root)
+    listed = _list(voc, split)
+    names = [f"JPEGImages/{line.split()[0]}.jpg" for line in listed.read_text().splitlines() if line.strip()]
+    missing = [name for name in names if not (voc / name).is_file()]
+    if missing or not names:
+        raise UserError(
+            f"{listed} lists {len(names)} images, {len(missing)} of them are missing"
+            f"{f' ({missing[0]} first)' if missing else ''}; unpack VOC2007's {_LISTS[split]} archive again"
+        )
+    return Source("voc 2007", split, ["image"], names, np.zeros(len(names), np.int64), voc)
+
+
+def _list(voc: Path, split: str) -> Path:
+    return voc / "ImageSets" / "Main" / f"{_LISTS[split]}.txt"

@@ -22,11 +22,11 @@ import triton.language as tl
 from pipeline.choices.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, centre_views, draw_views
 from pipeline.choices.draws import empty_params as empty
 from pipeline.choices.rng import philox4x32_array
-from pipeline.loaders.reference import apply_view_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
 from pipeline.views import augment_gpu
 from pipeline.views.augment_cpu import UNCHANGED, apply_view, make_scratch
 from pipeline.views.augment_gpu import make_views, normalize_views
+from pipeline.views.reference import apply_view_pil
 from pipeline.views.resample_cpu import height_first
 from pipeline.views.resample_gpu import MAX_SIGMA_PX, ViewPlan, plan_views
 

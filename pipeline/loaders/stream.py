@@ -1,4 +1,4 @@
-"""What a loader is to make: the stream of (step, epoch, sample ids) that its configuration means.
+"""What a loader is to make: the stream of (step, epoch, sample ids) that its configuration means, and their parameters.
 
 In block-shuffled order the file is read ahead of its use: while the images of one window are decoded, a thread reads
 the blocks of the next from their first byte to their last. The bytes go nowhere; what counts is that the page cache has
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.choices.draws import ViewParams, centre_views, draw_views
 from pipeline.choices.order import (
     sequential_batches,
     shuffled_batches,
@@ -19,40 +20,48 @@ from pipeline.choices.order import (
     window_count,
     windows_of_positions,
 )
-from pipeline.spec import LoaderConfig
+from pipeline.spec import CentreCrop, LoaderConfig
 from pipeline.storage.beton import Beton
 from pipeline.storage.shards import Shards, stored_ranges
 
 READ_BYTES = 4 << 20
 
-Plan = Iterator[tuple[int, int, np.ndarray]]
+Stream = Iterator[tuple[int, int, np.ndarray]]
 
 
-def samples_in_use(config: LoaderConfig, stored: Beton | Shards) -> np.ndarray:
+def samples_in_use(config: LoaderConfig, dataset: Beton | Shards) -> np.ndarray:
     """The ids that a loader draws its batches from."""
-    return np.arange(len(stored)) if config.ids is None else np.asarray(config.ids, np.int64)
+    return np.arange(len(dataset)) if config.ids is None else np.asarray(config.ids, np.int64)
 
 
-def make_plan(
-    config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray, start_step: int, stop_step: int | None
-) -> Plan:
+def view_params(config: LoaderConfig, dataset: Beton | Shards, epoch: int, ids: np.ndarray) -> ViewParams:
+    """The parameters (B, V) of all views of these samples in this epoch: drawn, or the centre crop's."""
+    heights, widths, side_px = dataset.heights[ids], dataset.widths[ids], config.resolution_at(epoch)
+    if isinstance(config.views, CentreCrop):
+        return centre_views(heights, widths, config.views, side_px)
+    return draw_views(config.seed, epoch, ids, heights, widths, config.views, side_px)
+
+
+def make_stream(
+    config: LoaderConfig, dataset: Beton | Shards, ids: np.ndarray, start_step: int, stop_step: int | None
+) -> Stream:
     """Yields (step, epoch, sample ids of this rank); `ids` are the samples in use, in file order."""
     c = config
     if not c.shuffle:
         assert c.on_bad_image == "stop", "a pass over all samples has no room for stand-ins"
         return sequential_batches(ids, c.global_batch, c.rank, c.world_size)
     assert stop_step is not None, "a shuffled stream has no end of its own"
-    plan = shuffled_batches(c.seed, ids, c.global_batch, c.rank, c.world_size, start_step, stop_step, c.blocks)
-    return read_ahead(plan, config, stored, ids) if c.blocks else plan
+    stream = shuffled_batches(c.seed, ids, c.global_batch, c.rank, c.world_size, start_step, stop_step, c.blocks)
+    return read_ahead(stream, config, dataset, ids) if c.blocks else stream
 
 
-def read_ahead(plan: Plan, config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray) -> Plan:
-    """Passes a plan on; beside it reads the window in use, where it starts inside one, and always the next."""
+def read_ahead(stream: Stream, config: LoaderConfig, dataset: Beton | Shards, ids: np.ndarray) -> Stream:
+    """Passes a stream on; beside it reads the window in use, where it starts inside one, and always the next."""
     c, epoch, asked = config, -1, -1
     per_epoch, windows = steps_per_epoch(len(ids), c.global_batch), window_count(len(ids), c.blocks)
     reader = ThreadPoolExecutor(1, "read ahead")
     try:
-        for step, at_epoch, part in plan:
+        for step, at_epoch, part in stream:
             if at_epoch != epoch:
                 epoch = at_epoch
                 counts = np.bincount(windows_of_positions(c.seed, epoch, len(ids), c.blocks), minlength=windows)
@@ -62,7 +71,7 @@ def read_ahead(plan: Plan, config: LoaderConfig, stored: Beton | Shards, ids: np
                 asked = max(asked + 1, now)
                 of_epoch, window = divmod(asked, windows)
                 chosen = ids[windows_of_positions(c.seed, of_epoch, len(ids), c.blocks) == window]
-                for file_range in stored_ranges(stored, chosen):
+                for file_range in stored_ranges(dataset, chosen):
                     reader.submit(_read, *file_range)
             yield step, at_epoch, part
     finally:

@@ -28,13 +28,16 @@ TRIES = 100  # bad stand-ins in a row after which the file, not an image, must b
 class BadImages:
     """What one loader has found so far. That only saves decoding a bad image again: it changes no batch.
 
-    `ids` are the samples in use, from which stand-ins are drawn.
+    `ids` are the samples in use, from which stand-ins are drawn; `map_samples` may be a thread pool's map.
     """
 
-    def __init__(self, config: LoaderConfig, dataset: Beton | Shards, ids: np.ndarray) -> None:
+    def __init__(
+        self, config: LoaderConfig, dataset: Beton | Shards, ids: np.ndarray, map_samples: Callable = map
+    ) -> None:
         self.substitute = config.on_bad_image == "substitute"
         self.seed, self.dataset, self.ids = config.seed, dataset, ids
         self.found: set[int] = set()
+        self._map = map_samples
         self._judged = np.zeros(len(dataset), bool)
 
     def note(self, sample: int, reason: str) -> None:
@@ -76,17 +79,15 @@ class BadImages:
             " pipeline/convert.py --verify, or convert again"
         )
 
-    def decodable(self, epoch: int, wanted: np.ndarray, map_samples: Callable = map) -> np.ndarray:
-        """A batch's sample ids, with stand-ins where needed, for a backend whose decoder is not the judge.
-
-        Each sample of the dataset is decoded once for it; `map_samples` is a thread pool's map where there is one.
-        """
-        while True:
+    def decodable(self, epoch: int, wanted: np.ndarray) -> np.ndarray:
+        """The same for a backend whose decoder is not the judge: each sample of the dataset is decoded once for it."""
+        while self.substitute:
             ids = self.replaced(epoch, wanted)
             new = np.unique(ids[~self._judged[ids]]).tolist()
             if not new:
                 return ids
-            for sample, status in zip(new, map_samples(partial(decode_status, self.dataset), new), strict=True):
+            for sample, status in zip(new, self._map(partial(decode_status, self.dataset), new), strict=True):
                 self._judged[sample] = True
                 if status != OK:
                     self.note(sample, STATUS_TEXT[status])
+        return wanted

@@ -1,12 +1,29 @@
-"""What every loader has, whatever makes its batches: the open dataset, the samples in use, steps and epochs."""
+"""What every loader has, whatever makes its batches: the open dataset, the stream of samples, their parameters."""
 
 import os
 from collections.abc import Iterator
 
-from pipeline.choices.order import rank_batch, steps_per_epoch
-from pipeline.loaders.stream import Stream, make_stream, samples_in_use
-from pipeline.spec import Batch, LoaderConfig
-from pipeline.storage.shards import open_stored
+import numpy as np
+
+from pipeline.choices.draws import ViewParams, centre_views, draw_views
+from pipeline.choices.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
+from pipeline.loaders.read_ahead import Stream, read_ahead
+from pipeline.spec import Batch, CentreCrop, LoaderConfig
+from pipeline.storage.beton import Beton
+from pipeline.storage.shards import Shards, open_stored
+
+
+def samples_in_use(config: LoaderConfig, dataset: Beton | Shards) -> np.ndarray:
+    """The ids that a loader draws its batches from, int64."""
+    return np.arange(len(dataset)) if config.ids is None else np.asarray(config.ids, np.int64)
+
+
+def view_params(config: LoaderConfig, dataset: Beton | Shards, epoch: int, ids: np.ndarray) -> ViewParams:
+    """The parameters (B, V) of all views of these samples in this epoch: drawn, or the centre crop's."""
+    heights, widths, side_px = dataset.heights[ids], dataset.widths[ids], config.resolution_at(epoch)
+    if isinstance(config.views, CentreCrop):
+        return centre_views(heights, widths, config.views, side_px)
+    return draw_views(config.seed, epoch, ids, heights, widths, config.views, side_px)
 
 
 class Loader:
@@ -24,11 +41,11 @@ class Loader:
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config = config
-        self.dataset = dataset = open_stored(config.data)
-        self.ids = samples_in_use(config, dataset)
+        self.dataset = open_stored(config.data)
+        self.ids = samples_in_use(config, self.dataset)
         self.images = len(self.ids)
-        self.classes, self.labels = dataset.classes, dataset.labels
-        self.sizes = (dataset.heights, dataset.widths)
+        self.classes, self.labels = self.dataset.classes, self.dataset.labels
+        self.sizes = (self.dataset.heights, self.dataset.widths)
         self.steps_per_epoch = steps_per_epoch(self.images, config.global_batch, drop_last=config.shuffle)
         rank_batch(config.global_batch, config.world_size)
         self.workers = config.workers or len(os.sched_getaffinity(0))
@@ -42,6 +59,18 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def stream(self, start_step: int = 0, stop_step: int | None = None) -> Stream:
+        """What batches() is to make: (step, epoch, sample ids of this rank)."""
+        c = self.config
+        if not c.shuffle:
+            assert c.on_bad_image == "stop", "a pass over all samples has no room for stand-ins"
+            return sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
+        assert stop_step is not None, "a shuffled stream has no end of its own"
+        stream = shuffled_batches(
+            c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step, c.blocks
+        )
+        return read_ahead(stream, c, self.dataset, self.ids) if c.blocks else stream
+
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch; without shuffling every epoch is the same pass."""
         return self.batches(epoch * len(self), (epoch + 1) * len(self))
@@ -53,6 +82,3 @@ class Loader:
     def close(self) -> None:
         """Ends the threads or processes. The loader cannot be used afterwards."""
         raise NotImplementedError
-
-    def _stream(self, start_step: int, stop_step: int | None) -> Stream:
-        return make_stream(self.config, self.dataset, self.ids, start_step, stop_step)

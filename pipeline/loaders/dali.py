@@ -1,7 +1,5 @@
 """The pixels as NVIDIA DALI decodes them: nvJPEG on a GPU, with its hardware decoder where there is one.
 
-    ids of a step ─▶ their JPEG bytes, where the file is mapped ─▶ DALI's graph: decoders.image ─▶ pixels
-
 Only the decoder is DALI's. Its resize is within 1/255 of Pillow's, its colour operations are others; so crops,
 jitter, blur and the rest are the kernels of every backend, and samples, order, labels and parameters are the same.
 Nothing is copied on the way: DALI reads from the mapped file, the kernels read what DALI wrote.
@@ -93,7 +91,6 @@ class DaliPixels:
         self.loader, self.dataset = loader, loader.dataset
         if (self.dataset.modes != MODE_JPEG).any():
             raise UserError(f"{self.dataset.path} holds raw pixels, which need no decoder; choose --loader fast")
-        self.stream = loader.stream if loader.gpu_views else None
         self._digests, self._checked = Digests(self.dataset), np.zeros(len(self.dataset), bool)
 
     def _jpegs(self, ids: np.ndarray) -> list[np.ndarray]:
@@ -115,45 +112,38 @@ class DaliPixels:
 
     def _images(self, graph, ids: np.ndarray):
         """The next batch out of the graph, a DALI TensorList. Raises UserError, naming the image, for a bad one."""
+        expected = np.stack([self.dataset.heights[ids], self.dataset.widths[ids], np.full(len(ids), 3)], 1)
         try:
             (images,) = graph.share_outputs()
+            if np.array_equal(np.array(images.shape(), np.int64), expected):
+                return images
+            reason = "another size"
         except RuntimeError as error:
-            raise self._error(ids, str(error)) from None
-        shapes = np.array(images.shape(), np.int64)
-        expected = np.stack([self.dataset.heights[ids], self.dataset.widths[ids], np.full(len(ids), 3)], 1)
-        if not np.array_equal(shapes, expected):
-            raise self._error(ids, "another size")
-        return images
-
-    def _error(self, ids: np.ndarray, dalis_words: str) -> UserError:
-        """Names the bad image of a batch, in the words of our decoder: DALI's error is about the batch."""
-        try:
-            for sample in ids.tolist():
-                if status := decode_status(self.dataset, sample):
-                    self.loader.bad.note(sample, STATUS_TEXT[status])
-        except UserError as error:
-            return error
-        return UserError(
-            f"DALI refuses an image of {self.dataset.path} that libjpeg reads ({dalis_words}); try --loader fast"
+            reason = str(error)
+        # DALI's words are about the batch, and not whose fault it is: our decoder names the image.
+        for sample in ids.tolist():
+            if status := decode_status(self.dataset, sample):
+                self.loader.bad.note(sample, STATUS_TEXT[status])
+        raise UserError(
+            f"DALI refuses an image of {self.dataset.path} that libjpeg reads ({reason}); try --loader fast"
         )
 
     def decoded(self, requests: Iterator[Request]) -> Iterator[Decoded]:
         """The batches; DALI decodes ahead while the views of one are made. All of it is called by the maker alone."""
         requests, coming = tee(requests)
         jpegs = (self._jpegs(request.ids) for request in coming)
-        config, device = self.loader.config, self.stream.device if self.stream else torch.device("cpu")
+        config, on_gpu = self.loader.config, self.loader.on_gpu and self.loader.gpu_views
+        device = self.loader.cuda_stream.device if on_gpu else torch.device("cpu")
         largest = -(-config.global_batch // config.world_size)
         graph = make_graph(jpegs, largest, self.loader.workers, device.index)
         graph.schedule_run()
         for request in requests:
-            ids = request.ids
-            images = self._images(graph, ids)
-            addresses = np.array([images[b].data_ptr() for b in range(len(ids))], np.int64)
-            yield Decoded(
-                request, *spanned(addresses, self.dataset.heights[ids] * self.dataset.widths[ids] * 3, device)
-            )
-            if self.stream:
-                self.stream.synchronize()  # the kernels have read the pixels
+            images = self._images(graph, request.ids)
+            addresses = np.array([images[b].data_ptr() for b in range(len(request.ids))], np.int64)
+            sizes_bytes = self.dataset.heights[request.ids] * self.dataset.widths[request.ids] * 3
+            yield Decoded(request, *spanned(addresses, sizes_bytes, device))
+            if on_gpu:
+                self.loader.cuda_stream.synchronize()  # the kernels have read the pixels
             del images  # the memory is DALI's next batch's as soon as this object is gone, released or not
             graph.release_outputs()
             graph.schedule_run()

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from pipeline.compiled import jit
-from pipeline.loaders.parts import Decoded, NumbaViews, PartsLoader, Request, ahead_of
-from pipeline.loaders.stream import view_params
+from pipeline.loaders.base import view_params
+from pipeline.loaders.parts import Decoded, PartsLoader, Request, ahead_of
 from pipeline.storage.decode import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
 from pipeline.views.augment_cpu import apply_view
 
@@ -55,6 +55,16 @@ def _decode(handle, data, ids, columns, starts, pixels, status):
         status[b] = decode_rgb(handle, data, offsets[i], sizes[i], modes[i], height, width, own)
 
 
+class _Own:
+    """What a worker thread has of its own, as long as it lives: a decoder, and memory for one image."""
+
+    def __init__(self, image_bytes: int) -> None:
+        self.handle, self.pixels = make_handle(), np.empty(image_bytes, np.uint8)
+
+    def __del__(self) -> None:
+        free_handle(self.handle)
+
+
 class _Begun(NamedTuple):
     """A batch that the workers are at; as in Decoded, and each image's status (B,)."""
 
@@ -72,15 +82,15 @@ class DecoderThreads:
     def __init__(self, loader: PartsLoader) -> None:
         self.loader, self.dataset = loader, loader.dataset
         d = self.dataset
-        self._columns = (d.offsets, d.sizes_bytes, d.modes, d.heights, d.widths)
+        self.columns = (d.offsets, d.sizes_bytes, d.modes, d.heights, d.widths)
+        self._image_bytes = int((d.heights * d.widths)[loader.ids].max()) * 3
         self._thread = threading.local()
 
-    def _handle(self) -> np.ndarray:
-        """The calling thread's decoder."""
-        if not hasattr(self._thread, "handle"):
-            self._thread.handle = make_handle()
-            self.loader.at_close.callback(free_handle, self._thread.handle)
-        return self._thread.handle
+    def own(self) -> _Own:
+        """The calling thread's."""
+        if not hasattr(self._thread, "own"):
+            self._thread.own = _Own(self._image_bytes)
+        return self._thread.own
 
     def side_by_side(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Where each of these images starts in one buffer of all of them, (B,); the buffer's bytes."""
@@ -88,19 +98,17 @@ class DecoderThreads:
         ends = np.cumsum(size_bytes)
         return ends - size_bytes, int(ends[-1:].sum())
 
-    def _job(self, ids: np.ndarray, starts: np.ndarray, pixels: np.ndarray, status: np.ndarray) -> None:
-        _decode(self._handle(), self.dataset.data, ids, self._columns, starts, pixels, status)
-
     def begin(self, request: Request) -> _Begun:
         """Gives the workers a batch to decode."""
         ids, status = request.ids, np.zeros(len(request.ids), np.int64)
         starts, size_bytes = self.side_by_side(ids)
-        pixels = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.loader.stream is not None)
-        jobs = [
-            self.loader.pool.submit(self._job, ids[share], starts[share], pixels.numpy(), status[share])
-            for share in self.loader.shares(len(ids))
-        ]
-        return _Begun(pixels, starts, status, jobs)
+        pixels = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.loader.on_gpu)
+
+        def job(share: slice) -> None:
+            handle, data = self.own().handle, self.dataset.data
+            _decode(handle, data, ids[share], self.columns, starts[share], pixels.numpy(), status[share])
+
+        return _Begun(pixels, starts, status, self.loader.on_workers(len(ids), job))
 
     def finish(self, request: Request, begun: _Begun) -> bool:
         """Waits; whether an image cannot be decoded. Raises UserError where nothing is to stand in for it."""
@@ -123,40 +131,32 @@ class DecoderThreads:
 class DecodeAndView(DecoderThreads):
     """The workers make an image's views by NumbaViews' kernels right after its decode, in one compiled call."""
 
-    def __init__(self, loader: PartsLoader, views: NumbaViews) -> None:
-        super().__init__(loader)
-        self.views = views
-        self._image_bytes = int((self.dataset.heights * self.dataset.widths)[loader.ids].max()) * 3
-
-    def _view_job(self, request: Request, share: slice, levels: np.ndarray, status: np.ndarray) -> None:
-        ids, views = request.ids[share], self.views
-        if not hasattr(self._thread, "pixels"):
-            self._thread.pixels = np.empty(self._image_bytes, np.uint8)
-        _decode_and_view(
-            self._handle(),
-            self.dataset.data,
-            ids,
-            self._columns,
-            view_params(self.loader.config, self.dataset, request.epoch, ids),
-            views.bicubic,
-            self._thread.pixels,
-            views.scratch(levels.shape[2]),
-            views.table,
-            share.start,
-            levels,
-            status,
-        )
-
     def begin(self, request: Request) -> _Begun:
         """Gives the workers a batch of views to make."""
-        levels, status = self.views.empty(request), np.zeros(len(request.ids), np.int64)
-        jobs = [
-            self.loader.pool.submit(self._view_job, request, share, levels.numpy(), status)
-            for share in self.loader.shares(len(request.ids))
-        ]
-        return _Begun(levels, None, status, jobs)
+        views, status = self.loader.views, np.zeros(len(request.ids), np.int64)
+
+        def job(share: slice, out: np.ndarray) -> None:
+            own, ids, scratch = self.own(), request.ids[share], views.scratch(out.shape[2])
+            params = view_params(self.loader.config, self.dataset, request.epoch, ids)
+            _decode_and_view(
+                own.handle,
+                self.dataset.data,
+                ids,
+                self.columns,
+                params,
+                views.bicubic,
+                own.pixels,
+                scratch,
+                views.table,
+                share.start,
+                out,
+                status,
+            )
+
+        out, jobs = views.on_workers(request, job)
+        return _Begun(out, None, status, jobs)
 
 
 def make_decoder_threads(loader: PartsLoader) -> DecoderThreads:
     """The Pixels of --loader fast."""
-    return DecodeAndView(loader, loader.views) if isinstance(loader.views, NumbaViews) else DecoderThreads(loader)
+    return DecoderThreads(loader) if loader.gpu_views else DecodeAndView(loader)

@@ -14,16 +14,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from pipeline.loaders.bad_images import BadImages
-from pipeline.loaders.base import Loader
-from pipeline.loaders.stream import Stream, view_params
+from pipeline.loaders.base import Loader, view_params
+from pipeline.loaders.read_ahead import Stream
 from pipeline.spec import Batch, LoaderConfig
 from pipeline.views.augment_cpu import UNCHANGED, Scratch, make_scratch, normalization_table, views_of_images
 
@@ -44,7 +43,7 @@ class Request(NamedTuple):
 class Decoded(NamedTuple):
     """Its images: `pixels` flat uint8, image b (h, w, 3) from byte starts[b] on; starts (B,) int64.
 
-    None for `starts`: these are the finished levels of NumbaViews already, made while the pixels were in cache.
+    None for `starts`: `pixels` are NumbaViews' (V, B, H, W, 3) already, made while the image was in cache.
     """
 
     request: Request
@@ -53,7 +52,7 @@ class Decoded(NamedTuple):
 
 
 class Pixels(Protocol):
-    """What a decoder offers.
+    """What a decoder offers: requests in, the decoded batches out, in order.
 
     judges   its own decoder is libjpeg-turbo, whose word decides which images are bad (bad_images.py)
     lasting  its pixels stay where they are for good; else they may go when the next batch is asked for
@@ -63,14 +62,6 @@ class Pixels(Protocol):
     lasting: bool
 
     def decoded(self, requests: Iterator[Request]) -> Iterator[Decoded]: ...
-
-
-class Views(Protocol):
-    """Who makes the views: `begin` may leave work to threads, `finish` answers V tensors (B, 3, H, W) on the device."""
-
-    def begin(self, decoded: Decoded) -> Any: ...
-
-    def finish(self, begun: Any) -> tuple[torch.Tensor, ...]: ...
 
 
 def ahead_of(count: int, begun: Iterator[T]) -> Iterator[T]:
@@ -89,14 +80,13 @@ class PartsLoader(Loader):
     def __init__(self, config: LoaderConfig, make_pixels: "Callable[[PartsLoader], Pixels]") -> None:
         super().__init__(config)
         self.device = torch.device(config.device)
-        on_gpu = self.device.type == "cuda"
-        self.stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self.bad = BadImages(config, self.dataset, self.ids)
+        self.on_gpu = self.device.type == "cuda"  # where the views end up
+        self.cuda_stream = torch.cuda.Stream(self.device) if self.on_gpu else None
+        self.gpu_views = config.views_on == "gpu" or (config.views_on == "auto" and self.on_gpu)
         self.pool = ThreadPoolExecutor(self.workers, "worker")
+        self.bad = BadImages(config, self.dataset, self.ids, self.pool.map)
         self._maker = ThreadPoolExecutor(1, "maker", initializer=self._start_maker)
-        self.at_close = ExitStack()  # what the parts want done when the threads have ended
-        self.gpu_views = config.views_on == "gpu" or (config.views_on == "auto" and on_gpu)
-        self.views: Views = TritonViews(self) if self.gpu_views else NumbaViews(self)
+        self.views = TritonViews(self) if self.gpu_views else NumbaViews(self)
         try:
             self.pixels = make_pixels(self)
         except BaseException:
@@ -104,50 +94,45 @@ class PartsLoader(Loader):
             raise
 
     def _start_maker(self) -> None:
-        """All that the maker copies and launches is on the loader's stream, never on the caller's."""
-        if self.stream:
-            torch.cuda.set_stream(self.stream)
+        """All that the maker copies and launches is on the loader's CUDA stream, never on the caller's."""
+        if self.on_gpu:
+            torch.cuda.set_stream(self.cuda_stream)
 
-    def shares(self, images: int) -> list[slice]:
-        """A batch or chunk of so many images, cut for the worker threads."""
+    def on_workers(self, images: int, job: Callable[[slice], None]) -> list[Future]:
+        """Has the worker threads call job(share) for each share of so many images."""
         cuts = np.linspace(0, images, min(images, self.workers * SHARES_PER_WORKER) + 1).astype(int).tolist()
-        return [slice(first, end) for first, end in pairwise(cuts)]
-
-    def _requests(self, stream: Stream, empty: list[Request]) -> Iterator[Request]:
-        """What the decoder is asked for. The last batch of a pass may leave a rank nothing: that goes to `empty`."""
-        for step, epoch, ids in stream:
-            wanted = np.ascontiguousarray(ids)  # one layout, one compiled version
-            if self.bad.substitute and not self.pixels.judges:
-                ids = self.bad.decodable(epoch, wanted, self.pool.map)
-            else:
-                ids = self.bad.replaced(epoch, wanted)
-            request = Request(step, epoch, wanted, ids)
-            if len(ids):
-                yield request
-            else:
-                empty.append(request)
+        return [self.pool.submit(job, slice(first, end)) for first, end in pairwise(cuts)]
 
     def _made(self, stream: Stream) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
         """The batches of a stream, each with the event after which its tensors are there. Runs in the maker."""
-        empty: list[Request] = []
-        decoded = self.pixels.decoded(self._requests(stream, empty))
-        begun = ((one.request, self.views.begin(one)) for one in decoded)
+        empty = []  # the last batch of a pass may leave a rank nothing, which is no work for a decoder
+
+        def requests() -> Iterator[Request]:
+            find_ids = self.bad.replaced if self.pixels.judges else self.bad.decodable
+            for step, epoch, ids in stream:
+                wanted = np.ascontiguousarray(ids)  # one layout, one compiled version
+                request = Request(step, epoch, wanted, find_ids(epoch, wanted))
+                if len(wanted):
+                    yield request
+                else:
+                    empty.append(request)
+
+        begun = ((one.request, self.views.begin(one)) for one in self.pixels.decoded(requests()))
         for request, views in ahead_of(self.pixels.lasting, begun):
             yield self._finished(request, self.views.finish(views))
         for request in empty:
             side = self.config.resolution_at(request.epoch)
-            none = torch.empty((0, 3, side, side), dtype=self.config.view_type, device=self.device)
-            yield self._finished(request, tuple(none.clone() for _ in self.config.rows))
+            views = [torch.empty(0, 3, side, side, dtype=self.config.view_type) for _ in self.config.rows]
+            yield self._finished(request, tuple(view.to(self.device) for view in views))
 
     def _finished(self, request: Request, views: tuple) -> tuple[Batch, torch.cuda.Event | None]:
-        label = torch.from_numpy(self.labels[request.ids]).to(self.device)
-        sample = torch.from_numpy(request.ids).to(self.device)
-        substituted = int((request.ids != request.wanted).sum())
-        batch = Batch(views, label, sample, request.step, request.epoch, substituted)
-        return batch, self.stream.record_event() if self.stream else None
+        step, epoch, wanted, ids = request
+        label, sample = (torch.from_numpy(numbers).to(self.device) for numbers in (self.labels[ids], ids))
+        batch = Batch(views, label, sample, step, epoch, substituted=int((ids != wanted).sum()))
+        return batch, self.cuda_stream.record_event() if self.on_gpu else None
 
     def _hand_over(self, batch: Batch, made: torch.cuda.Event | None) -> Batch:
-        """The batch, for work on the caller's current stream."""
+        """The batch, for work on the caller's current CUDA stream."""
         if made:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(made)
@@ -157,7 +142,7 @@ class PartsLoader(Loader):
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
-        made = self._made(self._stream(start_step, stop_step))
+        made = self._made(self.stream(start_step, stop_step))
         ahead: deque[Future] = deque(self._maker.submit(next, made, None) for _ in range(AHEAD))
         try:
             while ahead[0].result():
@@ -170,19 +155,18 @@ class PartsLoader(Loader):
             made.close()  # and the decoder's part of the pass with it
 
     def close(self) -> None:
-        """Ends the threads and frees their decoders. The loader cannot be used afterwards."""
+        """Ends the threads. The loader cannot be used afterwards."""
         self._maker.shutdown(wait=True, cancel_futures=True)
         self.pool.shutdown(wait=True, cancel_futures=True)
-        self.at_close.close()
 
 
 class NumbaViews:
-    """By the worker threads, image by image: values, or levels of 8 bits where a GPU is to normalize them."""
+    """By the worker threads, image by image: float32 values, or 8-bit levels for a GPU to normalize."""
 
     def __init__(self, loader: PartsLoader) -> None:
         self.loader, self.config = loader, loader.config
         self.bicubic = np.array([row.interpolation == "bicubic" for row in self.config.rows])
-        self.table = UNCHANGED if loader.stream else normalization_table(self.config.normalization)
+        self.table = UNCHANGED if loader.on_gpu else normalization_table(self.config.normalization)
         self._thread = threading.local()
 
     def scratch(self, side_px: int) -> Scratch:
@@ -192,45 +176,37 @@ class NumbaViews:
             self._thread.scratch, self._thread.side_px = make_scratch(*largest, side_px), side_px
         return self._thread.scratch
 
-    def empty(self, request: Request) -> torch.Tensor:
-        """Memory of a batch's levels or values, (V, B, H, W, 3): float32, or pinned uint8."""
-        side = self.config.resolution_at(request.epoch)
-        dtype = torch.uint8 if self.loader.stream else torch.float32
+    def on_workers(self, request: Request, job: Callable[[slice, np.ndarray], None]) -> tuple:
+        """Has them call job(share, out), which fills its images of out (V, B, H, W, 3): that tensor, and the jobs."""
+        side, dtype = self.config.resolution_at(request.epoch), torch.uint8 if self.loader.on_gpu else torch.float32
         shape = (len(self.bicubic), len(request.ids), side, side, 3)
-        return torch.empty(shape, dtype=dtype, pin_memory=dtype == torch.uint8)
-
-    def _make(self, decoded: Decoded, share: slice, levels: np.ndarray) -> None:
-        """One worker's share of the images."""
-        ids = decoded.request.ids[share]
-        views_of_images(
-            decoded.pixels.numpy(),
-            decoded.starts[share],
-            *(size[ids] for size in self.loader.sizes),
-            view_params(self.config, self.loader.dataset, decoded.request.epoch, ids),
-            self.bicubic,
-            self.scratch(levels.shape[2]),
-            self.table,
-            share.start,
-            levels,
-        )
+        out = torch.empty(shape, dtype=dtype, pin_memory=self.loader.on_gpu)
+        return out, self.loader.on_workers(len(request.ids), lambda share: job(share, out.numpy()))
 
     def begin(self, decoded: Decoded) -> tuple[torch.Tensor, list[Future]]:
-        """Gives the workers their shares, where these are not done already."""
-        if decoded.starts is None:
-            return decoded.pixels, []
-        levels, shares = self.empty(decoded.request), self.loader.shares(len(decoded.request.ids))
-        return levels, [self.loader.pool.submit(self._make, decoded, share, levels.numpy()) for share in shares]
+        """Gives the workers a batch, where its views are not made already."""
+        request, pixels, starts = decoded
+        if starts is None:
+            return pixels, []
+
+        def job(share: slice, out: np.ndarray) -> None:
+            ids, side = request.ids[share], out.shape[2]
+            images = pixels.numpy(), starts[share], *(size[ids] for size in self.loader.sizes)
+            params = view_params(self.config, self.loader.dataset, request.epoch, ids)
+            views_of_images(*images, params, self.bicubic, self.scratch(side), self.table, share.start, out)
+
+        return self.on_workers(request, job)
 
     def finish(self, begun: tuple[torch.Tensor, list[Future]]) -> tuple[torch.Tensor, ...]:
-        """Waits for the workers; on a GPU, queues copy and normalization on the current stream."""
-        levels, jobs = begun
+        """V tensors (B, 3, H, W): waits for the workers; for a GPU, queues copy and normalization."""
+        out, jobs = begun
         for job in jobs:
             job.result()
-        if not self.loader.stream:
-            return tuple(view.permute(0, 3, 1, 2).to(self.config.view_type) for view in levels)
+        if not self.loader.on_gpu:
+            return tuple(view.permute(0, 3, 1, 2).to(self.config.view_type) for view in out)
         from pipeline.views.augment_gpu import normalize_views
 
-        levels = levels.to(self.loader.device, non_blocking=True)
+        levels = out.to(self.loader.device, non_blocking=True)
         return normalize_views(levels, self.config.normalization, self.config.view_type)
 
 
@@ -241,7 +217,7 @@ class TritonViews:
         self.loader, self.config = loader, loader.config
 
     def plan(self, epoch: int, ids: np.ndarray, starts: np.ndarray):
-        """What the kernels are told of the views of these images (a ViewPlan, on the CPU)."""
+        """What the kernels are told of the views of these images: a ViewPlan, on the CPU."""
         from pipeline.views.resample_gpu import plan_views
 
         params = view_params(self.config, self.loader.dataset, epoch, ids)
@@ -254,10 +230,10 @@ class TritonViews:
         return decoded
 
     def finish(self, begun: Decoded) -> tuple[torch.Tensor, ...]:
-        """Queues the copies and kernels on the current stream."""
+        """V tensors (B, 3, H, W): queues the copies and kernels."""
         from pipeline.views.augment_gpu import make_views
 
-        device, request = self.loader.device, begun.request
-        plan = self.plan(request.epoch, request.ids, begun.starts).to(device)
-        pixels = begun.pixels.to(device, non_blocking=True)
+        (_, epoch, _, ids), pixels, starts = begun
+        device = self.loader.device
+        plan, pixels = self.plan(epoch, ids, starts).to(device), pixels.to(device, non_blocking=True)
         return make_views(pixels, plan, self.config.normalization, self.config.view_type)

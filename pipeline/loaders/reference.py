@@ -14,8 +14,7 @@ import torchvision.transforms.functional as F
 
 from pipeline.errors import UserError
 from pipeline.loaders.bad_images import BadImages
-from pipeline.loaders.base import Loader
-from pipeline.loaders.stream import samples_in_use, view_params
+from pipeline.loaders.base import Loader, samples_in_use, view_params
 from pipeline.spec import Batch, LoaderConfig
 from pipeline.storage.beton import Beton, open_beton
 from pipeline.storage.decode_pil import decode_pil
@@ -38,8 +37,8 @@ class _Steps(torch.utils.data.Dataset):
         if self.beton is None:
             self._open()
         try:
-            ids = self.bad.decodable(epoch, wanted) if self.bad.substitute else wanted
-            return step, epoch, ids, self._views(epoch, ids), int((ids != wanted).sum())
+            ids = self.bad.decodable(epoch, wanted)
+            return self._views(epoch, ids), torch.from_numpy(ids), step, epoch, int((ids != wanted).sum())
         except UserError as error:
             return error
 
@@ -54,10 +53,6 @@ class _Steps(torch.utils.data.Dataset):
                 view = apply_view_pil(image, params, b, v, row.interpolation, side)
                 views[v][b] = F.normalize(F.to_tensor(view), c.normalization.mean, c.normalization.std)
         return views
-
-
-def _as_made(batch: tuple | UserError) -> tuple | UserError:
-    return batch
 
 
 class _Pass:
@@ -81,7 +76,6 @@ class TorchLoader(Loader):
         self._loader = torch.utils.data.DataLoader(
             _Steps(config),
             batch_size=None,
-            collate_fn=_as_made,
             sampler=self._pass,
             num_workers=self.workers,
             multiprocessing_context="forkserver",
@@ -91,19 +85,14 @@ class TorchLoader(Loader):
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
         c = self.config
-        self._pass.stream = self._stream(start_step, stop_step)
+        self._pass.stream = self.stream(start_step, stop_step)
         for made in self._loader:
             if isinstance(made, UserError):
                 raise made
-            step, epoch, ids, views, substituted = made
-            yield Batch(
-                tuple(view.to(c.device, c.view_type) for view in views),
-                torch.from_numpy(self.labels[ids]).to(c.device),
-                torch.from_numpy(ids).to(c.device),
-                step,
-                epoch,
-                substituted,
-            )
+            views, sample, *numbers = made
+            label = torch.from_numpy(self.labels[sample.numpy()])
+            views = tuple(view.to(c.device, c.view_type) for view in views)
+            yield Batch(views, label.to(c.device), sample.to(c.device), *numbers)
 
     def close(self) -> None:
         """Ends the worker processes. The loader cannot be used afterwards."""

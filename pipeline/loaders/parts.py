@@ -122,8 +122,8 @@ class PartsLoader(Loader):
             yield self._finished(request, self.views.finish(views))
         for request in empty:
             side = self.config.resolution_at(request.epoch)
-            views = [torch.empty(0, 3, side, side, dtype=self.config.view_type) for _ in self.config.rows]
-            yield self._finished(request, tuple(view.to(self.device) for view in views))
+            nothing = torch.empty(0, side, side, 3, dtype=self.config.view_type, device=self.device)
+            yield self._finished(request, tuple(nothing.clone().permute(0, 3, 1, 2) for _ in self.config.rows))
 
     def _finished(self, request: Request, views: tuple) -> tuple[Batch, torch.cuda.Event | None]:
         step, epoch, wanted, ids = request

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from pipeline.errors import UserError
-from pipeline.loaders.parts import Decoded, PartsLoader, Request
+from pipeline.loaders.parts import PartsLoader, Pixels, Request
 from pipeline.storage.beton import MODE_JPEG
 from pipeline.storage.decode import STATUS_TEXT, decode_status
 from pipeline.storage.shards import Digests, stored_jpeg
@@ -81,14 +81,12 @@ def spanned(addresses: np.ndarray, sizes_bytes: np.ndarray, device: torch.device
     return pixels, addresses - first
 
 
-class DaliPixels:
+class DaliPixels(Pixels):
     """What DALI decodes. Raises UserError at construction where DALI is missing, or for raw pixels."""
-
-    judges, lasting = False, False
 
     def __init__(self, loader: PartsLoader) -> None:
         require_dali()
-        self.loader, self.dataset = loader, loader.dataset
+        super().__init__(loader)
         if (self.dataset.modes != MODE_JPEG).any():
             raise UserError(f"{self.dataset.path} holds raw pixels, which need no decoder; choose --loader fast")
         self._digests, self._checked = Digests(self.dataset), np.zeros(len(self.dataset), bool)
@@ -128,7 +126,7 @@ class DaliPixels:
             f"DALI refuses an image of {self.dataset.path} that libjpeg reads ({reason}); try --loader fast"
         )
 
-    def decoded(self, requests: Iterator[Request]) -> Iterator[Decoded]:
+    def decoded(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor, np.ndarray]]:
         """The batches; DALI decodes ahead while the views of one are made. All of it is called by the maker alone."""
         requests, coming = tee(requests)
         jpegs = (self._jpegs(request.ids) for request in coming)
@@ -141,7 +139,7 @@ class DaliPixels:
             images = self._images(graph, request.ids)
             addresses = np.array([images[b].data_ptr() for b in range(len(request.ids))], np.int64)
             sizes_bytes = self.dataset.heights[request.ids] * self.dataset.widths[request.ids] * 3
-            yield Decoded(request, *spanned(addresses, sizes_bytes, device))
+            yield request, *spanned(addresses, sizes_bytes, device)
             if on_gpu:
                 self.loader.cuda_stream.synchronize()  # the kernels have read the pixels
             del images  # the memory is DALI's next batch's as soon as this object is gone, released or not

@@ -2,23 +2,18 @@
 
 A job is one call of a compiled function that holds no lock, so threads scale like processes, share the page cache and
 the numba cache, and cost no pickling. The file is FFCV's; the pixels are Pillow's.
-
-    views by     a job does                                  a batch is
-    numba        decode → every view, image by image         the finished views
-    a GPU        decode into one (pinned) buffer a batch     its pixels, side by side
 """
 
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from pipeline.compiled import jit
 from pipeline.loaders.base import view_params
-from pipeline.loaders.parts import Decoded, PartsLoader, Request, ahead_of
+from pipeline.loaders.parts import PartsLoader, Pixels, Request, ahead_of
 from pipeline.storage.decode import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
 from pipeline.views.augment_cpu import apply_view
 
@@ -65,22 +60,13 @@ class _Own:
         free_handle(self.handle)
 
 
-class _Begun(NamedTuple):
-    """A batch that the workers are at; as in Decoded, and each image's status (B,)."""
-
-    pixels: torch.Tensor
-    starts: np.ndarray | None
-    status: np.ndarray
-    jobs: list[Future]
-
-
-class DecoderThreads:
+class DecoderThreads(Pixels):
     """The workers decode a batch into one buffer."""
 
-    judges, lasting = True, False
+    judges = True
 
     def __init__(self, loader: PartsLoader) -> None:
-        self.loader, self.dataset = loader, loader.dataset
+        super().__init__(loader)
         d = self.dataset
         self.columns = (d.offsets, d.sizes_bytes, d.modes, d.heights, d.widths)
         self._image_bytes = int((d.heights * d.widths)[loader.ids].max()) * 3
@@ -98,8 +84,8 @@ class DecoderThreads:
         ends = np.cumsum(size_bytes)
         return ends - size_bytes, int(ends[-1:].sum())
 
-    def begin(self, request: Request) -> _Begun:
-        """Gives the workers a batch to decode."""
+    def begin(self, request: Request) -> tuple[torch.Tensor, np.ndarray | None, np.ndarray, list[Future]]:
+        """Gives the workers a batch to decode: what `decoded` answers, each image's status (B,), and the jobs."""
         ids, status = request.ids, np.zeros(len(request.ids), np.int64)
         starts, size_bytes = self.side_by_side(ids)
         pixels = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.loader.on_gpu)
@@ -108,31 +94,31 @@ class DecoderThreads:
             handle, data = self.own().handle, self.dataset.data
             _decode(handle, data, ids[share], self.columns, starts[share], pixels.numpy(), status[share])
 
-        return _Begun(pixels, starts, status, self.loader.on_workers(len(ids), job))
+        return pixels, starts, status, self.loader.on_workers(len(ids), job)
 
-    def finish(self, request: Request, begun: _Begun) -> bool:
-        """Waits; whether an image cannot be decoded. Raises UserError where nothing is to stand in for it."""
-        for job in begun.jobs:
+    def finish(self, ids: np.ndarray, status: np.ndarray, jobs: list[Future]) -> bool:
+        """Waits; whether all were decoded. Raises UserError where nothing is to stand in for one that was not."""
+        for job in jobs:
             job.result()
-        for b in np.flatnonzero(begun.status):
-            self.loader.bad.note(int(request.ids[b]), STATUS_TEXT[begun.status[b]])
-        return bool(begun.status.any())
+        for b in np.flatnonzero(status):
+            self.loader.bad.note(int(ids[b]), STATUS_TEXT[status[b]])
+        return not status.any()
 
-    def decoded(self, requests: Iterator[Request]) -> Iterator[Decoded]:
+    def decoded(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor, np.ndarray | None]]:
         """The batches, decoded again with stand-ins where an image of them turns out to be bad."""
-        all_begun = ((request, self.begin(request)) for request in requests)
-        for request, begun in ahead_of(DECODED_AHEAD, all_begun):
-            while self.finish(request, begun):
+        begun = ((request, *self.begin(request)) for request in requests)
+        for request, pixels, starts, status, jobs in ahead_of(DECODED_AHEAD, begun):
+            while not self.finish(request.ids, status, jobs):
                 request = request._replace(ids=self.loader.bad.replaced(request.epoch, request.wanted))
-                begun = self.begin(request)
-            yield Decoded(request, begun.pixels, begun.starts)
+                pixels, starts, status, jobs = self.begin(request)
+            yield request, pixels, starts
 
 
 class DecodeAndView(DecoderThreads):
     """The workers make an image's views by NumbaViews' kernels right after its decode, in one compiled call."""
 
-    def begin(self, request: Request) -> _Begun:
-        """Gives the workers a batch of views to make."""
+    def begin(self, request: Request) -> tuple[torch.Tensor, None, np.ndarray, list[Future]]:
+        """Gives the workers a batch of views to make; the rest as above."""
         views, status = self.loader.views, np.zeros(len(request.ids), np.int64)
 
         def job(share: slice, out: np.ndarray) -> None:
@@ -154,7 +140,7 @@ class DecodeAndView(DecoderThreads):
             )
 
         out, jobs = views.on_workers(request, job)
-        return _Begun(out, None, status, jobs)
+        return out, None, status, jobs
 
 
 def make_decoder_threads(loader: PartsLoader) -> DecoderThreads:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -40,28 +40,24 @@ class Request(NamedTuple):
     ids: np.ndarray
 
 
-class Decoded(NamedTuple):
-    """Its images: `pixels` flat uint8, image b (h, w, 3) from byte starts[b] on; starts (B,) int64.
+class Pixels:
+    """A decoder: requests in, the pixels of each batch out, in order.
 
-    None for `starts`: `pixels` are NumbaViews' (V, B, H, W, 3) already, made while the image was in cache.
-    """
-
-    request: Request
-    pixels: torch.Tensor
-    starts: np.ndarray | None
-
-
-class Pixels(Protocol):
-    """What a decoder offers: requests in, the decoded batches out, in order.
-
-    judges   its own decoder is libjpeg-turbo, whose word decides which images are bad (bad_images.py)
+    judges   it is libjpeg-turbo, whose word decides which images are bad (bad_images.py)
     lasting  its pixels stay where they are for good; else they may go when the next batch is asked for
     """
 
-    judges: bool
-    lasting: bool
+    judges = lasting = False
 
-    def decoded(self, requests: Iterator[Request]) -> Iterator[Decoded]: ...
+    def __init__(self, loader: "PartsLoader") -> None:
+        self.loader, self.dataset = loader, loader.dataset
+
+    def decoded(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor, np.ndarray | None]]:
+        """Yields a request, its pixels, flat uint8, and starts (B,): image b (h, w, 3) lies from byte starts[b] on.
+
+        None for starts: the pixels are NumbaViews' (V, B, H, W, 3) already, made while each image was in cache.
+        """
+        raise NotImplementedError
 
 
 def ahead_of(count: int, begun: Iterator[T]) -> Iterator[T]:
@@ -77,7 +73,7 @@ def ahead_of(count: int, begun: Iterator[T]) -> Iterator[T]:
 class PartsLoader(Loader):
     """Batches by the Pixels that `make_pixels(loader)` answers, and by our own Views; see LoaderConfig and Batch."""
 
-    def __init__(self, config: LoaderConfig, make_pixels: "Callable[[PartsLoader], Pixels]") -> None:
+    def __init__(self, config: LoaderConfig, make_pixels: Callable[["PartsLoader"], Pixels]) -> None:
         super().__init__(config)
         self.device = torch.device(config.device)
         self.on_gpu = self.device.type == "cuda"  # where the views end up
@@ -117,7 +113,7 @@ class PartsLoader(Loader):
                 else:
                     empty.append(request)
 
-        begun = ((one.request, self.views.begin(one)) for one in self.pixels.decoded(requests()))
+        begun = ((one[0], self.views.begin(*one)) for one in self.pixels.decoded(requests()))
         for request, views in ahead_of(self.pixels.lasting, begun):
             yield self._finished(request, self.views.finish(views))
         for request in empty:
@@ -183,9 +179,8 @@ class NumbaViews:
         out = torch.empty(shape, dtype=dtype, pin_memory=self.loader.on_gpu)
         return out, self.loader.on_workers(len(request.ids), lambda share: job(share, out.numpy()))
 
-    def begin(self, decoded: Decoded) -> tuple[torch.Tensor, list[Future]]:
+    def begin(self, request: Request, pixels: torch.Tensor, starts: np.ndarray | None) -> tuple:
         """Gives the workers a batch, where its views are not made already."""
-        request, pixels, starts = decoded
         if starts is None:
             return pixels, []
 
@@ -225,15 +220,15 @@ class TritonViews:
         interpolations = [row.interpolation for row in self.config.rows]
         return plan_views(params, starts, heights, widths, interpolations, self.config.resolution_at(epoch))
 
-    def begin(self, decoded: Decoded) -> Decoded:
+    def begin(self, *decoded: object) -> tuple:
         """Nothing is left to threads: a plan takes a millisecond, the kernels are only queued."""
         return decoded
 
-    def finish(self, begun: Decoded) -> tuple[torch.Tensor, ...]:
+    def finish(self, begun: tuple[Request, torch.Tensor, np.ndarray]) -> tuple[torch.Tensor, ...]:
         """V tensors (B, 3, H, W): queues the copies and kernels."""
         from pipeline.views.augment_gpu import make_views
 
-        (_, epoch, _, ids), pixels, starts = begun
-        device = self.loader.device
-        plan, pixels = self.plan(epoch, ids, starts).to(device), pixels.to(device, non_blocking=True)
+        request, pixels, starts = begun
+        plan = self.plan(request.epoch, request.ids, starts).to(self.loader.device)
+        pixels = pixels.to(self.loader.device, non_blocking=True)
         return make_views(pixels, plan, self.config.normalization, self.config.view_type)

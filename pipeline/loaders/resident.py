@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.loaders.fast import DecoderThreads
-from pipeline.loaders.parts import Decoded, PartsLoader, Request, ahead_of
+from pipeline.loaders.parts import PartsLoader, Pixels, Request, ahead_of
 
 SHARE = 0.6  # of the free memory that the images may take: the network and its activations want the rest
 CHUNK_BYTES = 64 << 20  # decoded at a time: what is copied together, and a step of the progress bar
@@ -35,15 +35,16 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
-class ResidentPixels:
+class ResidentPixels(Pixels):
     """All images in use, decoded: `pixels` flat uint8, `starts` (N,) by dataset position.
 
     Raises UserError at construction for a dataset that does not fit, and for an image that cannot be decoded.
     """
 
-    judges, lasting = True, True
+    judges = lasting = True
 
     def __init__(self, loader: PartsLoader) -> None:
+        super().__init__(loader)
         decoder, held = DecoderThreads(loader), np.unique(loader.ids)
         starts, size_bytes = decoder.side_by_side(held)
         device = loader.device if loader.gpu_views else torch.device("cpu")
@@ -58,18 +59,16 @@ class ResidentPixels:
         self.starts[held] = starts
         self.pixels = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         chunks = np.split(held, np.flatnonzero(np.diff(starts // CHUNK_BYTES)) + 1)
-        requests = (Request(0, 0, ids, ids) for ids in chunks)
-        all_begun = ((request, decoder.begin(request)) for request in requests)
+        begun = ((ids, *decoder.begin(Request(0, 0, ids, ids))) for ids in chunks)
         with tqdm(total=len(held), desc="decoding", unit="image", delay=2, disable=None) as bar:
-            for request, begun in ahead_of(CHUNKS_AHEAD, all_begun):
-                decoder.finish(request, begun)
-                first = int(self.starts[request.ids[0]])
-                self.pixels[first : first + len(begun.pixels)].copy_(begun.pixels, non_blocking=True)
-                bar.update(len(request.ids))
+            for ids, pixels, _, status, jobs in ahead_of(CHUNKS_AHEAD, begun):
+                decoder.finish(ids, status, jobs)
+                first = int(self.starts[ids[0]])
+                self.pixels[first : first + len(pixels)].copy_(pixels, non_blocking=True)
+                bar.update(len(ids))
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # the copies ran on this thread's stream, batches are made on another
 
-    def decoded(self, requests: Iterator[Request]) -> Iterator[Decoded]:
+    def decoded(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor, np.ndarray]]:
         """The batches, where their images lie."""
-        for request in requests:
-            yield Decoded(request, self.pixels, self.starts[request.ids])
+        return ((request, self.pixels, self.starts[request.ids]) for request in requests)

@@ -49,7 +49,7 @@ from eval.subject import read_results
 from pipeline.command import RUNS, run_command
 from pipeline.disk import read_lines, write_whole
 from pipeline.errors import UserError
-from pipeline.loaders.reference import decode_pil
+from pipeline.storage.decode_pil import decode_pil
 from train.methods.barlow_ablations import is_ablated
 
 SHOWN_DIMENSIONS = 256  # of the correlation matrix

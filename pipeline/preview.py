@@ -17,10 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 from pipeline.choices.draws import draw_views
 from pipeline.command import DATA, run_command
 from pipeline.errors import UserError
-from pipeline.loaders.reference import apply_view_pil, decode_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
 from pipeline.storage.beton import Beton, open_beton
+from pipeline.storage.decode_pil import decode_pil
 from pipeline.views.augment_cpu import UNCHANGED, apply_view, make_scratch
+from pipeline.views.reference import apply_view_pil
 
 VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}
 CELL_PX = 160  # side of one picture of the grid at least; small views are shown enlarged, pixel by pixel

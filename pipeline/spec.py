@@ -136,7 +136,7 @@ def _float32() -> torch.dtype:
 class LoaderConfig:
     """Everything that decides what a loader yields, and how (from `backend` on) it gets there.
 
-    data            a .beton file with its manifest beside it; for dali also the shards.json of shards
+    data            path of a .beton file with its manifest beside it; for dali also the shards.json of shards
     views           one ViewSpec a view, or a CentreCrop for evaluation
     resolution_px   side of the square views
     shuffle         True: shuffled full batches, epoch after epoch (order.shuffled_batches);
@@ -146,7 +146,8 @@ class LoaderConfig:
     on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
                     another sample stands in for it (bad_images.py), in shuffled streams
     resolutions     (first epoch, px), ascending: sides of the views that change with the epoch; () for resolution_px
-    workers         threads (ffcv, resident, dali) or processes (torch) of this rank; 0 for one a core it may use
+    backend         fast, resident, torch, dali or ffcv: who decodes (loader.py); the batches are the same
+    workers         threads or, with torch, processes of this rank; 0 for one a core it may use
     device          where the views end up
     views_on        "cpu" or "gpu": who makes the views (not torch); "auto" for the device they end up on
     view_type       of the normalized values: float32, or what autocast would round them to in any case, at half the
@@ -166,11 +167,19 @@ class LoaderConfig:
     normalization: Normalization = field(default_factory=Normalization)
     rank: int = 0
     world_size: int = 1
-    backend: str = "ffcv"
+    backend: str = "fast"
     workers: int = 0
     device: str = "cpu"
     views_on: str = "auto"
     view_type: torch.dtype = field(default_factory=_float32)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", Path(self.data))  # a string will do
+
+    @property
+    def rows(self) -> tuple[ViewSpec, ...] | tuple[CentreCrop]:
+        """What each of the V views is."""
+        return (self.views,) if isinstance(self.views, CentreCrop) else self.views
 
     def resolution_at(self, epoch: int) -> int:
         """Side of an epoch's views, px."""

@@ -30,12 +30,11 @@ def main(config: CompileConfig) -> None:
         image.parent.mkdir(parents=True)
         Image.new("RGB", (64, 64)).save(image)
         convert(ConvertConfig(Path(folder) / "one.beton", image.parents[1], workers=1))
-        loader = make_loader(LoaderConfig(Path(folder) / "one.beton", BARLOW_TWINS_VIEWS, 32, 1, workers=1))
-        next(iter(loader.batches(0, 1)))
-        loader.close()
-        beside_gpu = make_loader(replace(loader.config, backend="resident", views_on="gpu"))  # decodes all at once
-        beside_gpu._plan(0, beside_gpu.ids, beside_gpu._starts)
-        beside_gpu.close()
+        with make_loader(LoaderConfig(Path(folder) / "one.beton", BARLOW_TWINS_VIEWS, 32, 1, workers=1)) as loader:
+            next(loader.epoch())
+        config = replace(loader.config, backend="resident", views_on="gpu")
+        with make_loader(config) as beside_gpu:  # decodes all at once
+            beside_gpu.views.plan(0, beside_gpu.ids, beside_gpu.pixels.starts)
 
 
 if __name__ == "__main__":

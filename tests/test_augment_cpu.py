@@ -23,7 +23,6 @@ from pipeline.choices.draws import (
     draw_views,
     empty_params,
 )
-from pipeline.loaders.reference import apply_view_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
 from pipeline.views.augment_cpu import (
     UNCHANGED,
@@ -33,6 +32,7 @@ from pipeline.views.augment_cpu import (
     write_view,
 )
 from pipeline.views.blur_cpu import box_weights
+from pipeline.views.reference import apply_view_pil
 from pipeline.views.resample_cpu import height_first
 
 IMAGES = 200

@@ -21,12 +21,12 @@ import triton.language as tl
 
 from pipeline.choices.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, centre_views, draw_views
 from pipeline.choices.draws import empty_params as empty
-from pipeline.loaders.reference import apply_view_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
 from pipeline.views import augment_gpu, colour_gpu
 from pipeline.views.augment_cpu import UNCHANGED, apply_view, make_scratch
 from pipeline.views.augment_gpu import make_views, normalize_views
 from pipeline.views.gpu_plan import MAX_SIGMA_PX, ViewPlan, plan_views
+from pipeline.views.reference import apply_view_pil
 from pipeline.views.resample_cpu import height_first
 from tests.philox import philox4x32_array
 

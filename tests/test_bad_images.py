@@ -21,11 +21,12 @@ from pipeline.convert import main as convert
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.loaders.bad_images import BadImages
-from pipeline.loaders.reference import apply_view_pil, decode_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 from pipeline.storage.beton import open_beton
 from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, decode_status
+from pipeline.storage.decode_pil import decode_pil
 from pipeline.storage.shards import pack_shards
+from pipeline.views.reference import apply_view_pil
 from train import runlog
 from train.cards import resolved
 from train.config import PretrainConfig

@@ -24,7 +24,7 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, Loade
 from pipeline.storage.beton import MODE_JPEG, jpeg_bytes, open_beton
 from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.storage.shards import pack_shards
-from pipeline.storage.sources.source import Source
+from pipeline.storage.sources.open import Source
 
 RESOLUTION = 64
 
@@ -78,7 +78,7 @@ def test_decoded_pixels_are_those_of_the_fast_loader(imagenet_sample, tmp_path):
 )
 def test_the_batches_of_the_fast_loader(config, views):
     config = replace(config, views=views, shuffle=not isinstance(views, CentreCrop))
-    ours, theirs = _all(config), _all(replace(config, backend="ffcv"))
+    ours, theirs = _all(config), _all(replace(config, backend="fast"))
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
         _assert_equal(one, other)
@@ -92,9 +92,9 @@ def test_the_batches_of_the_reference(config):
 
 def test_a_run_that_changes_its_loader_goes_on_with_the_same_batches(config):
     """Three steps with one, the rest with the other, across the end of an epoch: both ways."""
-    for first, second in (("ffcv", "dali"), ("dali", "ffcv")):
+    for first, second in (("fast", "dali"), ("dali", "fast")):
         mixed = _all(replace(config, backend=first), 0, 2) + _all(replace(config, backend=second), 2, 5)
-        for one, other in zip(mixed, _all(replace(config, backend="ffcv"), 0, 5), strict=True):
+        for one, other in zip(mixed, _all(replace(config, backend="fast"), 0, 5), strict=True):
             _assert_equal(one, other)
 
 
@@ -179,7 +179,7 @@ def test_what_the_decoder_refuses_is_named(config, monkeypatch):
         return whole[: len(whole) // 2] if sample == 11 else whole
 
     monkeypatch.setattr(decode, "jpeg_bytes", half_of_11)
-    monkeypatch.setattr(loader_dali.DaliLoader, "_jpegs", lambda self, ids: [half_of_11(self.stored, i) for i in ids])
+    monkeypatch.setattr(loader_dali.DaliPixels, "_jpegs", lambda self, ids: [half_of_11(self.dataset, i) for i in ids])
     with pytest.raises(UserError, match=f"{open_beton(config.data).file_names()[11]}.*damaged or cut off"):
         _all(config, 0, 3)
 
@@ -187,7 +187,7 @@ def test_what_the_decoder_refuses_is_named(config, monkeypatch):
 def test_another_size_than_the_table_says_is_named(config):
     loader = make_loader(config)
     loader.sizes[0][11] -= 1
-    with pytest.raises(UserError, match=f"{loader.stored.file_names()[11]}.*another size"):
+    with pytest.raises(UserError, match=f"{loader.dataset.file_names()[11]}.*another size"):
         list(loader.batches(0, 3))
     loader.close()
 
@@ -199,7 +199,7 @@ def test_shards_give_the_batches_of_their_beton(config, tmp_path):
     for one, other in zip(_all(replace(config, data=shards)), _all(config), strict=True):
         _assert_equal(one, other)
     with pytest.raises(UserError, match="--loader dali"):
-        make_loader(replace(config, data=shards, backend="ffcv"))
+        make_loader(replace(config, data=shards, backend="fast"))
 
 
 def test_user_errors(config, tmp_path):

@@ -13,9 +13,11 @@ from torchvision import transforms as T
 from pipeline.choices.draws import draw_views
 from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
-from pipeline.loaders.reference import TorchLoader, _Steps, apply_view_pil, decode_pil
+from pipeline.loaders.reference import TorchLoader, _Steps
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig, Normalization
 from pipeline.storage.beton import jpeg_bytes, open_beton
+from pipeline.storage.decode_pil import decode_pil
+from pipeline.views.reference import apply_view_pil
 
 RESOLUTION = 64
 pytestmark = pytest.mark.slow  # each loader starts a process that imports torch

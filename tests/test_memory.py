@@ -110,7 +110,7 @@ class Peak:
 
 
 def measure(path: Path) -> dict[str, int]:
-    import pipeline.loaders.threads  # noqa: F401
+    import pipeline.loaders.fast  # noqa: F401
     from pipeline.loader import make_loader
     from pipeline.spec import BARLOW_TWINS_VIEWS, Blocks, LoaderConfig
 

@@ -30,8 +30,9 @@ from pipeline.command import run_command
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.loaders.reference import apply_view_pil, decode_pil
 from pipeline.storage.beton import open_beton
+from pipeline.storage.decode_pil import decode_pil
+from pipeline.views.reference import apply_view_pil
 from tests.evaluation import ARCH, write_dataset, write_run, write_split
 from train.cards import PRESETS
 from train.checkpoint import newest_or_refuse, save_checkpoint
@@ -138,7 +139,7 @@ def test_correlation_sees_the_runs_first_batches(run, tmp_path, monkeypatch, cha
     config, seen = write_state(tmp_path / "run", run.parent / "data", **changes), []
 
     def watched(loading):
-        assert (loading.backend, loading.on_bad_image) == ("ffcv", config.on_bad_image)
+        assert (loading.backend, loading.on_bad_image) == ("fast", config.on_bad_image)
         loader = make_loader(loading)
         batches = loader.batches
         loader.batches = lambda *steps: (seen.append(batch) or batch for batch in batches(*steps))
@@ -147,7 +148,7 @@ def test_correlation_sees_the_runs_first_batches(run, tmp_path, monkeypatch, cha
     monkeypatch.setattr(correlation, "make_loader", watched)
     monkeypatch.setattr(correlation, "BATCH", 50)
     found = correlate(tmp_path / "run")
-    config = replace(config, loader="ffcv", views_on="auto")
+    config = replace(config, loader="fast", views_on="auto")
     loader = make_loader(loader_config(config, Ranks(0, 1, torch.device("cpu"), None)))
     try:
         (first,) = loader.batches(0, 1)

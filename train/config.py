@@ -125,11 +125,11 @@ class PretrainConfig:
     """Caps LARS's adapted learning rate at the learning rate itself (as LARC does)."""
     warmup_epochs: int = 10
     """Linear warm-up from 0; then a cosine to a thousandth."""
-    loader: Literal["ffcv", "resident", "torch", "dali"] = "ffcv"
-    """Which data path: the fast one, that with every image decoded once and kept in GPU memory (RAM without a GPU), the
-    PIL/torchvision reference, or DALI as decoder. Same views, same order."""
+    loader: Literal["fast", "resident", "torch", "dali", "ffcv"] = "fast"
+    """Which data path: our own threads, every image decoded once and kept in GPU memory (RAM without a GPU), the
+    PIL/torchvision reference, DALI as decoder, or FFCV's own Loader. Same views, same order."""
     workers: int = 0
-    """Threads (ffcv, resident, dali) or processes (torch) of each rank's loader; 0: one a core it may use."""
+    """Threads or, with torch, processes of each rank's loader; 0: one a core it may use."""
     views_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Who makes the views: the GPU's kernels where there is one, or the CPU's. The pixels are the same."""
     order: Literal["shuffled", "blocks"] = "shuffled"

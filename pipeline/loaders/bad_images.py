@@ -8,7 +8,8 @@ some broken ones in silence. A stand-in comes with its own label and draws, so i
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from pipeline.choices.rng import DOMAIN_STAND_IN, words_array
 from pipeline.errors import UserError
 from pipeline.spec import LoaderConfig
 from pipeline.storage.beton import MODE_JPEG, Stored, jpeg_bytes
-from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE
+from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, decode_status
 from pipeline.storage.jpeg import Decoded, decode_pixels
 
 _MEMORY_TOO = (STATUS_TEXT[NOT_A_JPEG], STATUS_TEXT[UNDECODABLE])  # what is answered, too, where memory is short
@@ -26,20 +27,22 @@ TRIES = 100  # bad stand-ins in a row after which the file, not an image, must b
 class BadImages:
     """What one loader has found so far. That only saves decoding a bad image again: it changes no batch.
 
-    `ids` are the samples in use, from which stand-ins are drawn.
+    `ids` are the samples in use, from which stand-ins are drawn; `map_samples` may be a thread pool's map.
     """
 
-    def __init__(self, config: LoaderConfig, stored: Stored, ids: np.ndarray) -> None:
+    def __init__(self, config: LoaderConfig, dataset: Stored, ids: np.ndarray, map_samples: Callable = map) -> None:
         self.substitute = config.on_bad_image == "substitute"
-        self.seed, self.stored, self.ids = config.seed, stored, ids
+        self.seed, self.dataset, self.ids = config.seed, dataset, ids
         self.found: set[int] = set()
-        self._judged = np.zeros(len(stored), bool)
+        self._map = map_samples
+        self._judged = np.zeros(len(dataset), bool)
 
     def note(self, sample: int, reason: str) -> None:
         """A sample that cannot be decoded. Raises UserError, naming its file, unless others are to stand in."""
         if sample in self.found:
             return
-        named = f"image {sample} of {self.stored.path} ({self.stored.file_names()[sample]}) cannot be decoded: {reason}"
+        name = self.dataset.file_names()[sample]
+        named = f"image {sample} of {self.dataset.path} ({name}) cannot be decoded: {reason}"
         if reason in _MEMORY_TOO and self._decodes(sample):
             raise UserError(f"{named}, and now it can: memory was short; end other programs, then run again")
         if not self.substitute:
@@ -49,10 +52,10 @@ class BadImages:
 
     def _decodes(self, sample: int) -> bool:
         """Asks again, with the library's own words: a decoder that was refused memory calls the image broken."""
-        if self.stored.modes[sample] != MODE_JPEG:
+        if self.dataset.modes[sample] != MODE_JPEG:
             return False
         try:
-            return isinstance(decode_pixels(jpeg_bytes(self.stored, sample).tobytes(), 65535, 1 << 32), Decoded)
+            return isinstance(decode_pixels(jpeg_bytes(self.dataset, sample).tobytes(), 65535, 1 << 32), Decoded)
         except MemoryError:
             return True
 
@@ -69,21 +72,19 @@ class BadImages:
             if stand_in not in self.found:
                 return stand_in
         raise UserError(
-            f"{TRIES} images of {self.stored.path} in a row cannot be decoded; check the file with"
+            f"{TRIES} images of {self.dataset.path} in a row cannot be decoded; check the file with"
             " pipeline/convert.py --verify, or convert again"
         )
 
-    def decodable(self, epoch: int, wanted: np.ndarray, statuses: Callable[[np.ndarray], Iterable[int]]) -> np.ndarray:
-        """A batch's sample ids, with stand-ins where needed, for a backend whose decoder is not the judge.
-
-        `statuses` gives decode_rgb's answer for each of some samples; each sample of the dataset is asked about once.
-        """
-        while True:
+    def decodable(self, epoch: int, wanted: np.ndarray) -> np.ndarray:
+        """The same for a backend whose decoder is not the judge: each sample of the dataset is decoded once for it."""
+        while self.substitute:
             ids = self.replaced(epoch, wanted)
-            new = np.unique(ids[~self._judged[ids]])
-            if not len(new):
+            new = np.unique(ids[~self._judged[ids]]).tolist()
+            if not new:
                 return ids
-            for sample, status in zip(new.tolist(), statuses(new), strict=True):
+            for sample, status in zip(new, self._map(partial(decode_status, self.dataset), new), strict=True):
                 self._judged[sample] = True
                 if status != OK:
                     self.note(sample, STATUS_TEXT[status])
+        return wanted

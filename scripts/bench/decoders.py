@@ -2,7 +2,7 @@
 
     python scripts/bench/decoders.py --images DIR [--json FILE]
 
-    libjpeg     libjpeg-turbo by TurboJPEG, the decoder of --loader ffcv
+    libjpeg     libjpeg-turbo by TurboJPEG, the decoder of --loader fast
     pillow      Pillow's own libjpeg-turbo, the decoder of --loader torch
     dali_cpu    DALI's CPU graph of --loader dali, where DALI is installed
     dali_mixed  the same graph on the GPU, nvJPEG with its hardware decoder where there is one; where there is a GPU
@@ -28,9 +28,9 @@ from pipeline.convert import main as convert
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from pipeline.loaders.dali import make_graph
-from pipeline.loaders.reference import decode_pil
 from pipeline.storage.beton import MODE_JPEG, Beton, jpeg_bytes, open_beton
 from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
+from pipeline.storage.decode_pil import decode_pil
 
 DALI_IMAGES = 32  # in one batch of its graph
 

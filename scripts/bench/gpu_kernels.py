@@ -22,7 +22,6 @@ from gpu_record import GB, Interval, Record, StageConfig, interval
 from pipeline.choices.draws import ViewParams, draw_views
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.loaders.resident import ResidentLoader
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig, Normalization
 from pipeline.views.augment_gpu import make_views
 from pipeline.views.gpu_plan import BLUR, BOX_HEIGHT, BOX_WIDTH, ViewPlan, plan_views
@@ -40,11 +39,10 @@ class Images:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.side_px = 8 if config.dry_run else 224
         path = config.data / "train.beton"
-        self.loader = ResidentLoader(
-            LoaderConfig(path, BARLOW_TWINS_VIEWS, self.side_px, 1, views_on="gpu", device=str(self.device))
-        )
+        where = {"backend": "resident", "views_on": "gpu", "device": str(self.device)}
+        self.loader = make_loader(LoaderConfig(path, BARLOW_TWINS_VIEWS, self.side_px, 1, **where))
         self.ids = np.arange(images) % self.loader.images
-        self.pixels, self.starts = self.loader._pixels, self.loader._starts[self.ids]
+        self.pixels, self.starts = self.loader.pixels.pixels, self.loader.pixels.starts[self.ids]
         self.heights, self.widths = (size[self.ids] for size in self.loader.sizes)
 
     def params(self, epoch: int) -> ViewParams:
@@ -61,7 +59,7 @@ class Images:
 
     def views_by_numba(self, epochs: int) -> Iterator[torch.Tensor]:
         """Of each epoch (V, B, H, W, 3) float32, from the loader that makes them on the CPU; every image once."""
-        own = {"views_on": "cpu", "device": "cpu", "ids": self.ids, "global_batch": len(self.ids), "backend": "ffcv"}
+        own = {"views_on": "cpu", "device": "cpu", "ids": self.ids, "global_batch": len(self.ids), "backend": "fast"}
         loader = make_loader(replace(self.loader.config, **own))
         for batch in loader.batches(0, epochs):
             order = torch.argsort(batch.sample)

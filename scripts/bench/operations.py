@@ -7,13 +7,14 @@ from torchvision.transforms import functional as F
 from pipeline.choices.draws import BRIGHTNESS, CONTRAST, HUE, NOTHING, SATURATION, ViewParams, draw_views, empty_params
 from pipeline.compiled import jit
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.loaders.reference import apply_view_pil, decode_pil
 from pipeline.spec import BARLOW_TWINS_VIEWS, SOLARIZE_THRESHOLD, Normalization, ViewSpec
 from pipeline.storage.beton import Beton
 from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
+from pipeline.storage.decode_pil import decode_pil
 from pipeline.views.augment_cpu import UNCHANGED, apply_view, make_scratch, normalization_table, write_view
 from pipeline.views.blur_cpu import apply_blur
 from pipeline.views.colour_cpu import GREY, apply_colour, apply_solarize
+from pipeline.views.reference import apply_view_pil
 from pipeline.views.resample_cpu import crop_resize_flip, row_pitch
 
 SIDE = 224

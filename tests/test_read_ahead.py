@@ -11,8 +11,8 @@ import torch
 
 from pipeline.choices.order import windows_of_positions
 from pipeline.loader import make_loader
-from pipeline.loaders import stream as plan_module
-from pipeline.loaders.stream import make_plan
+from pipeline.loaders import read_ahead as read_ahead_module
+from pipeline.loaders.base import Loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, Blocks, LoaderConfig
 from pipeline.storage import shards as shards_module
 from pipeline.storage.beton import jpeg_bytes, open_beton
@@ -35,11 +35,11 @@ class AtOnce(ThreadPoolExecutor):
 
 def test_every_window_is_asked_for_before_it_is_used_and_once(config, monkeypatch):
     beton, asked = open_beton(config.data), []
-    monkeypatch.setattr(plan_module, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setattr(read_ahead_module, "ThreadPoolExecutor", AtOnce)
     monkeypatch.setattr(shards_module, "NEAR_BYTES", 0)
-    monkeypatch.setattr(plan_module, "_read", lambda path, start, end: asked.append((start, end)))
+    monkeypatch.setattr(read_ahead_module, "_read", lambda path, start, end: asked.append((start, end)))
     ids = np.arange(len(beton))
-    for step, epoch, part in make_plan(config, beton, ids, 0, 16):
+    for step, epoch, part in Loader(config).stream(0, 16):
         windows = windows_of_positions(config.seed, epoch, len(ids), BLOCKS)
         soon = [s for s in ids if windows[s] in (windows[part[0]], windows[part[0]] + 1)]
         for sample in {*part.tolist(), *soon}:
@@ -72,7 +72,7 @@ def test_what_is_asked_for_is_read(config, tmp_path):
         if cached(1 << 20):
             pytest.skip("this file system does not let go of cached pages")
         before = _bytes_read_by_this_thread()
-        plan_module._read(path, 1 << 20, 11 << 20)
+        read_ahead_module._read(path, 1 << 20, 11 << 20)
         assert 10 << 20 <= _bytes_read_by_this_thread() - before < 11 << 20  # the kernel's read-ahead is not counted
         assert all(cached(at) for at in range(1 << 20, 11 << 20, 4096))
 

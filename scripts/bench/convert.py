@@ -20,24 +20,21 @@ the disk has all bytes; FFCV's writer leaves that to the system.
 import hashlib
 import io
 import itertools
-import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from measure import Interval, as_text, class_images, in_turn, interval, machine, write_json
 from PIL import Image
-from scipy import stats
 
 from pipeline.command import REPO, run_command
-from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from pipeline.storage.beton import Beton, file_rows, open_beton
 from pipeline.storage.decode import OK, decode_status
@@ -77,9 +74,7 @@ class BenchConfig:
 
 def copy_images(source: Path, target: Path, count: int) -> None:
     """`count` files of their own, the source's images over and over."""
-    files = sorted(path for path in source.glob("*/*") if path.is_file())
-    if not files:
-        raise UserError(f"{source} has no class folders with images; give the folder that holds the class folders")
+    files = class_images(source)
     for number, path in enumerate(itertools.islice(itertools.cycle(files), count)):
         folder = target / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,9 +102,10 @@ def run(command: list) -> float:
     os.sync()  # what the program before left to be written is not this one's
     start = time.perf_counter()
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - start
     if done.returncode:
         raise UserError(f"{' '.join(map(str, command[:2]))} … failed: {done.stderr.strip().splitlines()[-1]}")
-    return time.perf_counter() - start
+    return seconds
 
 
 # ---- checking ----
@@ -173,21 +169,15 @@ def check(images: Path, out: Path) -> dict:
 # ---- measuring ----
 
 
-def remove_results(out: Path) -> None:
-    for path in out.iterdir():
-        path.unlink()
+def rounded(values: np.ndarray) -> Interval:
+    return interval(values, 2)
 
 
-def interval(values: np.ndarray) -> dict[str, float]:
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return {"mean": round(float(values.mean()), 2), "ci95": round(float(half), 2)}
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = ", ".join(f"{package} {version(package)}" for package in ("pillow", "numba", "ffcv"))
-    return f"{name}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}, {versions}"
+def print_record(record: dict) -> None:
+    for name, speed in record["images_per_s"].items():
+        ratio = record["times_ffcv"].get(name)
+        beside = f"{as_text(ratio, 2)} × {RATIOS[name]}" if ratio else ""
+        print(f"{name:18s} {as_text(speed, 1):>20s} images/s    {beside}")
 
 
 def main(config: BenchConfig) -> None:
@@ -197,25 +187,30 @@ def main(config: BenchConfig) -> None:
         images, out = Path(folder) / "images", Path(folder) / "out"
         copy_images(config.images, images, config.count)
         out.mkdir()
-        candidates = commands(images, out, config)
-        for command in candidates.values():
+        programs = commands(images, out, config)
+        for command in programs.values():
             run(command)
-        record = {"machine": machine(), "max_side_px": config.max_side, "checks": check(images, out)}
-        seconds = {name: np.zeros(config.repeats) for name in candidates}
-        for repeat in range(config.repeats):
-            for name, command in candidates.items():
-                remove_results(out)
-                seconds[name][repeat] = run(command)
-    record["seconds"] = {name: interval(values) for name, values in seconds.items()}
-    record["images_per_s"] = {name: interval(config.count / values) for name, values in seconds.items()}
-    record["times_ffcv"] = {ours: interval(seconds[theirs] / seconds[ours]) for ours, theirs in RATIOS.items()}
-    record["repeats"] = config.repeats
-    for name, speed in record["images_per_s"].items():
-        ratio = record["times_ffcv"].get(name)
-        beside = f"{ratio['mean']:6.2f} ± {ratio['ci95']:.2f} × {RATIOS[name]}" if ratio else ""
-        print(f"{name:18s} {speed['mean']:9.1f} ± {speed['ci95']:<7.1f} images/s {beside}")
-    if config.json:
-        write_whole(config.json, json.dumps(record, indent=1) + "\n")
+        checks = check(images, out)
+
+        def run_alone(command: list) -> float:
+            for path in out.iterdir():  # what another program has written
+                path.unlink()
+            return run(command)
+
+        turns = {name: partial(run_alone, command) for name, command in programs.items()}
+        *_, found = in_turn(turns, config.repeats, warm_up=False)
+    seconds = {name: np.array(values) for name, values in found.items()}
+    record = {
+        "machine": machine("pillow", "numba", "ffcv"),
+        "max_side_px": config.max_side,
+        "checks": checks,
+        "seconds": {name: rounded(values) for name, values in seconds.items()},
+        "images_per_s": {name: rounded(config.count / values) for name, values in seconds.items()},
+        "times_ffcv": {ours: rounded(seconds[theirs] / seconds[ours]) for ours, theirs in RATIOS.items()},
+        "repeats": config.repeats,
+    }
+    print_record(record)
+    write_json(config.json, record)
 
 
 if __name__ == "__main__":

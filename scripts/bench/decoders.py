@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import class_images, write_json
+from measure import class_images, difference_summary, write_json
 
 from pipeline.command import run_command
 from pipeline.convert import ConvertConfig
@@ -93,20 +93,9 @@ def compare(found: dict[str, Iterator[np.ndarray]]) -> list[dict]:
             levels[pair] += counts
             differ[pair] += int(counts[1:].any())
     return [
-        {"decoders": list(pair), "images": images, "images_that_differ": differ[pair]} | summary(counts)
+        {"decoders": list(pair), "images": images, "images_that_differ": differ[pair]} | difference_summary(counts)
         for pair, counts in levels.items()
     ]
-
-
-def summary(counts: np.ndarray) -> dict:
-    """Of the number of values by how much they differ, 0 … 255."""
-    values = int(counts.sum())
-    return {
-        "values": values,
-        "values_that_differ": values - int(counts[0]),
-        "mean_difference_255": float(f"{counts @ np.arange(256) / values:.4g}"),
-        "largest_difference_255": int(np.flatnonzero(counts)[-1]),
-    }
 
 
 def main(config: CompareConfig) -> None:

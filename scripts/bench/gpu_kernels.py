@@ -17,7 +17,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 import triton.runtime.jit as triton_jit
-from gpu_record import GB, Interval, Record, StageConfig, interval
+from gpu_record import Record, StageConfig
+from measure import GB, Interval, interval
 
 from pipeline.choices.draws import ViewParams, draw_views
 from pipeline.errors import UserError

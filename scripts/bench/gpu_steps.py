@@ -18,7 +18,8 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-from gpu_record import GB, Interval, Record, StageConfig, interval
+from gpu_record import Record, StageConfig
+from measure import GB, Interval, interval
 from step import PEAK, SYNTHETIC, Bench, BenchConfig
 
 from pipeline.errors import UserError

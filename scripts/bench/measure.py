@@ -57,6 +57,17 @@ def as_text(value: Interval, digits: int = 3) -> str:
     return f"{value['mean']:.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
 
 
+def difference_summary(counts: np.ndarray) -> dict[str, float]:
+    """Of the number of 8-bit values by how much they differ, 0 … 255."""
+    values = int(counts.sum())
+    return {
+        "values": values,
+        "values_that_differ": values - int(counts[0]),
+        "mean_difference_255": float(f"{counts @ np.arange(256) / values:.4g}"),
+        "largest_difference_255": int(np.flatnonzero(counts)[-1]),
+    }
+
+
 def device_name() -> str:
     """The GPU's name, or the kind of CPU where there is no GPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"

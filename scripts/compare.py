@@ -31,21 +31,31 @@ from train.checkpoint import CHECKPOINT
 from train.content import read_once
 from train.methods.choose import METHODS
 
-# Linear top-1 on ImageNet after 300 epochs. Source: Zbontar 2021, tables 5 and 6; batch sizes: Barlow Twins, issue 7.
-PAPER = {
-    "baseline": 71.4,
-    "invariance": 57.3,
-    "redundancy": 0.1,
-    "feature-norm": 69.8,
-    "no-projector-bn": 71.2,
-    "no-norm": 53.4,
-    "cross-entropy": 63.3,
-    "stop-gradient": 70.5,
-    "predictor": 70.2,
-    "stop-gradient-predictor": 61.3,
-    "batch-512": 71.4,
-    "batch-1024": 71.7,
-    "batch-2048": 71.4,
+# Ablation → flags, in which widths follow the card's projector, so that one table serves every card; and the paper's
+# linear top-1 on ImageNet after 300 epochs. Source: Zbontar 2021, tables 5 and 6; batch sizes: Barlow Twins, issue 7.
+ABLATIONS = {
+    "baseline": ("", 71.4),
+    "invariance": ("--loss invariance", 57.3),
+    "redundancy": ("--loss redundancy", 0.1),
+    "feature-norm": ("--embedding-norm feature", 69.8),
+    "no-projector-bn": ("--projector-norm none", 71.2),
+    "no-norm": ("--projector-norm none --embedding-norm none", 53.4),
+    "cross-entropy": ("--loss cross-entropy", 63.3),
+    "stop-gradient": ("--stop-gradient", 70.5),
+    "predictor": ("--predictor {width}-{width}", 70.2),
+    "stop-gradient-predictor": ("--stop-gradient --predictor {width}-{width}", 61.3),
+    "no-grey": ("--without grey", None),
+    "no-jitter": ("--without grey jitter", None),
+    "crop-blur": ("--without grey jitter solarize", None),
+    "crop-only": ("--without grey jitter solarize blur", None),
+    "no-crop": ("--without crop", None),
+    "width-half": ("--projector {hidden}-{half}", None),
+    "width-double": ("--projector {hidden}-{double}", None),
+    "depth-1": ("--projector {width}", None),
+    "depth-3": ("--projector {hidden}-{hidden}-{width}", None),
+    "batch-512": ("--global-batch 512", 71.4),
+    "batch-1024": ("--global-batch 1024", 71.7),
+    "batch-2048": ("--global-batch 2048", 71.4),
 }
 
 Values = dict[str, dict[str, dict[int, float]]]  # column → row → seed → percent
@@ -68,33 +78,10 @@ class CompareConfig:
 
 
 def ablations(card: str) -> dict[str, str]:
-    """Name → flags. Widths follow the card's projector, so that one table serves every card."""
+    """Name → flags for a card."""
     hidden, *_, last = PRESETS[card].projector.split("-")
-    width = int(last)
-    return {
-        "baseline": "",
-        "invariance": "--loss invariance",
-        "redundancy": "--loss redundancy",
-        "feature-norm": "--embedding-norm feature",
-        "no-projector-bn": "--projector-norm none",
-        "no-norm": "--projector-norm none --embedding-norm none",
-        "cross-entropy": "--loss cross-entropy",
-        "stop-gradient": "--stop-gradient",
-        "predictor": f"--predictor {width}-{width}",
-        "stop-gradient-predictor": f"--stop-gradient --predictor {width}-{width}",
-        "no-grey": "--without grey",
-        "no-jitter": "--without grey jitter",
-        "crop-blur": "--without grey jitter solarize",
-        "crop-only": "--without grey jitter solarize blur",
-        "no-crop": "--without crop",
-        "width-half": f"--projector {hidden}-{width // 2}",
-        "width-double": f"--projector {hidden}-{2 * width}",
-        "depth-1": f"--projector {width}",
-        "depth-3": f"--projector {hidden}-{hidden}-{width}",
-        "batch-512": "--global-batch 512",
-        "batch-1024": "--global-batch 1024",
-        "batch-2048": "--global-batch 2048",
-    }
+    widths = {"hidden": hidden, "width": last, "half": int(last) // 2, "double": 2 * int(last)}
+    return {name: flags.format(**widths) for name, (flags, _) in ABLATIONS.items()}
 
 
 def chosen_rows(config: CompareConfig) -> dict[str, str]:
@@ -172,7 +159,8 @@ def table(values: Values, rows: str) -> str:
         found = [values[protocol].get(name, {}) for protocol in protocols]
         cells = [as_text(interval(list(one.values())), 2) if one else "–" for one in found]
         if paper:
-            cells.append(f"{PAPER[name]:.1f}" if name in PAPER else "–")
+            value = ABLATIONS[name][1]
+            cells.append("–" if value is None else f"{value:.1f}")
         seeds = sorted(set().union(*found))
         lines.append(f"| {' | '.join([name, *cells, ', '.join(map(str, seeds))])} |")
     return "\n".join([*lines, "", "Top-1 in percent of the validation images, after the last epoch; ±: 95 % interval."])

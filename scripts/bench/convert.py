@@ -36,9 +36,7 @@ from PIL import Image
 
 from pipeline.command import REPO, run_command
 from pipeline.errors import UserError
-from pipeline.storage.beton import Beton, file_rows, open_beton
-from pipeline.storage.decode import OK, decode_status
-from pipeline.storage.shards import stored_jpeg
+from pipeline.storage.beton import file_rows, open_beton
 
 CHECKED_IMAGES = 200
 ALIKE_255 = 20.0  # mean difference of one photograph, encoded again or resized by another filter; of two, about 60
@@ -111,55 +109,43 @@ def run(command: list) -> float:
 # ---- checking ----
 
 
-def check_ours(beton: Beton, images: Path, names: list[str], chosen: np.ndarray, kept: bool) -> None:
-    """Every image is there in order; the chosen ones can be decoded, and are the source's bytes where `kept`."""
-    assert beton.file_names() == names
-    rows = file_rows(beton)
-    for i in chosen:
-        data = stored_jpeg(beton, i).tobytes()
-        assert decode_status(beton, int(i)) == OK and hashlib.sha256(data).hexdigest() == rows[i][3]
-        assert not kept or rows[i][2] != "kept" or data == (images / names[i]).read_bytes()
-
-
-def ffcv_images(path: Path, ids: np.ndarray) -> tuple[int, list[Image.Image]]:
-    """How many samples FFCV's own reader finds in a file, and some of them, all stored as JPEG."""
+def stored_jpegs(path: Path, ids: np.ndarray) -> tuple[int, list[bytes]]:
+    """How many samples FFCV's own reader finds in a file, ours or its own, and some of them, all stored as JPEG."""
     from ffcv.reader import Reader
 
-    reader = Reader(str(path))
-    rows, places = reader.metadata["f0"], {int(a["ptr"]): int(a["size"]) for a in reader.alloc_table}
-    data, found = np.memmap(path, np.uint8, "r"), []
-    for row in rows[ids]:
-        start = int(row["data_ptr"])
-        image = Image.open(io.BytesIO(data[start : start + places[start]]))
-        assert row["mode"] == 0 and image.size == (row["width"], row["height"])
-        found.append(image.convert("RGB"))
-    return len(rows), found
+    reader, data = Reader(str(path)), np.memmap(path, np.uint8, "r")
+    rows, sizes = reader.metadata["f0"], {int(a["ptr"]): int(a["size"]) for a in reader.alloc_table}
+    assert not rows["mode"].any()
+    starts = rows["data_ptr"][ids].tolist()
+    return len(rows), [data[start : start + sizes[start]].tobytes() for start in starts]
 
 
-def mean_difference_255(ours: Image.Image, theirs: Image.Image) -> float:
-    """FFCV rounds sizes down, we to the nearest: compared at FFCV's size."""
-    a, b = (np.asarray(image, np.float32) for image in (ours.resize(theirs.size), theirs))
+def mean_difference_255(ours: bytes, theirs: bytes) -> float:
+    """Of two JPEGs. FFCV rounds sizes down, we to the nearest: compared at FFCV's size."""
+    images = [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in (ours, theirs)]
+    a, b = (np.asarray(image.resize(images[1].size), np.float32) for image in images)
     return float(np.abs(a - b).mean())
 
 
 def check(images: Path, out: Path) -> dict:
-    """Raises unless all candidates have written the same photographs; a record of what was found."""
+    """Raises AssertionError unless all candidates have written the same photographs; a record of what was found."""
     names = sorted(str(path.relative_to(images)) for path in images.glob("*/*"))
     chosen = np.unique(np.linspace(0, len(names) - 1, CHECKED_IMAGES).astype(int))
     record = {"images": len(names), "images_compared": len(chosen)}
     for ours, theirs in RATIOS.items():
-        beton = open_beton(out / f"{ours}.beton")
-        check_ours(beton, images, names, chosen, ours != "resized")
-        count, decoded = ffcv_images(out / f"{theirs}.beton", chosen)
-        assert count == len(names)
-        differences = [
-            mean_difference_255(Image.open(io.BytesIO(stored_jpeg(beton, i))).convert("RGB"), image)
-            for i, image in zip(chosen, decoded, strict=True)
-        ]
+        beton, ffcv_file = open_beton(out / f"{ours}.beton"), out / f"{theirs}.beton"
+        (count, jpegs), (ffcv_count, ffcv_jpegs) = stored_jpegs(beton.path, chosen), stored_jpegs(ffcv_file, chosen)
+        assert beton.file_names() == names and count == ffcv_count == len(names)
+        rows = file_rows(beton)
+        for i, jpeg in zip(chosen, jpegs, strict=True):
+            _, _, how, sha256, *_ = rows[i]
+            assert hashlib.sha256(jpeg).hexdigest() == sha256
+            assert how != "kept" or jpeg == (images / names[i]).read_bytes()
+        differences = [mean_difference_255(*pair) for pair in zip(jpegs, ffcv_jpegs, strict=True)]
         assert max(differences) < ALIKE_255, f"{ours} and {theirs} differ by {max(differences):.1f} of 255"
         record[ours] = beton.manifest["stored"] | {
             "bytes": beton.manifest["bytes"],
-            "ffcv_bytes": (out / f"{theirs}.beton").stat().st_size,
+            "ffcv_bytes": ffcv_file.stat().st_size,
             "mean_difference_255": round(float(np.mean(differences)), 3),
             "largest_mean_difference_255": round(max(differences), 3),
         }

@@ -22,10 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -176,9 +174,6 @@ def measure_linear(config: StageConfig, record: Record) -> None:
     record.write(complete=True, rounds=1, linear_cached=result["value"], seconds=result["seconds"])
 
 
-# ---- which stage ----
-
-
 def measure_decoders(config: StageConfig, record: Record) -> None:
     from decoders import compare, decoders
 
@@ -188,30 +183,29 @@ def measure_decoders(config: StageConfig, record: Record) -> None:
     record.write(complete=True, rounds=1, pairs=compare(found))
 
 
-def stages() -> dict[str, Callable[[StageConfig, Record], None]]:
-    """By name. What they need is imported here, so that a package that is missing ends one stage and not this file."""
-    from gpu_kernels import measure_gate, measure_kernels, measure_tune
-    from gpu_steps import measure_loader, measure_step, measure_ways
+# ---- which stage ----
 
-    return {
-        "card": measure_card,
-        "gate": measure_gate,
-        "kernels": measure_kernels,
-        "tune": measure_tune,
-        "step": measure_step,
-        "ways": measure_ways,
-        "loader-dali": partial(measure_loader, name="dali"),
-        "cifar": measure_cifar,
-        "linear": measure_linear,
-        "tests": measure_tests,
-        "decoders": measure_decoders,
-    }
+# Those of other files are imported when they run, so that a package that is missing ends one stage and not this file.
+STAGES = {
+    "card": "gpu_stages.measure_card",
+    "gate": "gpu_kernels.measure_gate",
+    "kernels": "gpu_kernels.measure_kernels",
+    "tune": "gpu_kernels.measure_tune",
+    "step": "gpu_steps.measure_step",
+    "ways": "gpu_steps.measure_ways",
+    "loader-dali": "gpu_steps.measure_dali",
+    "cifar": "gpu_stages.measure_cifar",
+    "linear": "gpu_stages.measure_linear",
+    "tests": "gpu_stages.measure_tests",
+    "decoders": "gpu_stages.measure_decoders",
+}
 
 
 def main(config: StageConfig) -> None:
     if not (torch.cuda.is_available() or config.dry_run):
         raise UserError("there is no GPU here; --dry-run walks through at toy size on the CPU")
-    stages()[config.stage](config, Record(config))
+    module, function = STAGES[config.stage].split(".")
+    getattr(importlib.import_module(module), function)(config, Record(config))
 
 
 if __name__ == "__main__":

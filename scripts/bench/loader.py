@@ -92,8 +92,8 @@ class BenchConfig:
 # ---- the published recipe ----
 
 
-def blur(image: Image.Image) -> Image.Image:
-    """Pillow's GaussianBlur, sigma uniform in [0.1, 2]."""
+def blurred(image: Image.Image) -> Image.Image:
+    """Pillow's GaussianBlur with sigma uniform in [0.1, 2]."""
     return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(1).item()))
 
 
@@ -106,7 +106,7 @@ def published_view(view: ViewSpec) -> T.Compose:
             T.RandomHorizontalFlip(view.p_flip),
             T.RandomApply([jitter], view.p_jitter),
             T.RandomGrayscale(view.p_grey),
-            T.RandomApply([blur], view.p_blur),
+            T.RandomApply([T.Lambda(blurred)], view.p_blur),
             T.RandomSolarize(SOLARIZE_THRESHOLD, view.p_solarize),
             T.ToTensor(),
             T.Normalize(IMAGENET_MEAN, IMAGENET_STD),

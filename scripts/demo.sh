@@ -15,8 +15,8 @@ if [[ ! -f $data/train.manifest.json || ! -f $data/val.manifest.json ]]; then
 fi
 
 rm -rf runs/demo runs/demo-untrained   # the demo measures a run from its first step
-$python train/pretrain.py --preset cifar10-demo --run demo-untrained --epochs 0
-$python train/pretrain.py --preset cifar10-demo --run demo "$@"
+$python train/pretrain.py --preset cifar10-demo --name demo-untrained --epochs 0
+$python train/pretrain.py --preset cifar10-demo --name demo "$@"
 $python -m pipeline.preview --data $data --views cifar10 --resolution 32 --images 8 --out runs/demo/views.png
 
 $python eval/knn.py --checkpoint runs/demo --features pixels

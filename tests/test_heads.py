@@ -10,21 +10,11 @@ from eval.frozen import POOLS, NormalizedHeads, StageFeatures, pool_map
 from eval.heads import HeadsConfig, main
 from eval.subject import open_subject
 from pipeline.errors import UserError
-from tests.evaluation import AT_SIDE, write_dataset, write_run
+from tests.evaluation import AT_SIDE
 from train.model import make_backbone
 
 CHANCE = 20.0
 DIMENSIONS = {"feature1": 9216, "feature2": 9216, "feature3": 8192, "feature4": 9216, "feature5": 8192}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("coloured"))
-
-
-@pytest.fixture
-def run(data, tmp_path):
-    return write_run(tmp_path / "run", data)
 
 
 def windows_mean(image: np.ndarray, window: int, stride: int, padding: int) -> np.ndarray:

@@ -21,20 +21,10 @@ from eval.subject import open_subject, read_results
 from pipeline.disk import append_line
 from pipeline.errors import UserError
 from pipeline.storage.beton import open_beton
-from tests.evaluation import AT_SIDE, write_dataset, write_run
+from tests.evaluation import AT_SIDE
 from train.checkpoint import BackboneInfo, load_backbone
 
 REPO = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("coloured"))
-
-
-@pytest.fixture
-def run(data, tmp_path):
-    return write_run(tmp_path / "run", data)
 
 
 def brute_force_top1(run, data, k) -> float:

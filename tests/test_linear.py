@@ -13,19 +13,9 @@ from eval.linear import LinearConfig, main, standardize_
 from eval.subject import open_subject, read_results
 from pipeline.errors import UserError
 from pipeline.storage.beton import open_beton
-from tests.evaluation import AT_SIDE, write_dataset, write_run
+from tests.evaluation import AT_SIDE
 
 CHANCE = 20.0
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("coloured"))
-
-
-@pytest.fixture
-def run(data, tmp_path):
-    return write_run(tmp_path / "run", data)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from pipeline.storage.beton import MODE_JPEG, jpeg_bytes, open_beton
 from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.storage.shards import pack_shards
 from pipeline.storage.sources.open import Source
+from tests.support import assert_same_batch
 
 RESOLUTION = 64
 
@@ -40,14 +41,6 @@ def _all(config: LoaderConfig, start: int = 0, stop: int | None = 4) -> list:
         return list(loader.batches(start, stop))
     finally:
         loader.close()
-
-
-def _assert_equal(one, other):
-    assert (one.step, one.epoch) == (other.step, other.epoch)
-    assert torch.equal(one.sample, other.sample) and torch.equal(one.label, other.label)
-    for view, same in zip(one.views, other.views, strict=True):
-        assert view.is_contiguous(memory_format=torch.channels_last)
-        assert torch.equal(view, same)
 
 
 @pytest.mark.slow
@@ -81,13 +74,13 @@ def test_the_batches_of_the_fast_loader(config, views):
     ours, theirs = _all(config), _all(replace(config, backend="fast"))
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
-        _assert_equal(one, other)
+        assert_same_batch(one, other)
 
 
 @pytest.mark.slow
 def test_the_batches_of_the_reference(config):
     for one, other in zip(_all(config, 2, 4), _all(replace(config, backend="torch", workers=1), 2, 4), strict=True):
-        _assert_equal(one, other)
+        assert_same_batch(one, other)
 
 
 def test_a_run_that_changes_its_loader_goes_on_with_the_same_batches(config):
@@ -95,7 +88,7 @@ def test_a_run_that_changes_its_loader_goes_on_with_the_same_batches(config):
     for first, second in (("fast", "dali"), ("dali", "fast")):
         mixed = _all(replace(config, backend=first), 0, 2) + _all(replace(config, backend=second), 2, 5)
         for one, other in zip(mixed, _all(replace(config, backend="fast"), 0, 5), strict=True):
-            _assert_equal(one, other)
+            assert_same_batch(one, other)
 
 
 def test_ranks_share_the_batch_of_one(config):
@@ -121,7 +114,7 @@ def test_stopping_early_leaves_a_usable_loader(config):
     first = next(stream)
     stream.close()
     for _ in range(2):
-        _assert_equal(next(loader.batches(0, 1)), first)
+        assert_same_batch(next(loader.batches(0, 1)), first)
     abandoned = loader.batches(0, 50)
     next(abandoned)
     loader.close()
@@ -138,7 +131,7 @@ def test_the_graph_before_the_gpus_kernels(config, tmp_path, imagenet_sample):
     convert(ConvertConfig(tmp_path / "train.beton", tmp_path / "images", workers=1))
     config = replace(config, data=tmp_path / "train.beton", resolution_px=32, global_batch=2)
     for one, other in zip(*(_all(replace(config, views_on=on), 0, 2) for on in ("gpu", "cpu")), strict=True):
-        _assert_equal(one, other)
+        assert_same_batch(one, other)
 
 
 def _damaged_copy(config, folder, sample, change):
@@ -197,7 +190,7 @@ def test_shards_give_the_batches_of_their_beton(config, tmp_path):
         (tmp_path / path.name).symlink_to(path)
     shards = pack_shards(open_beton(tmp_path / "train.beton"), 10)
     for one, other in zip(_all(replace(config, data=shards)), _all(config), strict=True):
-        _assert_equal(one, other)
+        assert_same_batch(one, other)
     with pytest.raises(UserError, match="--loader dali"):
         make_loader(replace(config, data=shards, backend="fast"))
 

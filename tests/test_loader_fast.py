@@ -12,6 +12,7 @@ from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig, Normalization
 from pipeline.storage.beton import open_beton
+from tests.support import assert_same_batch
 
 RESOLUTION = 64
 IDENTITY = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # pixels come out as v / 255
@@ -27,14 +28,6 @@ def _all(config: LoaderConfig, start: int = 0, stop: int | None = 7) -> list:
     batches = list(loader.batches(start, stop))
     loader.close()
     return batches
-
-
-def _assert_equal(one, other):
-    assert (one.step, one.epoch) == (other.step, other.epoch)
-    assert torch.equal(one.sample, other.sample)
-    assert torch.equal(one.label, other.label)
-    for view, same in zip(one.views, other.views, strict=True):
-        assert torch.equal(view, same)
 
 
 def test_shapes_and_layout(config):
@@ -58,7 +51,7 @@ def test_the_same_batches_as_the_reference(config, views):
     fast, reference = _all(config, 0, 4), _all(replace(config, backend="torch"), 0, 4)
     assert len(fast) == len(reference) > 0
     for one, other in zip(fast, reference, strict=True):
-        _assert_equal(one, other)
+        assert_same_batch(one, other)
 
 
 def test_normalization_is_torchvisions(config):
@@ -74,14 +67,14 @@ def test_normalization_is_torchvisions(config):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(config, workers):
     for one, other in zip(_all(config), _all(replace(config, workers=workers)), strict=True):
-        _assert_equal(one, other)
+        assert_same_batch(one, other)
 
 
 def test_a_start_anywhere_gives_the_same_batches(config):
     whole = _all(config)
     for start in (1, 3, 5):
         for one, other in zip(whole[start:], _all(config, start), strict=True):
-            _assert_equal(one, other)
+            assert_same_batch(one, other)
 
 
 def test_ranks_share_the_batch_of_one(config):
@@ -117,7 +110,7 @@ def test_stopping_early_leaves_a_usable_loader(config):
         if batch.step == 2:
             break
     again = next(loader.batches(0, 1))
-    _assert_equal(again, _all(config, 0, 1)[0])
+    assert_same_batch(again, _all(config, 0, 1)[0])
     loader.close()
 
 

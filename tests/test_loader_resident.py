@@ -12,6 +12,7 @@ from pipeline.loader import make_loader
 from pipeline.loaders import resident as loader_resident
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig
 from pipeline.storage.beton import open_beton
+from tests.support import assert_same_batches
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +28,10 @@ def batches(config: LoaderConfig, start: int = 0, stop: int | None = 5) -> list:
         loader.close()
 
 
-def assert_equal(ours: list, theirs: list) -> None:
-    assert len(ours) == len(theirs) > 0
-    for one, other in zip(ours, theirs, strict=True):
-        assert (one.step, one.epoch) == (other.step, other.epoch)
-        assert torch.equal(one.sample, other.sample) and torch.equal(one.label, other.label)
-        for view, same in zip(one.views, other.views, strict=True):
-            assert view.is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(view, same)
-
-
 @pytest.mark.parametrize("start", [0, 4])
 def test_the_batches_of_the_fast_loader(config, start, monkeypatch):
     monkeypatch.setattr(loader_resident, "CHUNK_BYTES", 3 << 20)  # many chunks, as a large dataset has
-    assert_equal(batches(config, start, 7), batches(replace(config, backend="fast"), start, 7))
+    assert_same_batches(batches(config, start, 7), batches(replace(config, backend="fast"), start, 7))
 
 
 def test_ranks_share_the_batch_of_one(config):
@@ -56,7 +47,7 @@ def test_a_pass_over_some_samples_in_the_order_given(config):
     config = replace(config, shuffle=False, views=CentreCrop(72), global_batch=2, ids=np.array([40, 3, 3, 17, 8]))
     ours = batches(config, 0, None)
     assert torch.cat([batch.sample for batch in ours]).tolist() == config.ids.tolist()
-    assert_equal(ours, batches(replace(config, backend="fast"), 0, None))
+    assert_same_batches(ours, batches(replace(config, backend="fast"), 0, None))
     loader = make_loader(config)
     beton = open_beton(config.data)
     assert len(loader.pixels.pixels) == int((beton.heights * beton.widths)[[3, 8, 17, 40]].sum()) * 3
@@ -70,9 +61,9 @@ def test_the_resolution_may_change_with_the_epoch(config, backend):
     schedule = replace(config, resolution_px=72, resolutions=((0, 40), (1, 56), (3, 72)))
     mixed = batches(schedule, 0, 10)  # three steps an epoch
     assert [batch.views[0].shape[-1] for batch in mixed] == [40] * 3 + [56] * 6 + [72]
-    assert_equal(mixed[2:3], batches(replace(config, resolution_px=40), 2, 3))
-    assert_equal(mixed[3:5], batches(replace(config, resolution_px=56), 3, 5))
-    assert_equal(mixed[8:], batches(schedule, 8, 10))
+    assert_same_batches(mixed[2:3], batches(replace(config, resolution_px=40), 2, 3))
+    assert_same_batches(mixed[3:5], batches(replace(config, resolution_px=56), 3, 5))
+    assert_same_batches(mixed[8:], batches(schedule, 8, 10))
 
 
 @pytest.mark.slow
@@ -81,7 +72,7 @@ def test_every_backend_changes_the_resolution(config, backend):
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     schedule = replace(config, resolution_px=56, resolutions=((0, 40), (1, 56)), workers=1)
-    assert_equal(batches(replace(schedule, backend=backend), 2, 4), batches(schedule, 2, 4))
+    assert_same_batches(batches(replace(schedule, backend=backend), 2, 4), batches(schedule, 2, 4))
 
 
 def test_what_does_not_fit_is_refused(config, monkeypatch):

@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
 from pipeline.storage.beton import open_beton
-from tests.evaluation import write_dataset
 from tests.test_resume import CPU, TINY, end_of
 from train import online_knn
 from train.cards import resolved
@@ -31,11 +30,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def runs(tmp_path, monkeypatch):
     monkeypatch.setattr("train.runlog.RUNS", tmp_path)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("online_knn"))
 
 
 def config_of(data: Path, folder: Path, **flags):

@@ -61,9 +61,9 @@ def requeued(folder: Path) -> list[str]:
 
 
 def test_what_the_ranks_are_told(tmp_path):
-    done = submit(tmp_path, 0, "", 0, "--run", "a name", "--epochs", "3")
+    done = submit(tmp_path, 0, "", 0, "--name", "a name", "--epochs", "3")
     assert done.returncode == 0, done.stderr
-    expected = [f"{r} {r % 2} 4 node7 30007 train/pretrain.py --run a name --epochs 3" for r in range(4)]
+    expected = [f"{r} {r % 2} 4 node7 30007 train/pretrain.py --name a name --epochs 3" for r in range(4)]
     assert (tmp_path / "told").read_text().splitlines() == expected
     assert requeued(tmp_path) == []
 

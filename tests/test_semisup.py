@@ -12,17 +12,7 @@ from eval.subject import open_subject
 from eval.supervised import fit, scheduled_lr
 from pipeline.errors import UserError
 from pipeline.storage.beton import open_beton
-from tests.evaluation import AT_SIDE, write_dataset, write_run
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("coloured"))
-
-
-@pytest.fixture
-def run(data, tmp_path):
-    return write_run(tmp_path / "run", data)
+from tests.evaluation import AT_SIDE, write_run
 
 
 @pytest.fixture

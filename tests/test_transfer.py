@@ -8,17 +8,7 @@ from eval.features import open_encoder
 from eval.subject import open_subject
 from eval.transfer import TransferConfig, main
 from pipeline.errors import UserError
-from tests.evaluation import AT_SIDE, write_dataset, write_run
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_dataset(tmp_path_factory.mktemp("coloured"))
-
-
-@pytest.fixture
-def run(data, tmp_path):
-    return write_run(tmp_path / "run", data)
+from tests.evaluation import AT_SIDE
 
 
 def test_learns_and_leaves_the_encoder_alone(run, data, monkeypatch):

@@ -20,27 +20,23 @@ the disk has all bytes; FFCV's writer leaves that to the system.
 import hashlib
 import io
 import itertools
-import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from measure import Interval, as_text, class_images, in_turn, interval, machine, write_json
 from PIL import Image
-from scipy import stats
 
 from pipeline.command import REPO, run_command
-from pipeline.disk import write_whole
 from pipeline.errors import UserError
-from pipeline.storage.beton import Beton, file_rows, jpeg_bytes, open_beton
-from pipeline.storage.decode import OK, decode_status
+from pipeline.storage.beton import file_rows, open_beton
 
 CHECKED_IMAGES = 200
 ALIKE_255 = 20.0  # mean difference of one photograph, encoded again or resized by another filter; of two, about 60
@@ -76,9 +72,7 @@ class BenchConfig:
 
 def copy_images(source: Path, target: Path, count: int) -> None:
     """`count` files of their own, the source's images over and over."""
-    files = sorted(path for path in source.glob("*/*") if path.is_file())
-    if not files:
-        raise UserError(f"{source} has no class folders with images; give the folder that holds the class folders")
+    files = class_images(source)
     for number, path in enumerate(itertools.islice(itertools.cycle(files), count)):
         folder = target / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
@@ -106,63 +100,52 @@ def run(command: list) -> float:
     os.sync()  # what the program before left to be written is not this one's
     start = time.perf_counter()
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    seconds = time.perf_counter() - start
     if done.returncode:
         raise UserError(f"{' '.join(map(str, command[:2]))} … failed: {done.stderr.strip().splitlines()[-1]}")
-    return time.perf_counter() - start
+    return seconds
 
 
 # ---- checking ----
 
 
-def check_ours(beton: Beton, images: Path, names: list[str], chosen: np.ndarray, kept: bool) -> None:
-    """Every image is there in order; the chosen ones can be decoded, and are the source's bytes where `kept`."""
-    assert beton.file_names() == names
-    rows = file_rows(beton)
-    for i in chosen:
-        data = jpeg_bytes(beton, i).tobytes()
-        assert decode_status(beton, int(i)) == OK and hashlib.sha256(data).hexdigest() == rows[i][3]
-        assert not kept or rows[i][2] != "kept" or data == (images / names[i]).read_bytes()
-
-
-def ffcv_images(path: Path, ids: np.ndarray) -> tuple[int, list[Image.Image]]:
-    """How many samples FFCV's own reader finds in a file, and some of them, all stored as JPEG."""
+def stored_jpegs(path: Path, ids: np.ndarray) -> tuple[int, list[bytes]]:
+    """How many samples FFCV's own reader finds in a file, ours or its own, and some of them, all stored as JPEG."""
     from ffcv.reader import Reader
 
-    reader = Reader(str(path))
-    rows, places = reader.metadata["f0"], {int(a["ptr"]): int(a["size"]) for a in reader.alloc_table}
-    data, found = np.memmap(path, np.uint8, "r"), []
-    for row in rows[ids]:
-        start = int(row["data_ptr"])
-        image = Image.open(io.BytesIO(data[start : start + places[start]]))
-        assert row["mode"] == 0 and image.size == (row["width"], row["height"])
-        found.append(image.convert("RGB"))
-    return len(rows), found
+    reader, data = Reader(str(path)), np.memmap(path, np.uint8, "r")
+    rows, sizes = reader.metadata["f0"], {int(a["ptr"]): int(a["size"]) for a in reader.alloc_table}
+    assert not rows["mode"].any()
+    starts = rows["data_ptr"][ids].tolist()
+    return len(rows), [data[start : start + sizes[start]].tobytes() for start in starts]
 
 
-def mean_difference_255(ours: Image.Image, theirs: Image.Image) -> float:
-    """FFCV rounds sizes down, we to the nearest: compared at FFCV's size."""
-    a, b = (np.asarray(image, np.float32) for image in (ours.resize(theirs.size), theirs))
+def mean_difference_255(ours: bytes, theirs: bytes) -> float:
+    """Of two JPEGs. FFCV rounds sizes down, we to the nearest: compared at FFCV's size."""
+    images = [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in (ours, theirs)]
+    a, b = (np.asarray(image.resize(images[1].size), np.float32) for image in images)
     return float(np.abs(a - b).mean())
 
 
 def check(images: Path, out: Path) -> dict:
-    """Raises unless all candidates have written the same photographs; a record of what was found."""
+    """Raises AssertionError unless all candidates have written the same photographs; a record of what was found."""
     names = sorted(str(path.relative_to(images)) for path in images.glob("*/*"))
     chosen = np.unique(np.linspace(0, len(names) - 1, CHECKED_IMAGES).astype(int))
     record = {"images": len(names), "images_compared": len(chosen)}
     for ours, theirs in RATIOS.items():
-        beton = open_beton(out / f"{ours}.beton")
-        check_ours(beton, images, names, chosen, ours != "resized")
-        count, decoded = ffcv_images(out / f"{theirs}.beton", chosen)
-        assert count == len(names)
-        differences = [
-            mean_difference_255(Image.open(io.BytesIO(jpeg_bytes(beton, i))).convert("RGB"), image)
-            for i, image in zip(chosen, decoded, strict=True)
-        ]
+        beton, ffcv_file = open_beton(out / f"{ours}.beton"), out / f"{theirs}.beton"
+        (count, jpegs), (ffcv_count, ffcv_jpegs) = stored_jpegs(beton.path, chosen), stored_jpegs(ffcv_file, chosen)
+        assert beton.file_names() == names and count == ffcv_count == len(names)
+        rows = file_rows(beton)
+        for i, jpeg in zip(chosen, jpegs, strict=True):
+            _, _, how, sha256, *_ = rows[i]
+            assert hashlib.sha256(jpeg).hexdigest() == sha256
+            assert how != "kept" or jpeg == (images / names[i]).read_bytes()
+        differences = [mean_difference_255(*pair) for pair in zip(jpegs, ffcv_jpegs, strict=True)]
         assert max(differences) < ALIKE_255, f"{ours} and {theirs} differ by {max(differences):.1f} of 255"
         record[ours] = beton.manifest["stored"] | {
             "bytes": beton.manifest["bytes"],
-            "ffcv_bytes": (out / f"{theirs}.beton").stat().st_size,
+            "ffcv_bytes": ffcv_file.stat().st_size,
             "mean_difference_255": round(float(np.mean(differences)), 3),
             "largest_mean_difference_255": round(max(differences), 3),
         }
@@ -172,21 +155,15 @@ def check(images: Path, out: Path) -> dict:
 # ---- measuring ----
 
 
-def remove_results(out: Path) -> None:
-    for path in out.iterdir():
-        path.unlink()
+def rounded(values: np.ndarray) -> Interval:
+    return interval(values, 2)
 
 
-def interval(values: np.ndarray) -> dict[str, float]:
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return {"mean": round(float(values.mean()), 2), "ci95": round(float(half), 2)}
-
-
-def machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    versions = ", ".join(f"{package} {version(package)}" for package in ("pillow", "numba", "ffcv"))
-    return f"{name}, {len(os.sched_getaffinity(0))} CPUs, Python {platform.python_version()}, {versions}"
+def print_record(record: dict) -> None:
+    for name, speed in record["images_per_s"].items():
+        ratio = record["times_ffcv"].get(name)
+        beside = f"{as_text(ratio, 2)} × {RATIOS[name]}" if ratio else ""
+        print(f"{name:18s} {as_text(speed, 1):>20s} images/s    {beside}")
 
 
 def main(config: BenchConfig) -> None:
@@ -196,25 +173,30 @@ def main(config: BenchConfig) -> None:
         images, out = Path(folder) / "images", Path(folder) / "out"
         copy_images(config.images, images, config.count)
         out.mkdir()
-        candidates = commands(images, out, config)
-        for command in candidates.values():
+        programs = commands(images, out, config)
+        for command in programs.values():
             run(command)
-        record = {"machine": machine(), "max_side_px": config.max_side, "checks": check(images, out)}
-        seconds = {name: np.zeros(config.repeats) for name in candidates}
-        for repeat in range(config.repeats):
-            for name, command in candidates.items():
-                remove_results(out)
-                seconds[name][repeat] = run(command)
-    record["seconds"] = {name: interval(values) for name, values in seconds.items()}
-    record["images_per_s"] = {name: interval(config.count / values) for name, values in seconds.items()}
-    record["times_ffcv"] = {ours: interval(seconds[theirs] / seconds[ours]) for ours, theirs in RATIOS.items()}
-    record["repeats"] = config.repeats
-    for name, speed in record["images_per_s"].items():
-        ratio = record["times_ffcv"].get(name)
-        beside = f"{ratio['mean']:6.2f} ± {ratio['ci95']:.2f} × {RATIOS[name]}" if ratio else ""
-        print(f"{name:18s} {speed['mean']:9.1f} ± {speed['ci95']:<7.1f} images/s {beside}")
-    if config.json:
-        write_whole(config.json, json.dumps(record, indent=1) + "\n")
+        checks = check(images, out)
+
+        def run_alone(command: list) -> float:
+            for path in out.iterdir():  # what another program has written
+                path.unlink()
+            return run(command)
+
+        turns = {name: partial(run_alone, command) for name, command in programs.items()}
+        *_, found = in_turn(turns, config.repeats, warm_up=False)
+    seconds = {name: np.array(values) for name, values in found.items()}
+    record = {
+        "machine": machine("pillow", "numba", "ffcv"),
+        "max_side_px": config.max_side,
+        "checks": checks,
+        "seconds": {name: rounded(values) for name, values in seconds.items()},
+        "images_per_s": {name: rounded(config.count / values) for name, values in seconds.items()},
+        "times_ffcv": {ours: rounded(seconds[theirs] / seconds[ours]) for ours, theirs in RATIOS.items()},
+        "repeats": config.repeats,
+    }
+    print_record(record)
+    write_json(config.json, record)
 
 
 if __name__ == "__main__":

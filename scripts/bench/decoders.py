@@ -12,7 +12,6 @@ keep (CMYK, damaged files) is encoded again first, the same for all. Differences
 """
 
 import itertools
-import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,12 +20,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import class_images, difference_summary, write_json
 
 from pipeline.command import run_command
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
-from pipeline.disk import write_whole
-from pipeline.errors import UserError
 from pipeline.loaders.dali import make_graph
 from pipeline.storage.beton import MODE_JPEG, Beton, jpeg_bytes, open_beton
 from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
@@ -94,26 +92,14 @@ def compare(found: dict[str, Iterator[np.ndarray]]) -> list[dict]:
             counts = np.bincount(np.abs(one - other).ravel(), minlength=256)
             levels[pair] += counts
             differ[pair] += int(counts[1:].any())
-    rows = []
-    for pair, counts in levels.items():
-        values = int(counts.sum())
-        rows.append(
-            {
-                "decoders": list(pair),
-                "images": images,
-                "images_that_differ": differ[pair],
-                "values": values,
-                "values_that_differ": values - int(counts[0]),
-                "mean_difference_255": float(f"{counts @ np.arange(256) / values:.4g}"),
-                "largest_difference_255": int(np.flatnonzero(counts)[-1]),
-            }
-        )
-    return rows
+    return [
+        {"decoders": list(pair), "images": images, "images_that_differ": differ[pair]} | difference_summary(counts)
+        for pair, counts in levels.items()
+    ]
 
 
 def main(config: CompareConfig) -> None:
-    if not any(config.images.glob("*/*")):
-        raise UserError(f"{config.images} has no class folders with images; give the folder that holds them")
+    class_images(config.images)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "all.beton"
         convert(ConvertConfig(out, config.images, max_side=65_535, check="full", skip_unreadable=True))
@@ -132,8 +118,7 @@ def main(config: CompareConfig) -> None:
                 " – ".join(row["decoders"]), row["values_that_differ"] / row["values"], **row
             )
         )
-    if config.json:
-        write_whole(config.json, json.dumps(record, indent=1) + "\n")
+    write_json(config.json, record)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,13 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 import triton.runtime.jit as triton_jit
-from gpu_record import GB, Interval, Record, StageConfig, interval
+from gpu_record import Record, StageConfig
+from measure import GB, Interval, interval
 
 from pipeline.choices.draws import ViewParams, draw_views
 from pipeline.errors import UserError
@@ -206,32 +208,15 @@ def least_bytes(plan: ViewPlan, bytes_per_value: int) -> int:
     return boxes_bytes(plan) + len(plan.table) * 3 * plan.side_px**2 * bytes_per_value
 
 
-def summary(
-    together: list[float], host: list[float], apart: list[dict], plan: ViewPlan, size: int, copy: float
-) -> dict:
-    """A record's part for one type of views; `copy` is the bandwidth, bytes a second."""
-    moved, least = moved_bytes(plan, size), least_bytes(plan, size)
-
-    def kernel(name: str) -> dict[str, Interval | float | None]:
-        ms = [one[name] for one in apart]
-        seconds = float(np.median(ms)) / 1000
-        known = name in moved and seconds > 0
-        return {
-            "ms": interval(ms),
-            "share_of_copy_bandwidth": round(moved[name] / seconds / copy, 3) if known else None,
-        }
-
-    return {
-        "ms": interval(together),
-        "host_ms": interval(host),
-        "moved_bytes": sum(moved.values()),
-        "least_bytes": least,
-        "floor_ms": round(1000 * least / copy, 3),
-        "kernels": {name: kernel(name) for name in apart[0]},
-    }
+def kernel_summary(ms: list[float], moved: int | None, copy: float) -> dict[str, Interval | float | None]:
+    """Of one kernel's launches; its share of the copy's bandwidth where its bytes are known and it took any time."""
+    seconds = float(np.median(ms)) / 1000
+    known = moved is not None and seconds > 0
+    return {"ms": interval(ms), "share_of_copy_bandwidth": round(moved / seconds / copy, 3) if known else None}
 
 
 def measure_kernels(config: StageConfig, record: Record) -> None:
+    """All kernels together, then each apart, in turn with the other type of views."""
     images, copy = Images(config, 1 if config.dry_run else 1024), copy_bandwidth(config)
     start = time.perf_counter()
     plans = [images.plan(epoch) for epoch in range(4)]  # several, so that no cache holds what a step would not find
@@ -240,15 +225,24 @@ def measure_kernels(config: StageConfig, record: Record) -> None:
     found = {"images": len(images.ids), "views": len(INTERPOLATIONS), "side_px": images.side_px}
     found |= {"copy_gb_per_s": round(copy / GB, 1), "plan_on_cpu_ms": round(plan_ms, 2)}
     for name, dtype in TYPES.items():
-        together, host, apart = [], [], []
+        moved, least = moved_bytes(plans[0], dtype.itemsize), least_bytes(plans[0], dtype.itemsize)
+        together_and_host, apart = [], []
         for turn in range(0, 1) if config.dry_run else range(-2, 12):
-            work = lambda plan=on_device[turn % 4], dtype=dtype: images.views(plan, dtype)  # noqa: E731
-            ms, host_ms = together_ms(work)
-            kernels = apart_ms(work)
+            work = partial(images.views, on_device[turn % 4], dtype)
+            both, kernels = together_ms(work), apart_ms(work)
             if turn < 0:
                 continue
-            together, host, apart = [*together, ms], [*host, host_ms], [*apart, kernels]
-            found[name] = summary(together, host, apart, plans[0], dtype.itemsize, copy)
+            together_and_host.append(both)
+            apart.append(kernels)
+            together, host = zip(*together_and_host, strict=True)
+            found[name] = {
+                "ms": interval(together),
+                "host_ms": interval(host),
+                "moved_bytes": sum(moved.values()),
+                "least_bytes": least,
+                "floor_ms": round(1000 * least / copy, 3),
+                "kernels": {k: kernel_summary([one[k] for one in apart], moved.get(k), copy) for k in kernels},
+            }
             record.write(rounds=turn + 1, **found)
     images.close()
     record.write(complete=True)
@@ -259,7 +253,7 @@ def measure_tune(config: StageConfig, record: Record) -> None:
     images = Images(config, 1 if config.dry_run else 1024)
     plans = [images.plan(epoch).to(images.device) for epoch in range(1 if config.dry_run else 4)]
     usual = images.views(plans[0], torch.bfloat16)
-    runs = [apart_ms(lambda p=plan: images.views(p, torch.bfloat16)) for plan in plans]
+    runs = [apart_ms(partial(images.views, plan, torch.bfloat16)) for plan in plans]
     kernels = dict.fromkeys(name.split()[0] for name in runs[0])
     rows = [{"settings": {"kernel": kernel}, "ms": ms_of(kernel, runs), "equal": True} for kernel in kernels]
     tried = [{"kernel": name, "num_warps": warps} for name in kernels for warps in WARPS]
@@ -283,7 +277,7 @@ def tuned(images: Images, plans: list[ViewPlan], setting: dict, usual: tuple[tor
         with each_launch(lambda _, launch: launch(), setting):
             views = images.views(plans[0], torch.bfloat16)
         equal = all(torch.equal(own, other) for own, other in zip(views, usual, strict=True))
-        runs = [apart_ms(lambda p=plan: images.views(p, torch.bfloat16), setting) for plan in plans * 2]
+        runs = [apart_ms(partial(images.views, plan, torch.bfloat16), setting) for plan in plans * 2]
     except Exception as error:  # a setting that cannot be compiled or launched keeps no other from being tried
         return {"error": f"{type(error).__name__}: {error}"[:200]}
     return {"ms": ms_of(setting["kernel"], runs[len(plans) :]), "equal": equal}

@@ -1,4 +1,4 @@
-"""What the stages of scripts/gpu_report.sh share: their flags, the record each keeps, means with intervals.
+"""What the stages of scripts/gpu_report.sh share: their flags, and the record that each keeps.
 
 A record is OUT/stages/STAGE.json. It is whole at all times and is replaced after every round, so a stage that is ended
 leaves what it has measured:
@@ -8,39 +8,34 @@ leaves what it has measured:
     device     the GPU's name, or the CPU's kind       torch  its version
 """
 
-import json
-import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy import stats
+from measure import device_name, write_json
 
-from pipeline.disk import write_whole
-
-GB = 1e9
-Interval = dict[str, float | None]
+from pipeline.command import DATA, RUNS
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """Which measurement, on what."""
 
-    stage: str
-    out: Path
-    """The report's folder."""
-    data: Path
-    """A folder with train.beton of photographs."""
-    cifar: Path
-    """A folder with train.beton and val.beton of CIFAR-10."""
+    stage: str = ""
+    """The measurement; gpu_report.py runs several."""
+    out: Path = RUNS / "gpu-report"
+    """Folder for the report, the stages' records and the run."""
+    data: Path | None = None
+    """A folder with a train.beton of photographs."""
+    cifar: Path = DATA / "cifar10"
+    """A folder with CIFAR-10's train.beton and val.beton (scripts/demo.sh makes them)."""
     way: str = ""
-    """How CIFAR-10 is stepped: eager, or compile, graph, together joined by +. Empty: the fastest one measured."""
+    """How CIFAR-10 is trained: eager, or compile, graph, together joined by +. Empty: the fastest one measured."""
     launches: Path | None = None
-    """For the stage tune: a JSON list of launch settings (gpu_kernels.py)."""
+    """For the stage tune: a JSON list of launch settings (scripts/bench/gpu_kernels.py). None: each kernel's warps."""
     dry_run: bool = False
-    """Toy size, CPU."""
+    """Every stage at toy size on the CPU; the numbers mean nothing."""
 
 
 def record_path(out: Path, stage: str) -> Path:
@@ -52,8 +47,7 @@ class Record:
 
     def __init__(self, config: StageConfig):
         self.path = record_path(config.out, config.stage)
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-        self.found = {"rounds": 0, "complete": False, "device": device, "torch": torch.__version__}
+        self.found = {"rounds": 0, "complete": False, "device": device_name(), "torch": torch.__version__}
         if config.dry_run:
             self.found["dry_run"] = True
 
@@ -66,10 +60,4 @@ class Record:
         """Adds or replaces entries; on disk when this returns."""
         self.found |= found | {"complete": complete}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(self.found, indent=1) + "\n")
-
-
-def interval(values: list[float]) -> Interval:
-    """Mean and the half width of its 95 % interval, None of a single value."""
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else None
-    return {"mean": round(float(np.mean(values)), 4), "ci95": None if half is None else round(half, 4)}
+        write_json(self.path, self.found)

@@ -5,6 +5,7 @@
     card                    versions
     gate, kernels, tune     the view kernels                                                    gpu_kernels.py
     step, ways              training steps                                                      gpu_steps.py
+    tests                   pytest -m gpu
     cifar, linear           200 epochs of CIFAR-10 with kNN over time, then kNN; linear evaluation of the encoder
     decoders, loader-dali   how far DALI's pixels are from the others'; the step on images that it decodes
 
@@ -16,13 +17,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from pipeline.errors import UserError
 from pipeline.storage.beton import manifest_path
 
 PACKAGES = ("torch", "triton", "torchvision", "numba", "numpy", "pillow", "nvidia-dali-cuda120")
-FOLLOW_S = 5  # between two looks at a run's metrics
+FOLLOW_S = 5  # between two looks at a run's metrics, or at pytest's output
 TOY = {"arch": "test_resnet", "stem": "imagenet", "projector": "16-16", "global_batch": 8, "epochs": 1, "amp": "off"}
 TOY |= {"workers": 1, "warmup_epochs": 0, "knn_every": 1, "compile": False}
 
@@ -61,6 +62,39 @@ def versions() -> dict:
 
 def measure_card(config: StageConfig, record: Record) -> None:
     record.write(complete=True, rounds=1, versions=versions())
+
+
+# ---- tests ----
+
+
+def tests_found(output: str, ended: bool) -> dict:
+    """Counts of pytest -v so far, and its short reasons for what failed. Complete: ended, some passed, none failed."""
+    lines = re.findall(r"^\[gw\d+\].* (PASSED|FAILED|ERROR|SKIPPED) (\S+::.*)$", output, re.MULTILINE)
+    by_test = {test.split(" - ")[0].strip(): result for result, test in lines}
+    results = {"passed": "PASSED", "failed": "FAILED", "errors": "ERROR", "skipped": "SKIPPED"}
+    counts = {name: list(by_test.values()).count(result) for name, result in results.items()}
+    reasons = re.findall(r"^(?:FAILED|ERROR) (\S+::.*)$", output, re.MULTILINE)
+    failed = reasons or [test for test, result in by_test.items() if result in ("FAILED", "ERROR")]
+    good = ended and counts["passed"] > 0 and not failed
+    return counts | {"rounds": len(by_test), "complete": good, "failed_tests": [line[:160] for line in failed]}
+
+
+def measure_tests(config: StageConfig, record: Record) -> None:
+    """The files that have tests for a GPU, side by side; those that train, which take longest, come first."""
+    paths = sorted((REPO / "tests").glob("test_*.py"), reverse=True)
+    files = [path for path in paths if "mark.gpu" in path.read_text("utf-8")]
+    files, workers = ([REPO / "tests" / "test_recorded.py"], "1") if config.dry_run else (files, "8")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", workers, "-v", "-W", "default", *files]
+    log = config.out / "tests.txt"
+    with open(log, "wb") as file:
+        tests = subprocess.Popen(command, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=file, stderr=file)
+    code = None
+    while code is None:
+        with suppress(subprocess.TimeoutExpired):
+            code = tests.wait(FOLLOW_S)
+        record.write(**tests_found(log.read_text("utf-8", "replace"), ended=code == 0))
+    if not record.found["complete"]:
+        raise UserError("no test passed" if code in (0, 5) else f"pytest ended with exit code {code}")
 
 
 # ---- a run of CIFAR-10 ----
@@ -100,16 +134,10 @@ def measure_cifar(config: StageConfig, record: Record) -> None:
     images = json.loads(manifest_path(config.cifar / "train.beton").read_text("utf-8"))["images"]
     run, way, spent = config.out / "cifar", chosen_way(config), config.out / "cifar-seconds.json"
     before_s = json.loads(spent.read_text("utf-8")) if spent.is_file() else 0.0
-    card = replace(
-        PRESETS["cifar10"],
-        data=config.cifar,
-        run=str(run),
-        epochs=200,
-        loader="resident",
-        knn_every=25,
-        knn_images=10_000,
-    )
-    card = replace(card, **TOY if config.dry_run else way_fields(way) if way else {})
+    own = {"data": config.cifar, "run": str(run), "epochs": 200, "loader": "resident"}
+    own |= {"knn_every": 25, "knn_images": 10_000}
+    own |= TOY if config.dry_run else way_fields(way) if way else {}
+    card = replace(PRESETS["cifar10"], **own)
     start, stop = time.monotonic(), threading.Event()
 
     def write(**found) -> None:
@@ -146,9 +174,6 @@ def measure_linear(config: StageConfig, record: Record) -> None:
     record.write(complete=True, rounds=1, linear_cached=result["value"], seconds=result["seconds"])
 
 
-# ---- which stage ----
-
-
 def measure_decoders(config: StageConfig, record: Record) -> None:
     from decoders import compare, decoders
 
@@ -158,29 +183,29 @@ def measure_decoders(config: StageConfig, record: Record) -> None:
     record.write(complete=True, rounds=1, pairs=compare(found))
 
 
-def stages() -> dict[str, Callable[[StageConfig, Record], None]]:
-    """By name. What they need is imported here, so that a package that is missing ends one stage and not this file."""
-    from gpu_kernels import measure_gate, measure_kernels, measure_tune
-    from gpu_steps import measure_loader, measure_step, measure_ways
+# ---- which stage ----
 
-    return {
-        "card": measure_card,
-        "gate": measure_gate,
-        "kernels": measure_kernels,
-        "tune": measure_tune,
-        "step": measure_step,
-        "ways": measure_ways,
-        "loader-dali": partial(measure_loader, name="dali"),
-        "cifar": measure_cifar,
-        "linear": measure_linear,
-        "decoders": measure_decoders,
-    }
+# Those of other files are imported when they run, so that a package that is missing ends one stage and not this file.
+STAGES = {
+    "card": "gpu_stages.measure_card",
+    "gate": "gpu_kernels.measure_gate",
+    "kernels": "gpu_kernels.measure_kernels",
+    "tune": "gpu_kernels.measure_tune",
+    "step": "gpu_steps.measure_step",
+    "ways": "gpu_steps.measure_ways",
+    "loader-dali": "gpu_steps.measure_dali",
+    "cifar": "gpu_stages.measure_cifar",
+    "linear": "gpu_stages.measure_linear",
+    "tests": "gpu_stages.measure_tests",
+    "decoders": "gpu_stages.measure_decoders",
+}
 
 
 def main(config: StageConfig) -> None:
     if not (torch.cuda.is_available() or config.dry_run):
         raise UserError("there is no GPU here; --dry-run walks through at toy size on the CPU")
-    stages()[config.stage](config, Record(config))
+    module, function = STAGES[config.stage].split(".")
+    getattr(importlib.import_module(module), function)(config, Record(config))
 
 
 if __name__ == "__main__":

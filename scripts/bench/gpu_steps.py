@@ -18,7 +18,8 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
-from gpu_record import GB, Interval, Record, StageConfig, interval
+from gpu_record import Record, StageConfig
+from measure import GB, Interval, interval
 from step import PEAK, SYNTHETIC, Bench, BenchConfig
 
 from pipeline.errors import UserError
@@ -214,16 +215,16 @@ def use_cores(cores: int, all_cores: list[int]) -> None:
             os.sched_setaffinity(int(thread), all_cores[:cores])
 
 
-def measure_loader(config: StageConfig, record: Record, name: str) -> None:
-    """Real images by another loader; an image that it cannot decode shows before minutes go into compiling."""
+def measure_dali(config: StageConfig, record: Record) -> None:
+    """Real images that DALI decodes; one that it cannot decode shows before minutes go into compiling."""
     ranks = start_ranks()
     card = bench_card(config, "imagenet", EQUAL_BATCH, ours())
-    with contextlib.closing(real_loader(config, card, name, CORES[0], ranks)) as loader:
+    with contextlib.closing(real_loader(config, card, "dali", CORES[0], ranks)) as loader:
         next(first := loader.batches(0, 1))
         first.close()
     bench = Bench(card, ranks)
     bench.together()  # compiled with all cores
-    measure_real(config, record, name, bench, ranks)
+    measure_real(config, record, "dali", bench, ranks)
     record.write(complete=True)
 
 

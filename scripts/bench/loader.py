@@ -19,26 +19,23 @@ other programs.
 import ctypes
 import importlib.util
 import io
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-import numba
 import numpy as np
 import torch
-from operations import SIDE, OperationBench, compare_decoder, compare_views
+from decoders import compare, libjpeg_images, pillow_images
+from measure import class_images, in_turn, interval, machine, seconds_of, write_json
+from operations import SIDE, OperationBench, compare_views
 from PIL import Image, ImageFilter
-from PIL import __version__ as pillow_version
-from scipy import stats
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
@@ -48,7 +45,6 @@ from pipeline.compiled import jit
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
-from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, SOLARIZE_THRESHOLD, LoaderConfig, Normalization, ViewSpec
@@ -58,7 +54,16 @@ from pipeline.storage.jpeg import RGB, STRICT, turbojpeg
 from pipeline.views.augment_cpu import apply_view, make_scratch, normalization_table
 
 CROPS = (ViewSpec(p_jitter=0, p_grey=0), ViewSpec(p_jitter=0, p_grey=0))
-FIRST_BATCH = Path(__file__).with_name("first_batch.py")
+FIRST_BATCH = """
+import os, sys
+from pathlib import Path
+from pipeline.loader import make_loader
+from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
+
+loader = make_loader(LoaderConfig(Path(sys.argv[1]), BARLOW_TWINS_VIEWS, 224, global_batch=int(sys.argv[2])))
+next(iter(loader.batches(0, 1)))
+os._exit(0)  # without the time that ending takes
+"""
 SLOTS = 32  # images whose views are kept, so that writing them costs what it costs in a batch
 
 
@@ -87,16 +92,9 @@ class BenchConfig:
 # ---- the published recipe ----
 
 
-class RandomBlur:
-    """Pillow's GaussianBlur with probability p, sigma uniform in [0.1, 2]."""
-
-    def __init__(self, p: float) -> None:
-        self.p = p
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        if torch.rand(1).item() >= self.p:
-            return image
-        return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(1).item()))
+def blurred(image: Image.Image) -> Image.Image:
+    """Pillow's GaussianBlur with sigma uniform in [0.1, 2]."""
+    return image.filter(ImageFilter.GaussianBlur(0.1 + 1.9 * torch.rand(1).item()))
 
 
 def published_view(view: ViewSpec) -> T.Compose:
@@ -108,7 +106,7 @@ def published_view(view: ViewSpec) -> T.Compose:
             T.RandomHorizontalFlip(view.p_flip),
             T.RandomApply([jitter], view.p_jitter),
             T.RandomGrayscale(view.p_grey),
-            RandomBlur(view.p_blur),
+            T.RandomApply([T.Lambda(blurred)], view.p_blur),
             T.RandomSolarize(SOLARIZE_THRESHOLD, view.p_solarize),
             T.ToTensor(),
             T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
@@ -180,25 +178,12 @@ class Worker:
 
 def link_some(images: Path, folder: Path, limit: int) -> Path:
     """Links to `limit` files spread over an image folder, in the same class folders."""
-    files = sorted(path for path in images.glob("*/*") if path.is_file())
-    if not files:
-        raise UserError(f"{images} has no class folders with images; give the folder that holds the class folders")
+    files = class_images(images)
     for i in np.unique(np.linspace(0, len(files) - 1, limit).astype(int)):
         target = folder / files[i].parent.name / files[i].name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(files[i].resolve())
     return folder
-
-
-def machine() -> str:
-    """The processor and the versions that decide the figures."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0))
-    versions = f"Pillow {pillow_version}, torch {torch.__version__}, numba {numba.__version__}"
-    return (
-        f"{names[0] if names else platform.processor()}, {cores} CPUs, Python {platform.python_version()}, {versions}"
-    )
 
 
 def has_dali() -> bool:
@@ -214,35 +199,27 @@ def store(images: Path, out: Path, max_side: int) -> Beton:
     return open_beton(out)
 
 
-def measure(candidates: dict, images: int, repeats: int) -> dict[str, np.ndarray]:
-    """Images per second of every candidate in every repeat; the first, unmeasured round compiles and warms up."""
-    speeds = {name: np.zeros(repeats) for name in candidates}
-    for repeat in range(-1, repeats):
-        for name, (run, count) in candidates.items():
-            start = time.perf_counter()
-            run()
-            if repeat >= 0:
-                speeds[name][repeat] = (count or images) / (time.perf_counter() - start)
-    return speeds
+def check_decoder(beton: Beton) -> dict:
+    """Raises AssertionError unless every image decodes to Pillow's pixels."""
+    (found,) = compare({"libjpeg": libjpeg_images(beton), "pillow": pillow_images(beton)})
+    assert not found["values_that_differ"], f"libjpeg-turbo decodes to other pixels than Pillow: {found}"
+    return {"images": found["images"], "differ": found["images_that_differ"]}
 
 
 def record(name: str, speeds: np.ndarray, config: BenchConfig, about: str) -> dict:
-    interval = stats.t.ppf(0.975, len(speeds) - 1) * stats.sem(speeds)
-    rounded = {"images_per_s": round(float(speeds.mean()), 1), "ci95": round(float(interval), 1)}
+    of = interval(speeds, 1)
+    measured = {"name": name, "images_per_s": of["mean"], "ci95": of["ci95"], "repeats": len(speeds)}
     threads = 1 if name.startswith(("op_", "pillow_")) else config.threads
-    return {"name": name, **rounded, "repeats": len(speeds), "threads": threads, "machine": about}
+    return measured | {"threads": threads, "machine": about}
 
 
 def first_batch_s(path: Path, images: int) -> dict[str, float]:
     """Seconds from the start of a program to its first batch of 32, imports included, with and without compiling."""
+    command = [sys.executable, "-c", FIRST_BATCH, path, str(min(images, 32))]
     with tempfile.TemporaryDirectory() as cache:
         environment = os.environ | {"NUMBA_CACHE_DIR": cache}
-        seconds = {}
-        for name in ("nothing_compiled", "compiled"):
-            command = [sys.executable, FIRST_BATCH, str(path), str(min(images, 32))]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-            seconds[name] = round(float(done.stdout.split()[-1]), 1)
-    return seconds
+        run = partial(subprocess.run, command, env=environment, capture_output=True, check=True)
+        return {name: round(seconds_of(run), 1) for name in ("nothing_compiled", "compiled")}
 
 
 def candidates_of(betons: dict[str, Beton], workers: list[Worker], threads: ThreadPoolExecutor, processes) -> dict:
@@ -290,17 +267,18 @@ def main(config: BenchConfig) -> None:
     cores = sorted(os.sched_getaffinity(0))
     if config.threads > len(cores):
         raise UserError(f"--threads {config.threads}: this process may use {len(cores)} cores; give at most that many")
-    about = machine()
+    about = machine("pillow", "torch", "numba")
     os.sched_setaffinity(0, cores[: config.threads])  # DALI has threads of its own beside those it is told to use
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(config.threads) as threads:
         chosen = link_some(config.images, Path(folder) / "images", config.limit)
         betons = {"": store(chosen, Path(folder) / "original.beton", 65_535)}
         if config.stored_side:
             betons[f"_{config.stored_side}px"] = store(chosen, Path(folder) / "stored.beton", config.stored_side)
-        checks = {"machine": about, "decoder": compare_decoder(betons[""]), "views": compare_views(betons[""])}
+        checks = {"machine": about, "decoder": check_decoder(betons[""]), "views": compare_views(betons[""])}
         for row in checks["views"]:
-            print("{operation:14s} {values:11d} values, {differ:.1e} differ, at most by {largest} of 255".format(**row))
-        if max(row["mean_difference"] for row in checks["views"]) > 0.5:
+            counts = "{operation:14s} {values:11d} values, {values_that_differ} differ".format(**row)
+            print(f"{counts}, at most by {row['largest_difference_255']} of 255")
+        if max(row["mean_difference_255"] for row in checks["views"]) > 0.5:
             raise UserError("the kernels' views are not Pillow's (see above), so their speed means nothing; mend them")
         if config.first_batch:
             checks["first_batch_s"] = first_batch_s(betons[""].path, len(betons[""]))
@@ -312,18 +290,20 @@ def main(config: BenchConfig) -> None:
         if has_dali():
             dali, candidate = dali_candidate(betons[""], config.threads)
             candidates |= candidate
-        speeds = measure(candidates, len(betons[""]), config.repeats)
+        turns = {name: partial(seconds_of, run) for name, (run, _) in candidates.items()}
+        *_, seconds = in_turn(turns, config.repeats)
         if has_dali():
             dali.close()
         for worker in workers:
             worker.close()
         if processes:
             processes.shutdown()
+        images = len(betons[""])
+    speeds = {name: (candidates[name][1] or images) / np.array(values) for name, values in seconds.items()}
     records = [record(name, values, config, about) for name, values in speeds.items()]
     print_speeds(records)
-    for path, content in ((config.json, records), (config.checks, checks)):
-        if path:
-            write_whole(path, json.dumps(content, indent=1) + "\n")
+    write_json(config.json, records)
+    write_json(config.checks, checks)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,18 @@
 Nothing of the evaluation's own counting is used, only its file format. Exit code 1 where a number differs.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tyro
+from measure import write_json
 
 from eval.kept import find_features
 from eval.splits import Dataset, open_dataset
 from eval.subject import read_results
 from pipeline.command import run_command
-from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from train.run_data import dataset_sha256
 
@@ -38,6 +37,17 @@ class RecountConfig:
     """Where to write what was found."""
 
 
+def brute_force_votes(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, *, classes: int, k: int) -> np.ndarray:
+    """(N, K) float64: what each class gets from the k nearest of each query, one query at a time, all sorted."""
+    bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
+    votes = np.zeros((len(queries), classes))
+    for query, row in zip(queries, votes, strict=True):
+        similarity = bank @ (query / np.linalg.norm(query))
+        nearest = np.argsort(-similarity)[:k]
+        row[:] = np.bincount(labels[nearest], np.exp(similarity[nearest] / TEMPERATURE), classes)
+    return votes
+
+
 def kept_features(run: Path, result: dict, dataset_sha256: str) -> np.ndarray | None:
     """The features of a whole split that a result was made of, float64."""
     wanted = {"dataset_sha256": dataset_sha256, "ids_sha256": "all", "key": result.get("key", "")}
@@ -46,35 +56,22 @@ def kept_features(run: Path, result: dict, dataset_sha256: str) -> np.ndarray | 
     return None if found is None else found.double().numpy()
 
 
-def recount(bank: np.ndarray, labels: np.ndarray, queries: np.ndarray, truth: np.ndarray, k: int) -> float:
-    """Percent of queries whose class wins the vote of the k nearest: one query at a time, all similarities sorted."""
-    bank = bank / np.linalg.norm(bank, axis=1, keepdims=True)
-    hits = 0
-    for query, label in zip(queries, truth, strict=True):
-        similarity = bank @ (query / np.linalg.norm(query))
-        nearest = np.argsort(-similarity)[:k]
-        hits += np.bincount(labels[nearest], np.exp(similarity[nearest] / TEMPERATURE)).argmax() == label
-    return 100 * hits / len(truth)
-
-
 def recount_result(result: dict, dataset: Dataset, run: Path) -> dict | None:
     """The recorded and the recounted top-1 of every k; None where the features were not kept."""
-    digests = (dataset_sha256(dataset.train), dataset_sha256(dataset.val))
-    if result["dataset_sha256"] != dict(zip(("train", "val"), digests, strict=True)):
+    digests = {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)}
+    if result["dataset_sha256"] != digests:
         return None
-    bank, queries = (kept_features(run, result, digest) for digest in digests)
+    bank, queries = (kept_features(run, result, digest) for digest in digests.values())
     if bank is None or queries is None:
         return None
-    recorded = {int(key[len("top1_k") :]): value for key, value in result["values"].items() if key.startswith("top1_k")}
-    truth = dataset.val_labels
-    return {
-        "encoder": result["encoder"],
-        "arch": result["arch"],
-        "checkpoint_sha256": result["checkpoint_sha256"],
-        "images": [len(bank), len(queries)],
-        "recorded": recorded,
-        "recounted": {k: recount(bank, dataset.train.labels, queries, truth, k) for k in recorded},
-    }
+    recorded = {int(name[len("top1_k") :]): of for name, of in result["values"].items() if name.startswith("top1_k")}
+    labels, truth = dataset.train.labels, dataset.val_labels
+    classes, recounted = int(max(labels.max(), truth.max())) + 1, {}
+    for k in recorded:
+        votes = brute_force_votes(bank, labels, queries, classes=classes, k=k)
+        recounted[k] = 100 * float((votes.argmax(axis=1) == truth).mean())
+    about = {name: result[name] for name in ("encoder", "arch", "checkpoint_sha256")}
+    return about | {"images": [len(bank), len(queries)], "recorded": recorded, "recounted": recounted}
 
 
 def main(config: RecountConfig) -> None:
@@ -88,8 +85,7 @@ def main(config: RecountConfig) -> None:
     for one in found:
         pairs = ", ".join(f"k = {k}: {v:.2f} and {one['recounted'][k]:.2f}" for k, v in one["recorded"].items())
         print(f"{one['encoder']} {one['arch']}, top-1 recorded and recounted: {pairs}")
-    if config.json:
-        write_whole(config.json, json.dumps(found, indent=1) + "\n")
+    write_json(config.json, found)
     if any(abs(v - one["recounted"][k]) > 1e-6 for one in found for k, v in one["recorded"].items()):
         sys.exit(1)
 

@@ -1,6 +1,7 @@
 """Single operations of a view, the kernels' and Pillow's: compared, and as candidates for loader.py."""
 
 import numpy as np
+from measure import difference_summary
 from PIL import Image, ImageFilter
 from torchvision.transforms import functional as F
 
@@ -9,7 +10,6 @@ from pipeline.compiled import jit
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.spec import BARLOW_TWINS_VIEWS, SOLARIZE_THRESHOLD, Normalization, ViewSpec
 from pipeline.storage.beton import Beton
-from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.storage.decode_pil import decode_pil
 from pipeline.views.augment_cpu import UNCHANGED, apply_view, make_scratch, normalization_table, write_view
 from pipeline.views.blur_cpu import apply_blur
@@ -29,19 +29,6 @@ FIELDS = {
 
 
 # ---- comparing ----
-
-
-def compare_decoder(beton: Beton) -> dict:
-    """Raises unless every image decodes to Pillow's pixels."""
-    handle, pixels = make_handle(), np.empty(int((beton.heights * beton.widths).max()) * 3, np.uint8)
-    for i in range(len(beton)):
-        height, width = int(beton.heights[i]), int(beton.widths[i])
-        place = beton.offsets[i], beton.sizes_bytes[i], beton.modes[i]
-        assert decode_rgb(handle, beton.data, *place, height, width, pixels) == OK
-        ours = pixels[: height * width * 3].reshape(height, width, 3)
-        assert np.array_equal(ours, np.asarray(decode_pil(beton, i))), f"image {i} decodes to other pixels than Pillow"
-    free_handle(handle)
-    return {"images": len(beton), "differ": 0}
 
 
 def only(operation: str, drawn: ViewParams) -> ViewParams:
@@ -77,15 +64,7 @@ def compare_views(beton: Beton) -> list[dict]:
         both = draw_views(2, 0, one, *size, BARLOW_TWINS_VIEWS, SIDE)
         for v in range(2):
             add("whole_chain", image, both, v)
-    rows = []
-    for name, counts in histograms.items():
-        values, levels = int(counts.sum()), np.flatnonzero(counts)
-        mean = float((counts * np.arange(256)).sum() / values)
-        differ = float(1 - counts[0] / values)
-        rows.append(
-            {"operation": name, "values": values, "differ": differ, "largest": int(levels[-1]), "mean_difference": mean}
-        )
-    return rows
+    return [{"operation": name} | difference_summary(counts) for name, counts in histograms.items()]
 
 
 # ---- timing ----

@@ -35,8 +35,12 @@ def make_loader(config: LoaderConfig) -> Loader:
     """The loader of `config.backend`. Raises UserError for a dataset, batch size or backend that cannot work."""
     if config.backend != "dali" and config.data.name.endswith(SHARDS):
         raise UserError(f"{config.data} are shards, which --loader dali reads; give --data a .beton, or choose that")
+    if config.backend == "fast":
+        from pipeline.loaders.threads import FfcvLoader as FastLoader
+
+        return FastLoader(config)
     if config.backend == "ffcv":
-        from pipeline.loaders.threads import FfcvLoader
+        from pipeline.loaders.ffcv import FfcvLoader
 
         return FfcvLoader(config)
     if config.backend == "torch":
@@ -51,4 +55,4 @@ def make_loader(config: LoaderConfig) -> Loader:
         from pipeline.loaders.resident import ResidentLoader
 
         return ResidentLoader(config)
-    raise UserError(f"--loader {config.backend} is unknown; choose ffcv, resident, torch or dali")
+    raise UserError(f"--loader {config.backend} is unknown; choose fast, ffcv, resident, torch or dali")

@@ -136,7 +136,7 @@ class LoaderConfig:
     on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
                     another sample stands in for it (bad_images.py), in shuffled streams
     resolutions     (first epoch, px), ascending: sides of the views that change with the epoch; () for resolution_px
-    workers         threads (ffcv, resident, dali) or processes (torch) of this rank; 0 for one a core it may use
+    workers         threads (fast, ffcv, resident, dali) or processes (torch) of this rank; 0 for one a core it may use
     device          where the views end up
     views_on        "cpu" or "gpu": who makes the views (not torch); "auto" for the device they end up on
     view_type       of the normalized values: float32, or what autocast would round them to in any case, at half the
@@ -156,7 +156,7 @@ class LoaderConfig:
     normalization: Normalization = field(default_factory=Normalization)
     rank: int = 0
     world_size: int = 1
-    backend: str = "ffcv"
+    backend: str = "fast"
     workers: int = 0
     device: str = "cpu"
     views_on: str = "auto"

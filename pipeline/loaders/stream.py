@@ -33,17 +33,22 @@ def samples_in_use(config: LoaderConfig, stored: Beton | Shards) -> np.ndarray:
     return np.arange(len(stored)) if config.ids is None else np.asarray(config.ids, np.int64)
 
 
-def make_plan(
-    config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray, start_step: int, stop_step: int | None
-) -> Plan:
+def make_order(config: LoaderConfig, ids: np.ndarray, start_step: int, stop_step: int | None) -> Plan:
     """Yields (step, epoch, sample ids of this rank); `ids` are the samples in use, in file order."""
     c = config
     if not c.shuffle:
         assert c.on_bad_image == "stop", "a pass over all samples has no room for stand-ins"
         return sequential_batches(ids, c.global_batch, c.rank, c.world_size)
     assert stop_step is not None, "a shuffled stream has no end of its own"
-    plan = shuffled_batches(c.seed, ids, c.global_batch, c.rank, c.world_size, start_step, stop_step, c.blocks)
-    return read_ahead(plan, config, stored, ids) if c.blocks else plan
+    return shuffled_batches(c.seed, ids, c.global_batch, c.rank, c.world_size, start_step, stop_step, c.blocks)
+
+
+def make_plan(
+    config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray, start_step: int, stop_step: int | None
+) -> Plan:
+    """The same, with the file read ahead of its use in block-shuffled order: to be asked for as batches are used."""
+    plan = make_order(config, ids, start_step, stop_step)
+    return read_ahead(plan, config, stored, ids) if config.shuffle and config.blocks else plan
 
 
 def read_ahead(plan: Plan, config: LoaderConfig, stored: Beton | Shards, ids: np.ndarray) -> Plan:

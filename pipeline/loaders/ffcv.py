@@ -25,7 +25,7 @@ import torch
 
 from pipeline.choices.draws import ViewParams, distribution_table, empty_params, fill_centre_views, fill_views
 from pipeline.choices.order import rank_batch, steps_per_epoch
-from pipeline.compiled import jit
+from pipeline.compiled import ByAddress, compiled, jit
 from pipeline.errors import UserError
 from pipeline.loaders.bad_images import BadImages
 from pipeline.loaders.stream import make_order, make_plan, samples_in_use
@@ -108,7 +108,7 @@ def start_worker(largest, view_count, side_px):
     )
 
 
-@jit
+@compiled()
 def make_views(worker, stored, mode, height, width, sample, epoch, views, out):
     """Decodes the image in `stored` and makes its views, out (V, S, S, 3); zeros where the status is not OK."""
     status = decode_rgb(worker.handle, stored, 0, len(stored), mode, height, width, worker.pixels)
@@ -187,6 +187,10 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         views, largest = self._views, self._largest
         epoch_address, status_address = self._epoch.ctypes.data, self.status.ctypes.data
 
+        arguments = start_worker(largest, *self.shape[:2]), np.frombuffer(b" ", np.uint8), 0, 0, 0, 0, 0, views
+        call = ByAddress(make_views, *arguments, np.empty(self.shape, self.dtype))
+        end_handle(arguments[0].handle)
+
         def do_lane(lane, batch_indices, out, metadata, storage_state, epoch, status):
             worker = start_worker(largest, out.shape[1], out.shape[2])
             for b in range(lane, len(batch_indices), lanes):
@@ -194,7 +198,7 @@ class ViewsDecoder(SimpleRGBImageDecoder):
                 field = metadata[sample]
                 mode, height, width = np.int64(field["mode"]), np.int64(field["height"]), np.int64(field["width"])
                 stored = read(field["data_ptr"], storage_state)
-                status[b] = make_views(worker, stored, mode, height, width, sample, epoch, views, out[b])
+                status[b] = call(worker, stored, mode, height, width, sample, epoch, views, out[b])
             end_handle(worker.handle)
 
         do_lane = Compiler.compile(do_lane)
@@ -215,9 +219,7 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         """The same for one image outside of FFCV's Loader, its status included: `out` is (V, S, S, 3)."""
         worker = start_worker(self._largest, len(out), out.shape[1])
         size = int(height), int(width)
-        self.status[sample] = make_views(
-            worker, stored, int(mode), *size, int(sample), self.epoch, self._views, out
-        )
+        self.status[sample] = make_views(worker, stored, int(mode), *size, int(sample), self.epoch, self._views, out)
         end_handle(worker.handle)
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import convert
 from pipeline.convert import ConvertConfig
-from pipeline.convert import main as convert
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, Blocks, CentreCrop, LoaderConfig
-from pipeline.storage.beton import open_beton
+from pipeline.storage.beton import MODE_RAW, open_beton
+from pipeline.storage.sources.open import Source
 
 REPO = Path(__file__).resolve().parents[1]
 INSTALLED = importlib.util.find_spec("ffcv") is not None
@@ -119,15 +120,19 @@ def test_ranks_share_a_pass_in_the_order_given(config):
 @needs_ffcv
 @pytest.mark.slow
 def test_greyscale_jpegs_and_raw_pixels(tmp_path):
-    rng = np.random.default_rng(0)
-    for i in range(6):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), np.uint8)
+    for i, image in enumerate(pixels):
         folder = tmp_path / "images" / f"class_{i % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (40 + i, 50, 3), np.uint8)
-        Image.fromarray(pixels[..., 0] if i % 3 else pixels).save(folder / f"{i}.jpg", quality=90)
-    convert(ConvertConfig(tmp_path / "grey.beton", tmp_path / "images", workers=1))
-    config = LoaderConfig(tmp_path / "grey.beton", BARLOW_TWINS_VIEWS, 32, global_batch=3, workers=2, backend="ffcv")
-    assert_as_fast(config)
+        Image.fromarray(image[: 20 + i, :, 0] if i % 3 else image).save(folder / f"{i}.jpg", quality=90)
+    convert.main(ConvertConfig(tmp_path / "grey.beton", tmp_path / "images", workers=1))
+    names = [str(i) for i in range(9)]
+    source = Source("cifar-10", "train", ["a", "b"], names, np.arange(9) % 2, tmp_path, pixels=pixels)
+    convert.convert(source, tmp_path / "raw.beton", ConvertConfig(tmp_path / "raw.beton"))
+    assert (open_beton(tmp_path / "raw.beton").modes == MODE_RAW).all()
+    for name in ("grey", "raw"):
+        config = LoaderConfig(tmp_path / f"{name}.beton", BARLOW_TWINS_VIEWS, 32, global_batch=4, backend="ffcv")
+        assert_as_fast(config)
 
 
 @needs_ffcv

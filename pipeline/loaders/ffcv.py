@@ -25,7 +25,7 @@ import torch
 
 from pipeline.choices.draws import ViewParams, distribution_table, empty_params, fill_centre_views, fill_views
 from pipeline.choices.order import rank_batch, steps_per_epoch
-from pipeline.compiled import ByAddress, compiled, jit
+from pipeline.compiled import ByAddress, compiled
 from pipeline.errors import UserError
 from pipeline.loaders.bad_images import BadImages
 from pipeline.loaders.stream import make_order, make_plan, samples_in_use
@@ -96,7 +96,7 @@ class Worker(NamedTuple):
     scratch: Scratch
 
 
-@jit
+@compiled()
 def start_worker(largest, view_count, side_px):
     """A Worker for images of up to `largest` (height, width, pixels). Its handle is to be given back: end_handle."""
     height, width, pixels = largest
@@ -187,12 +187,14 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         views, largest = self._views, self._largest
         epoch_address, status_address = self._epoch.ctypes.data, self.status.ctypes.data
 
-        arguments = start_worker(largest, *self.shape[:2]), np.frombuffer(b" ", np.uint8), 0, 0, 0, 0, 0, views
+        size = largest, *self.shape[:2]
+        arguments = start_worker(*size), np.frombuffer(b" ", np.uint8), 0, 0, 0, 0, 0, views
+        start = ByAddress(start_worker, *size)
         call = ByAddress(make_views, *arguments, np.empty(self.shape, self.dtype))
         end_handle(arguments[0].handle)
 
         def do_lane(lane, batch_indices, out, metadata, storage_state, epoch, status):
-            worker = start_worker(largest, out.shape[1], out.shape[2])
+            worker = start(largest, out.shape[1], out.shape[2])
             for b in range(lane, len(batch_indices), lanes):
                 sample = np.int64(batch_indices[b])
                 field = metadata[sample]
@@ -207,7 +209,7 @@ class ViewsDecoder(SimpleRGBImageDecoder):
             epoch, status = np.empty(1, np.int64), np.empty(len(batch_indices), np.uint8)
             ctypes_memcopy(epoch_address, epoch.ctypes.data, 8)
             for lane in turns(lanes):
-                do_lane(lane, batch_indices, out, metadata, storage_state, epoch[0], status)
+                do_lane(np.int64(lane), batch_indices, out, metadata, storage_state, epoch[0], status)
             for b in range(len(batch_indices)):
                 ctypes_memcopy(status[b:].ctypes.data, status_address + np.int64(batch_indices[b]), 1)
             return out

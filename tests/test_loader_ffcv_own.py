@@ -213,7 +213,8 @@ def test_user_errors(config, monkeypatch):
     if INSTALLED:
         with pytest.raises(UserError, match="--views-on gpu.*--loader fast"):
             make_loader(replace(config, views_on="gpu"))
-    monkeypatch.delitem(sys.modules, "pipeline.loaders.ffcv", raising=False)
+    for name in ("ffcv", "ffcv_operation"):
+        monkeypatch.delitem(sys.modules, f"pipeline.loaders.{name}", raising=False)
     monkeypatch.setitem(sys.modules, "ffcv.fields.rgb_image", None)
     with pytest.raises(UserError, match=r"needs FFCV.*scripts/setup\.sh.*--loader fast"):
         make_loader(config)

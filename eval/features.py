@@ -167,7 +167,7 @@ def features_of(
     beton: Beton,
     cache: Path,
     ids: np.ndarray | None = None,
-    backend: str = "ffcv",
+    backend: str = "fast",
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:

@@ -56,7 +56,7 @@ def find_features(folder: Path, **wanted) -> torch.Tensor | None:
     for path in sorted(folder.glob("*.safetensors")):
         about = described(path)
         if all(about.get(name) == value for name, value in wanted.items()):
-            candidates.append((about.get("dtype") != "float32", about.get("loader") != "ffcv", path))
+            candidates.append((about.get("dtype") != "float32", about.get("loader") != "fast", path))
     for _, _, path in sorted(candidates):
         try:
             return read_whole(path)[1]

@@ -21,6 +21,7 @@ def bench():
     return module
 
 
+@pytest.mark.ffcv
 @pytest.mark.slow
 def test_the_programs_and_their_checks(bench, imagenet_sample, tmp_path, monkeypatch):
     for path in imagenet_sample[:6]:

@@ -74,7 +74,7 @@ def test_rows_follow_the_ids(encoder, val, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kept_features_equal_fresh_ones_bit_for_bit(encoder, val, tmp_path, monkeypatch, dtype):
     first = features_of(encoder, val, tmp_path, dtype=dtype)
-    fresh = extract_features(encoder, centre_loader_config(encoder, val.path, None, "ffcv", 1), dtype)
+    fresh = extract_features(encoder, centre_loader_config(encoder, val.path, None, "fast", 1), dtype)
     monkeypatch.setattr(features_module, "extract_features", no_extraction)
     kept = features_of(encoder, val, tmp_path, dtype=dtype)
     assert kept.dtype == first.dtype == dtype
@@ -102,7 +102,7 @@ def in_parts(monkeypatch) -> list[int]:
 def test_parts_do_not_change_a_bit(encoder, val, tmp_path, in_parts):
     found = features_of(encoder, val, tmp_path)
     assert in_parts == [16, 16, 16, 12]
-    whole = extract_features(encoder, centre_loader_config(encoder, val.path, None, "ffcv", 1), torch.float32)
+    whole = extract_features(encoder, centre_loader_config(encoder, val.path, None, "fast", 1), torch.float32)
     assert torch.equal(found, whole)
     assert len(list(tmp_path.iterdir())) == 1, "no part stays behind"
 
@@ -162,7 +162,7 @@ def test_another_checkpoint_never_gets_these_features(encoder, val, data, tmp_pa
 
 
 def test_everything_that_decides_the_numbers_is_in_the_description(encoder, val, data, tmp_path):
-    def describe(encoder=encoder, beton=val, ids=None, backend="ffcv", dtype=torch.float32):
+    def describe(encoder=encoder, beton=val, ids=None, backend="fast", dtype=torch.float32):
         return str(describe_features(encoder, beton, centre_loader_config(encoder, beton.path, ids, backend, 1), dtype))
 
     other_run = open_encoder(write_run(tmp_path, data, seed=1))
@@ -196,7 +196,7 @@ def test_a_file_without_a_digest_counts_as_damaged(tmp_path, capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_changed_bit_is_noticed(tmp_path, dtype):
     """What is read is None or what was written, bit for bit; never a file of something else, and no other error."""
-    path, about = tmp_path / "kept.safetensors", {"version": FEATURES_VERSION, "dtype": "float32", "loader": "ffcv"}
+    path, about = tmp_path / "kept.safetensors", {"version": FEATURES_VERSION, "dtype": "float32", "loader": "fast"}
     description = json.dumps(about)
     features = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     keep_features(path, description, features)

@@ -78,7 +78,7 @@ def test_decoded_pixels_are_those_of_the_fast_loader(imagenet_sample, tmp_path):
 )
 def test_the_batches_of_the_fast_loader(config, views):
     config = replace(config, views=views, shuffle=not isinstance(views, CentreCrop))
-    ours, theirs = _all(config), _all(replace(config, backend="ffcv"))
+    ours, theirs = _all(config), _all(replace(config, backend="fast"))
     assert len(ours) == len(theirs) > 0
     for one, other in zip(ours, theirs, strict=True):
         _assert_equal(one, other)
@@ -92,9 +92,9 @@ def test_the_batches_of_the_reference(config):
 
 def test_a_run_that_changes_its_loader_goes_on_with_the_same_batches(config):
     """Three steps with one, the rest with the other, across the end of an epoch: both ways."""
-    for first, second in (("ffcv", "dali"), ("dali", "ffcv")):
+    for first, second in (("fast", "dali"), ("dali", "fast")):
         mixed = _all(replace(config, backend=first), 0, 2) + _all(replace(config, backend=second), 2, 5)
-        for one, other in zip(mixed, _all(replace(config, backend="ffcv"), 0, 5), strict=True):
+        for one, other in zip(mixed, _all(replace(config, backend="fast"), 0, 5), strict=True):
             _assert_equal(one, other)
 
 
@@ -199,7 +199,7 @@ def test_shards_give_the_batches_of_their_beton(config, tmp_path):
     for one, other in zip(_all(replace(config, data=shards)), _all(config), strict=True):
         _assert_equal(one, other)
     with pytest.raises(UserError, match="--loader dali"):
-        make_loader(replace(config, data=shards, backend="ffcv"))
+        make_loader(replace(config, data=shards, backend="fast"))
 
 
 def test_user_errors(config, tmp_path):

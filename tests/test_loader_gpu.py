@@ -48,7 +48,7 @@ def batches(config: LoaderConfig, stop: int | None = 3) -> list:
 
 @pytest.mark.parametrize(
     ("views", "backend"),
-    [(BARLOW_TWINS_VIEWS, "ffcv"), (CentreCrop(36), "ffcv"), (BARLOW_TWINS_VIEWS, "resident")],
+    [(BARLOW_TWINS_VIEWS, "fast"), (CentreCrop(36), "fast"), (BARLOW_TWINS_VIEWS, "resident")],
     ids=["two", "centre", "resident"],
 )
 def test_the_batches_of_the_cpu(config, views, backend):
@@ -66,7 +66,7 @@ def test_the_batches_of_the_cpu(config, views, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["ffcv", "resident"])
+@pytest.mark.parametrize("backend", ["fast", "resident"])
 def test_who_makes_the_views_does_not_show(config, backend):
     """Views from the CPU, normalized on the GPU, are those of its own kernels."""
     config = replace(config, device="cuda", backend=backend)
@@ -75,7 +75,7 @@ def test_who_makes_the_views_does_not_show(config, backend):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["ffcv", "resident"])
+@pytest.mark.parametrize("backend", ["fast", "resident"])
 def test_batches_keep_their_values_while_others_are_made(config, backend):
     """A batch in use is not overwritten by the next ones, which another stream makes."""
     loader = make_loader(replace(config, device="cuda", backend=backend))

@@ -40,7 +40,7 @@ def assert_equal(ours: list, theirs: list) -> None:
 @pytest.mark.parametrize("start", [0, 4])
 def test_the_batches_of_the_fast_loader(config, start, monkeypatch):
     monkeypatch.setattr(loader_resident, "CHUNK_BYTES", 3 << 20)  # many chunks, as a large dataset has
-    assert_equal(batches(config, start, 7), batches(replace(config, backend="ffcv"), start, 7))
+    assert_equal(batches(config, start, 7), batches(replace(config, backend="fast"), start, 7))
 
 
 def test_ranks_share_the_batch_of_one(config):
@@ -56,14 +56,14 @@ def test_a_pass_over_some_samples_in_the_order_given(config):
     config = replace(config, shuffle=False, views=CentreCrop(72), global_batch=2, ids=np.array([40, 3, 3, 17, 8]))
     ours = batches(config, 0, None)
     assert torch.cat([batch.sample for batch in ours]).tolist() == config.ids.tolist()
-    assert_equal(ours, batches(replace(config, backend="ffcv"), 0, None))
+    assert_equal(ours, batches(replace(config, backend="fast"), 0, None))
     loader = make_loader(config)
     beton = open_beton(config.data)
     assert len(loader._pixels) == int((beton.heights * beton.widths)[[3, 8, 17, 40]].sum()) * 3
     loader.close()
 
 
-@pytest.mark.parametrize("backend", ["resident", "ffcv"])
+@pytest.mark.parametrize("backend", ["resident", "fast"])
 def test_the_resolution_may_change_with_the_epoch(config, backend):
     """An epoch's views are those of a run that has its resolution throughout: a start there needs no history."""
     config = replace(config, backend=backend)
@@ -88,7 +88,7 @@ def test_what_does_not_fit_is_refused(config, monkeypatch):
     beton = open_beton(config.data)
     needed = int((beton.heights * beton.widths).sum()) * 3
     monkeypatch.setattr(loader_resident, "free_bytes", lambda device: int(needed / loader_resident.SHARE) - 2)
-    with pytest.raises(UserError, match=rf"needs {needed / 1e9:.2f} GB for 48 decoded images.*--loader ffcv"):
+    with pytest.raises(UserError, match=rf"needs {needed / 1e9:.2f} GB for 48 decoded images.*--loader fast"):
         make_loader(config)
     monkeypatch.setattr(loader_resident, "free_bytes", lambda device: int(needed / loader_resident.SHARE) + 2)
     make_loader(config).close()

@@ -39,10 +39,10 @@ def start(data: Path, folder: Path, *flags: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize("flags", [(), ("--cuda-graph",)], ids=["plain", "graph"])
-@pytest.mark.parametrize("loader", ["ffcv", "resident"])
+@pytest.mark.parametrize("loader", ["fast", "resident"])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path, loader, flags):
     """SIGKILL in the middle; and the accuracies measured beside the steps of the second run leave no trace."""
-    if "--cuda-graph" in flags and loader == "ffcv":
+    if "--cuda-graph" in flags and loader == "fast":
         pytest.skip("one loader is enough for the graph, whose first steps after a start are ordinary ones")
     data = write_dataset(tmp_path / "data")
     whole = start(data, tmp_path / "whole", "--loader", loader, *flags)
@@ -121,7 +121,7 @@ def test_dalis_decoder_on_the_gpu(small_beton):
     """Samples, order and draws are those of the fast loader; nvJPEG's pixels differ by little."""
     pytest.importorskip("nvidia.dali")
     config = LoaderConfig(small_beton, BARLOW_TWINS_VIEWS, 64, global_batch=16, seed=5, workers=2, device="cuda")
-    loaders = [make_loader(replace(config, backend=backend)) for backend in ("ffcv", "dali")]
+    loaders = [make_loader(replace(config, backend=backend)) for backend in ("fast", "dali")]
     for one, other in zip(*(loader.batches(0, 5) for loader in loaders), strict=True):
         assert torch.equal(one.sample, other.sample) and torch.equal(one.label, other.label)
         for view, near in zip(one.views, other.views, strict=True):

@@ -138,7 +138,7 @@ def test_correlation_sees_the_runs_first_batches(run, tmp_path, monkeypatch, cha
     config, seen = write_state(tmp_path / "run", run.parent / "data", **changes), []
 
     def watched(loading):
-        assert (loading.backend, loading.on_bad_image) == ("ffcv", config.on_bad_image)
+        assert (loading.backend, loading.on_bad_image) == ("fast", config.on_bad_image)
         loader = make_loader(loading)
         batches = loader.batches
         loader.batches = lambda *steps: (seen.append(batch) or batch for batch in batches(*steps))
@@ -147,7 +147,7 @@ def test_correlation_sees_the_runs_first_batches(run, tmp_path, monkeypatch, cha
     monkeypatch.setattr(correlation, "make_loader", watched)
     monkeypatch.setattr(correlation, "BATCH", 50)
     found = correlate(tmp_path / "run")
-    config = replace(config, loader="ffcv", views_on="auto")
+    config = replace(config, loader="fast", views_on="auto")
     loader = make_loader(loader_config(config, Ranks(0, 1, torch.device("cpu"), None)))
     try:
         (first,) = loader.batches(0, 1)

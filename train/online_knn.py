@@ -134,7 +134,7 @@ class OnlineKnn:
                 shuffle=False,
                 ids=ids,
                 normalization=NORMALIZATIONS[c.views],
-                backend="dali" if path.name.endswith(SHARDS) else "ffcv",
+                backend="dali" if path.name.endswith(SHARDS) else "fast",
                 workers=1,
                 device=str(self.ranks.device),
                 views_on=c.views_on,

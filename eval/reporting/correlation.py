@@ -84,7 +84,7 @@ def shown_loader_config(config: PretrainConfig, device: torch.device) -> LoaderC
     return replace(
         loading,
         global_batch=min(BATCH, loading.global_batch),
-        backend="dali" if loading.data.name.endswith(SHARDS) else "ffcv",
+        backend="dali" if loading.data.name.endswith(SHARDS) else "fast",
         views_on="auto",
         view_type=torch.float32,
         workers=0,

@@ -10,7 +10,7 @@ jitter, blur and the rest are the kernels of every backend, and samples, order, 
 Nothing is copied on the way: DALI reads from the mapped file, the kernels read what DALI wrote.
 
 Without a GPU the same graph decodes on the CPU. Its pixels are Pillow's: of the 500 JPEGs of the ImageNet sample
-(original sizes, 297 million values) none differs from the ffcv loader's, bit for bit (DALI 2.4.0). nvJPEG's
+(original sizes, 297 million values) none differs from the fast loader's, bit for bit (DALI 2.4.0). nvJPEG's
 differ a little; scripts/bench/decoders.py measures that where there is a GPU.
 """
 
@@ -48,7 +48,7 @@ def require_dali() -> None:
     except ImportError as error:
         raise UserError(
             f"--loader dali needs NVIDIA DALI, which cannot be imported ({error}); install it with"
-            " bash scripts/setup.sh --dali, or choose --loader ffcv"
+            " bash scripts/setup.sh --dali, or choose --loader fast"
         ) from None
 
 
@@ -108,7 +108,7 @@ class DaliLoader:
         self.config = config
         self.stored = open_stored(config.data)
         if (self.stored.modes != MODE_JPEG).any():
-            raise UserError(f"{config.data} holds raw pixels, which need no decoder; choose --loader ffcv")
+            raise UserError(f"{config.data} holds raw pixels, which need no decoder; choose --loader fast")
         self.ids = samples_in_use(config, self.stored)
         self.images, self.classes, self.labels = len(self.ids), self.stored.classes, self.stored.labels
         self.sizes = (self.stored.heights, self.stored.widths)
@@ -211,7 +211,7 @@ class DaliLoader:
         except UserError as error:
             return error
         return UserError(
-            f"DALI refuses an image of {self.stored.path} that libjpeg reads ({dalis_words}); try --loader ffcv"
+            f"DALI refuses an image of {self.stored.path} that libjpeg reads ({dalis_words}); try --loader fast"
         )
 
     def _decodable(self, plan: Plan) -> Iterator[tuple[int, int, np.ndarray, int]]:

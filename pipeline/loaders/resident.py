@@ -64,7 +64,7 @@ class ResidentLoader(FfcvLoader):
             raise UserError(
                 f"--loader resident needs {size_bytes / GB:.2f} GB for {len(held)} decoded images, {SHARE:.0%} of the"
                 f" {free / GB:.2f} GB free in {'GPU' if device.type == 'cuda' else 'main'} memory are"
-                f" {SHARE * free / GB:.2f} GB; choose --loader ffcv, or convert with a smaller --max-side"
+                f" {SHARE * free / GB:.2f} GB; choose --loader fast, or convert with a smaller --max-side"
             )
         self._starts = np.zeros(len(self.beton), np.int64)
         self._starts[held] = starts

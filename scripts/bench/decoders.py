@@ -2,7 +2,7 @@
 
     python scripts/bench/decoders.py --images DIR [--json FILE]
 
-    libjpeg     libjpeg-turbo by TurboJPEG, the decoder of --loader ffcv
+    libjpeg     libjpeg-turbo by TurboJPEG, the decoder of --loader fast
     pillow      Pillow's own libjpeg-turbo, the decoder of --loader torch
     dali_cpu    DALI's CPU graph of --loader dali, where DALI is installed
     dali_mixed  the same graph on the GPU, nvJPEG with its hardware decoder where there is one; where there is a GPU

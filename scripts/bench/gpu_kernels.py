@@ -61,7 +61,7 @@ class Images:
 
     def views_by_numba(self, epochs: int) -> Iterator[torch.Tensor]:
         """Of each epoch (V, B, H, W, 3) float32, from the loader that makes them on the CPU; every image once."""
-        own = {"views_on": "cpu", "device": "cpu", "ids": self.ids, "global_batch": len(self.ids), "backend": "ffcv"}
+        own = {"views_on": "cpu", "device": "cpu", "ids": self.ids, "global_batch": len(self.ids), "backend": "fast"}
         loader = make_loader(replace(self.loader.config, **own))
         for batch in loader.batches(0, epochs):
             order = torch.argsort(batch.sample)

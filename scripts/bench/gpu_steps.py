@@ -162,7 +162,7 @@ def measure_step(config: StageConfig, record: Record) -> None:
             ours_over_published=ratio(runs["ours"], runs["published"]),
         )
     del other, turns, turn  # its memory is not to count in what follows
-    measure_real(config, record, "ffcv", one, ranks)
+    measure_real(config, record, "fast", one, ranks)
     del one
     full = Bench(bench_card(config, "imagenet", BATCH, ours("auto")), ranks)
     for runs in rounds_of({"full": full.together}, rounds):

@@ -196,7 +196,7 @@ def test_two_loaders_at_the_same_time(config):
 
 @pytest.mark.ffcv
 @pytest.mark.slow
-def test_the_readmes_pipeline(config, tmp_path, monkeypatch):
+def test_the_readmes_pipeline(config, in_time):
     """The code block runs as it stands, on a small file, for its first two epochs."""
     section = (REPO / "pipeline" / "README.md").read_text().split("## In FFCV's own Loader")[1]
     code = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]

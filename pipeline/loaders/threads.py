@@ -5,9 +5,8 @@
              ◀─ Batch, in order ◀─ `AHEAD` batches in the making while the consumer uses the last one
 
 A job is one call of a compiled function that holds no lock, so threads scale like processes, share the page
-cache and the numba cache, and cost no pickling. FFCV's own Loader is not used: it compiles anew at each start,
-reorders floating-point arithmetic, keeps a full-size scratch image per batch slot, and hangs where a decode
-fails. The file is FFCV's; the decoder is libjpeg-turbo with the pixels of Pillow.
+cache and the numba cache, and cost no pickling. The file is FFCV's; the decoder is libjpeg-turbo with the pixels of
+Pillow. FFCV's own Loader, with the same batches, is `--loader ffcv`.
 
 With `device` on a GPU the worker threads only decode, into one pinned buffer a batch; a thread of its own copies
 it over and starts the view kernels (augment_gpu.py) on a stream of their own, ahead of the consumer's. With

@@ -64,10 +64,10 @@ class SubjectConfig:
     feature_type: Literal["float32", "float16"] = "float32"
     """Type in which a frozen encoder's features are kept; float16 halves the disk they take, and is a modified
     protocol."""
-    loader: Literal["fast", "torch", "dali", "ffcv"] = "fast"
-    """Which data path: the fast one, the PIL/torchvision reference, or NVIDIA DALI as decoder."""
+    loader: Literal["fast", "ffcv", "torch", "dali"] = "fast"
+    """Which data path: our threads, FFCV's Loader, the PIL/torchvision reference, or NVIDIA DALI as decoder."""
     workers: int = 0
-    """Threads or, with torch, processes of the loader; 0: one a core that this process may use."""
+    """Threads (fast, ffcv, dali) or processes (torch) of the loader; 0: one a core that this process may use."""
     seed: int = 0
     """Decides the classifier's initial weights, the order of images, their views, and the balanced subset."""
 

@@ -80,6 +80,28 @@ def inlined(function):
     return numba.njit(inline="always")(function)
 
 
+class ByAddress(numba.types.WrapperAddressProtocol):
+    """A function of `compiled()` for other people's compiled code: called where it lies, not compiled into theirs.
+
+    Code that calls a function of ours directly is linked with it and translated to machine code with it, at each
+    start of a program: a minute for the views. `arguments` are some of the types that it will be called with.
+    """
+
+    def __init__(self, function, *arguments) -> None:
+        types = tuple(numba.typeof(argument) for argument in arguments)
+        function.compile(types)
+        made = function.overloads[types]
+        self._signature = made.signature
+        self._address = made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)
+
+    def signature(self):
+        """Numba asks for it where it meets the object in a function."""
+        return self._signature
+
+    def __wrapper_address__(self) -> int:
+        return self._address
+
+
 # Numba lets a negative index count from the end and checks each index that it cannot prove positive, which keeps
 # a loop from becoming vector code. So an index that is a sum is a sum of unsigned numbers.
 unsigned = np.uint64

@@ -31,7 +31,7 @@ def make_loader(config: LoaderConfig) -> Loader:
     elif backend == "dali":
         from pipeline.loaders.dali import DaliPixels as make_pixels
     else:
-        raise UserError(f"--loader {backend} is unknown; choose fast, resident, torch, dali or ffcv")
+        raise UserError(f"--loader {backend} is unknown; choose fast, ffcv, resident, torch or dali")
     from pipeline.loaders.parts import PartsLoader
 
     return PartsLoader(config, make_pixels)

@@ -146,8 +146,8 @@ class LoaderConfig:
     on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
                     another sample stands in for it (bad_images.py), in shuffled streams
     resolutions     (first epoch, px), ascending: sides of the views that change with the epoch; () for resolution_px
-    backend         fast, resident, torch, dali or ffcv: who decodes (loader.py); the batches are the same
-    workers         threads or, with torch, processes of this rank; 0 for one a core it may use
+    backend         fast, ffcv, resident, torch or dali: who decodes (loader.py); the batches are the same
+    workers         threads (of torch: processes) of this rank; 0 for one a core it may use
     device          where the views end up
     views_on        "cpu" or "gpu": who makes the views (not torch); "auto" for the device they end up on
     view_type       of the normalized values: float32, or what autocast would round them to in any case, at half the

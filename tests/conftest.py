@@ -1,5 +1,6 @@
 """Fixtures the whole suite shares: where real images are, a small dataset made of them, quick child processes."""
 
+import importlib.util
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -97,12 +98,16 @@ def training_forkserver() -> None:
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files begin, so that none runs alone at the end. Tests marked gpu need a CUDA device."""
+    """The longest files begin, so that none runs alone at the end. Tests marked gpu or ffcv need it."""
     import torch
 
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    missing = {
+        "gpu": not torch.cuda.is_available() and "needs a CUDA device",
+        "ffcv": not importlib.util.find_spec("ffcv") and "needs FFCV, which scripts/setup.sh builds",
+    }
+    for item in items:
+        for name, reason in missing.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -7,6 +7,7 @@ from pipeline.errors import UserError
 from scripts.bench import convert as bench
 
 
+@pytest.mark.ffcv
 @pytest.mark.slow
 def test_the_programs_and_their_checks(imagenet_sample, tmp_path, monkeypatch):
     for path in imagenet_sample[:6]:

@@ -1,5 +1,6 @@
 """A small run of the benchmark: what it compares, and the records it writes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,7 +30,15 @@ def test_a_small_run(imagenet_sample, tmp_path):
 
     records = json.loads((tmp_path / "speeds.json").read_text())
     names = {record["name"] for record in records}
-    assert {*STAGES, *(f"{stage}_300px" for stage in STAGES[1:]), "op_hue", "op_blur", "op_crop_resize"} <= names
+    assert {
+        *STAGES,
+        *(f"{stage}_300px" for stage in STAGES[1:]),
+        "op_hue",
+        "op_blur",
+        "op_crop_resize",
+        "loader_fast",
+    } <= names
+    assert ("loader_ffcv" in names) == (importlib.util.find_spec("ffcv") is not None)
     assert len(names) == len(records)
     for record in records:
         assert set(record) == {"name", "images_per_s", "ci95", "repeats", "threads", "machine"}

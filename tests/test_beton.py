@@ -63,6 +63,7 @@ def small(tmp_path) -> Path:
 # ---- FFCV ----
 
 
+@pytest.mark.ffcv
 @pytest.mark.slow
 def test_the_layout_is_ffcvs():
     found = json.loads(
@@ -90,6 +91,7 @@ def test_the_layout_is_ffcvs():
     assert found[8] == ["mode", "width", "height", "data_ptr"]
 
 
+@pytest.mark.ffcv
 @pytest.mark.slow
 def test_ffcvs_own_loader_reads_it(photo_beton, tmp_path):
     """With both of its page caches, in shuffled order: labels exact, pixels as far as FFCV's decoder goes.
@@ -127,6 +129,7 @@ def test_ffcvs_own_loader_reads_it(photo_beton, tmp_path):
     decode.free_handle(handle)
 
 
+@pytest.mark.ffcv
 @pytest.mark.slow
 def test_ffcvs_own_file_is_refused(tmp_path):
     run_python(

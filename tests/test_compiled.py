@@ -1,5 +1,6 @@
 """Compiled code follows its sources: a change in one file reaches the functions of another that call it."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -65,6 +66,8 @@ def test_code_lies_in_the_folder_of_its_sources_whatever_is_imported_first():
         for path in (REPO / "pipeline").rglob("*.py")
     }
     first = [name for name, text in sources.items() if re.search(r"\n@(jit|kernel|compiled)", text)]
+    if not importlib.util.find_spec("ffcv"):
+        first.remove("pipeline.loaders.ffcv_operation")
     command = [sys.executable, "-c", FIRST, *first]
     done = subprocess.run(command, cwd=REPO, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     lines = [line.split() for line in done.stdout.splitlines()]

@@ -76,9 +76,9 @@ def test_no_file_shadows_a_module():
     dependencies = {"torch", "torchvision", "timm", "numba", "numpy", "ffcv", "nvidia", "triton", "PIL", "tyro", "tqdm"}
     dependencies |= {"safetensors", "tensorboard", "sklearn", "matplotlib", "scipy", "pytest", "pycocotools"}
     taken = set(sys.stdlib_module_names) | dependencies | set(PACKAGES)
-    folders = [
-        folder for package in (*PACKAGES, "scripts") for folder in (REPO / package, *(REPO / package).rglob("*/"))
-    ]
+    scripts = [p for package in (*PACKAGES, "scripts") for p in (REPO / package).rglob("*.py")]
+    folders = {p.parent for p in scripts if '__name__ == "__main__"' in p.read_text()}  # first on sys.path, then
+    assert {REPO / package for package in (*PACKAGES, "scripts")} <= folders
     files = [p for folder in folders for p in folder.glob("*.py")]
     assert [str(p) for p in files if p.stem in taken] == []
 

@@ -135,7 +135,7 @@ def test_user_errors(config, tmp_path, monkeypatch):
         make_loader(replace(config, global_batch=64))
     with pytest.raises(UserError, match="not divisible"):
         make_loader(replace(config, world_size=3))
-    with pytest.raises(UserError, match="choose fast, resident, torch, dali or ffcv"):
+    with pytest.raises(UserError, match="choose fast, ffcv, resident, torch or dali"):
         make_loader(replace(config, backend="pil"))
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match="setup.sh --dali"):

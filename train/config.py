@@ -125,11 +125,11 @@ class PretrainConfig:
     """Caps LARS's adapted learning rate at the learning rate itself (as LARC does)."""
     warmup_epochs: int = 10
     """Linear warm-up from 0; then a cosine to a thousandth."""
-    loader: Literal["fast", "resident", "torch", "dali", "ffcv"] = "fast"
-    """Which data path: our own threads, every image decoded once and kept in GPU memory (RAM without a GPU), the
-    PIL/torchvision reference, DALI as decoder, or FFCV's own Loader. Same views, same order."""
+    loader: Literal["fast", "ffcv", "resident", "torch", "dali"] = "fast"
+    """Which data path, with the same views in the same order: our threads, FFCV's Loader, every image decoded once and
+    kept in memory (the GPU's where there is one), the PIL/torchvision reference, or DALI as decoder."""
     workers: int = 0
-    """Threads or, with torch, processes of each rank's loader; 0: one a core it may use."""
+    """Threads (fast, ffcv, resident, dali) or processes (torch) of each rank's loader; 0: one a core it may use."""
     views_on: Literal["auto", "cpu", "gpu"] = "auto"
     """Who makes the views: the GPU's kernels where there is one, or the CPU's. The pixels are the same."""
     order: Literal["shuffled", "blocks"] = "shuffled"

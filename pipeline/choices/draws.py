@@ -52,29 +52,44 @@ class ViewParams(NamedTuple):
     solarize: np.ndarray  # uint8, 1 = values of 128 and above are inverted
 
 
-_DTYPES = dict.fromkeys(ViewParams._fields[:8], np.int32)
-_DTYPES |= dict.fromkeys(("flip", "jitter", "jitter_order", "grey", "solarize"), np.uint8)
-_DTYPES |= dict.fromkeys(("brightness", "contrast", "saturation", "hue", "sigma_px"), np.float32)
-
 # The 24 orders of four operations, lexicographic: one uniform picks a row.
 _ORDERS = np.array(
     [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3], np.uint8
 )
 
 
-def empty_params(images: int, views: int) -> ViewParams:
+@jit
+def empty_params(images, views):
     """Parameters that change nothing (every operation off, boxes zero), shape (images, views)."""
-    arrays = {
-        name: np.zeros((images, views, 4) if name == "jitter_order" else (images, views), _DTYPES[name])
-        for name in ViewParams._fields
-    }
-    arrays["jitter_order"][:] = np.arange(4)
-    for name in ("brightness", "contrast", "saturation"):
-        arrays[name][:] = 1
-    return ViewParams(**arrays)
+    whole = np.zeros((8, images, views), np.int32)
+    switches = np.zeros((4, images, views), np.uint8)
+    factors, off = np.ones((3, images, views), np.float32), np.zeros((2, images, views), np.float32)
+    jitter_order = np.empty((images, views, 4), np.uint8)
+    for k in range(4):
+        jitter_order[:, :, k] = k
+    return ViewParams(
+        box_top=whole[0],
+        box_left=whole[1],
+        box_height=whole[2],
+        box_width=whole[3],
+        resized_height=whole[4],
+        resized_width=whole[5],
+        window_top=whole[6],
+        window_left=whole[7],
+        flip=switches[0],
+        jitter=switches[1],
+        jitter_order=jitter_order,
+        brightness=factors[0],
+        contrast=factors[1],
+        saturation=factors[2],
+        hue=off[0],
+        grey=switches[2],
+        sigma_px=off[1],
+        solarize=switches[3],
+    )
 
 
-class _Table(NamedTuple):
+class ViewTable(NamedTuple):
     """The view table as numbers for the compiled loop, float64: ranges (V, 2), strengths (V, 4), the others (V,)."""
 
     area: np.ndarray
@@ -88,13 +103,14 @@ class _Table(NamedTuple):
     p_solarize: np.ndarray
 
 
-def _table(views: tuple[ViewSpec, ...]) -> _Table:
+def view_table(views: tuple[ViewSpec, ...]) -> ViewTable:
+    """The view table of these rows."""
     rows = []
     for v in views:
         strengths = (v.brightness, v.contrast, v.saturation, v.hue)
         geometry = (v.area, np.log(v.ratio), v.p_flip)
         rows.append((*geometry, v.p_jitter, strengths, v.p_grey, v.p_blur, v.sigma_px, v.p_solarize))
-    return _Table(*(np.array(column, np.float64) for column in zip(*rows, strict=True)))
+    return ViewTable(*(np.array(column, np.float64) for column in zip(*rows, strict=True)))
 
 
 @jit
@@ -145,7 +161,8 @@ def _factor(strength, u):
 
 
 @jit
-def _draw(seed, epoch, samples, heights, widths, table, resolution_px, orders, p):
+def fill_views(seed, epoch, samples, heights, widths, table, resolution_px, p):
+    """`draw_views` for compiled code: into the empty_params `p`; `seed` uint64, `table` from view_table."""
     for b in range(len(samples)):
         for v in range(len(table.p_flip)):
             # Blocks as int64(…): a literal number would compile the generator once more for each.
@@ -164,7 +181,7 @@ def _draw(seed, epoch, samples, heights, widths, table, resolution_px, orders, p
             p.hue[b, v] = strengths[HUE] * (2.0 * u[3] - 1.0)
             u = uniform4(seed, DOMAIN_VIEWS, epoch, samples[b], v, np.int64(7))
             for k in range(4):
-                operation = orders[int(u[0] * 24), k]
+                operation = _ORDERS[int(u[0] * 24), k]
                 p.jitter_order[b, v, k] = operation if strengths[operation] > 0 else NOTHING
             p.grey[b, v] = u[1] < table.p_grey[v]
             p.sigma_px[b, v] = _between(table.sigma_px[v], u[3]) if u[2] < table.p_blur[v] else 0.0
@@ -190,22 +207,32 @@ def draw_views(
     samples = np.ascontiguousarray(samples, np.int64)
     heights = np.ascontiguousarray(heights_px, np.int64)
     widths = np.ascontiguousarray(widths_px, np.int64)
-    _draw(np.uint64(seed), epoch, samples, heights, widths, _table(views), resolution_px, _ORDERS, params)
+    fill_views(np.uint64(seed), epoch, samples, heights, widths, view_table(views), resolution_px, params)
     return params
+
+
+@jit
+def _window_start(spare_px):
+    """Where a centred window starts. Too small an image is padded first, by spare // 2 (rounded towards 0)."""
+    return -(-spare_px // 2) if spare_px < 0 else np.int64(np.rint(spare_px / 2))
+
+
+@jit
+def fill_centre_views(heights, widths, resize_px, resolution_px, p):
+    """`centre_views` for compiled code: into the empty_params `p`."""
+    for b in range(len(heights)):
+        height, width = heights[b], widths[b]
+        longer_px = np.int64(resize_px * max(height, width) / min(height, width))
+        resized_height, resized_width = (resize_px, longer_px) if height <= width else (longer_px, resize_px)
+        p.box_height[b, 0], p.box_width[b, 0] = height, width
+        p.resized_height[b, 0], p.resized_width[b, 0] = resized_height, resized_width
+        p.window_top[b, 0] = _window_start(resized_height - resolution_px)
+        p.window_left[b, 0] = _window_start(resized_width - resolution_px)
 
 
 def centre_views(heights_px: np.ndarray, widths_px: np.ndarray, view: CentreCrop, resolution_px: int) -> ViewParams:
     """torchvision's Resize(resize_px) then CenterCrop(resolution_px), as parameters of one view. (B,) sizes in."""
-    heights, widths = np.asarray(heights_px, np.int64), np.asarray(widths_px, np.int64)
-    params = empty_params(len(heights), 1)
-    params.box_height[:, 0] = heights
-    params.box_width[:, 0] = widths
-    shorter, longer = np.minimum(heights, widths), np.maximum(heights, widths)
-    longer_px = (view.resize_px * longer / shorter).astype(np.int64)
-    params.resized_height[:, 0] = np.where(heights <= widths, view.resize_px, longer_px)
-    params.resized_width[:, 0] = np.where(heights <= widths, longer_px, view.resize_px)
-    for resized, window in ((params.resized_height, params.window_top), (params.resized_width, params.window_left)):
-        spare = resized - resolution_px
-        # Too small an image is padded first, by spare // 2 (rounded towards 0) at the top and left.
-        window[:] = np.where(spare < 0, -(-spare // 2), np.rint(spare / 2))
+    params = empty_params(len(heights_px), 1)
+    heights, widths = np.ascontiguousarray(heights_px, np.int64), np.ascontiguousarray(widths_px, np.int64)
+    fill_centre_views(heights, widths, view.resize_px, resolution_px, params)
     return params

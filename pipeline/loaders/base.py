@@ -59,8 +59,8 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def stream(self, start_step: int = 0, stop_step: int | None = None) -> Stream:
-        """What batches() is to make: (step, epoch, sample ids of this rank)."""
+    def stream(self, start_step: int = 0, stop_step: int | None = None, *, reads_ahead: bool = True) -> Stream:
+        """What batches() is to make: (step, epoch, sample ids of this rank); in block order the file is read ahead."""
         c = self.config
         if not c.shuffle:
             assert c.on_bad_image == "stop", "a pass over all samples has no room for stand-ins"
@@ -69,7 +69,7 @@ class Loader:
         stream = shuffled_batches(
             c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step, c.blocks
         )
-        return read_ahead(stream, c, self.dataset, self.ids) if c.blocks else stream
+        return read_ahead(stream, c, self.dataset, self.ids) if c.blocks and reads_ahead else stream
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """The batches of one epoch; without shuffling every epoch is the same pass."""

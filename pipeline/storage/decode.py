@@ -60,6 +60,18 @@ def free_handle(handle: np.ndarray) -> None:
 
 
 @jit
+def start_handle():
+    """make_handle for compiled code; decode_rgb calls no image decoded where there was no memory for it."""
+    return np.array([_tj_init()])
+
+
+@jit
+def end_handle(handle):
+    """free_handle for compiled code."""
+    _tj_destroy(handle[0])
+
+
+@jit
 def _decode_jpeg(decompressor, source, size, height, width, target):
     """Status of decoding the JPEG at address `source` to the height·width·3 bytes at address `target`."""
     found = np.zeros(4, np.int32)  # width, height, subsampling, colour space

@@ -32,8 +32,9 @@ class Scratch(NamedTuple):
     blur: BlurScratch
 
 
-def make_scratch(max_height_px: int, max_width_px: int, resolution_px: int) -> Scratch:
-    """Scratch for images up to this size and square views of resolution_px."""
+@jit
+def make_scratch(max_height_px, max_width_px, resolution_px):
+    """Scratch for images up to this size and square views of resolution_px. Compiled code may call it, too."""
     pixels = (resolution_px + ROWS - 1) * row_pitch(resolution_px)
     return Scratch(
         np.zeros((3, -(-pixels // BLOCK) * BLOCK), np.uint8),

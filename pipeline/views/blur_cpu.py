@@ -28,7 +28,8 @@ class BlurScratch(NamedTuple):
     lines: np.ndarray
 
 
-def make_blur_scratch(side_px: int) -> BlurScratch:
+@jit
+def make_blur_scratch(side_px):
     """Scratch for square views of side_px."""
     return BlurScratch(np.zeros(2 * side_px * side_px, np.uint8), np.zeros(17 * 3 * (side_px + 4), np.uint32))
 

@@ -45,7 +45,8 @@ def row_pitch(side_px):
     return -(-side_px // LANES) * LANES
 
 
-def make_resample_scratch(max_height_px: int, max_width_px: int, side_px: int) -> ResampleScratch:
+@jit
+def make_resample_scratch(max_height_px, max_width_px, side_px):
     """Scratch for images of at most this size and square views of side_px."""
     side, longest = row_pitch(side_px), max(max_height_px, max_width_px)
     # An output pixel has at most 4 · max(1, scale) + 3 taps, a block of LANES needs at most 11 · max(1, scale) + 3
@@ -56,9 +57,12 @@ def make_resample_scratch(max_height_px: int, max_width_px: int, side_px: int) -
         np.zeros(side, np.int64),
         np.zeros(side, np.float64),
         np.zeros(weights, np.float64),
-        *(np.zeros(side // LANES, np.int64) for _ in range(3)),
+        np.zeros(side // LANES, np.int64),
+        np.zeros(side // LANES, np.int64),
+        np.zeros(side // LANES, np.int64),
         np.zeros((3 * longest + 2 * side, LANES), np.float64),
-        *(np.zeros(side_px, np.int64) for _ in range(2)),
+        np.zeros(side_px, np.int64),
+        np.zeros(side_px, np.int64),
         np.zeros(weights, np.int32),
         np.zeros((ROWS, 3 * longest), np.float64),
         np.zeros(3 * side * (longest + ROWS), np.uint8),

@@ -11,13 +11,14 @@ other programs.
     decode_once           the decoder of the loader: all that a core does where the GPU makes the views
     crop_only             that, then two crop-resizes, flips and normalizations
     views_cpu_parity      that with everything: the loader's work on one thread, draws included
-    dali_cpu              the same views where DALI decodes on the CPU (--loader dali), where it is installed
+    loader_fast           the same in batches, by --loader fast
+    loader_ffcv           by FFCV's own Loader with our operation (--loader ffcv), where FFCV is installed
+    dali_cpu              where DALI decodes on the CPU (--loader dali), where it is installed
     …_400px               the same from JPEGs of at most 400 px, quality 90 (--stored-side)
     op_<name>             one operation alone on a view of 224 px, views per second; pillow_<name> is Pillow's
 """
 
 import ctypes
-import importlib.util
 import io
 import os
 import subprocess
@@ -25,7 +26,7 @@ import sys
 import tempfile
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -186,13 +187,6 @@ def link_some(images: Path, folder: Path, limit: int) -> Path:
     return folder
 
 
-def has_dali() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:
-        return False
-
-
 def store(images: Path, out: Path, max_side: int) -> Beton:
     """The folder as a .beton; JPEGs that need no resize are kept byte for byte."""
     convert(ConvertConfig(out=out, source=images, max_side=max_side, quality=90, skip_unreadable=True))
@@ -246,12 +240,18 @@ def candidates_of(betons: dict[str, Beton], workers: list[Worker], threads: Thre
     return candidates
 
 
-def dali_candidate(beton: Beton, threads: int) -> tuple[Loader, dict]:
-    """The loader, to be closed, and its one pass over all images in batches of SLOTS."""
-    loader = make_loader(
-        LoaderConfig(beton.path, BARLOW_TWINS_VIEWS, SIDE, SLOTS, shuffle=False, backend="dali", workers=threads)
-    )
-    return loader, {"dali_cpu": (lambda: deque(loader.batches(), maxlen=0), None)}
+def loader_candidates(beton: Beton, threads: int) -> tuple[list[Loader], dict]:
+    """The loaders that are installed, to be closed; and of each its pass over all images in batches of SLOTS."""
+    loaders, candidates = [], {}
+    config = LoaderConfig(beton.path, BARLOW_TWINS_VIEWS, SIDE, SLOTS, shuffle=False, workers=threads)
+    for name, backend in (("loader_fast", "fast"), ("loader_ffcv", "ffcv"), ("dali_cpu", "dali")):
+        try:
+            loaders.append(make_loader(replace(config, backend=backend)))
+        except UserError as error:
+            print(f"note: left out: {error}", file=sys.stderr)
+            continue
+        candidates[name] = (lambda loader=loaders[-1]: deque(loader.batches(), maxlen=0)), None
+    return loaders, candidates
 
 
 def print_speeds(records: list[dict]) -> None:
@@ -287,15 +287,12 @@ def main(config: BenchConfig) -> None:
         context = get_context("forkserver")
         processes = ProcessPoolExecutor(config.threads, context) if config.threads > 1 else None
         candidates = candidates_of(betons, workers, threads, processes) | OperationBench(betons[""]).candidates()
-        if has_dali():
-            dali, candidate = dali_candidate(betons[""], config.threads)
-            candidates |= candidate
+        loaders, made = loader_candidates(betons[""], config.threads)
+        candidates |= made
         turns = {name: partial(seconds_of, run) for name, (run, _) in candidates.items()}
         *_, seconds = in_turn(turns, config.repeats)
-        if has_dali():
-            dali.close()
-        for worker in workers:
-            worker.close()
+        for each in (*loaders, *workers):
+            each.close()
         if processes:
             processes.shutdown()
         images = len(betons[""])

@@ -22,17 +22,15 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class ExtractConfig(SubjectConfig):
-    """Feature extraction."""
-
-    fraction: float = 1.0
-    """Share of the training images, as the evaluation will name it."""
+    """Feature extraction, with the flags that the evaluation will have."""
 
 
 def main(config: ExtractConfig) -> None:
+    """Extracts and keeps this rank's parts. Raises UserError."""
     if config.features == "pixels":
         raise UserError("--features pixels was given; raw pixels are not kept, reading them again is as fast")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    subject = open_subject(config, config.fraction)
+    subject = open_subject(config)
     if world_size == 1:
         subject.train_features(), subject.val_features()
         return

@@ -11,7 +11,7 @@ Source: Goyal 2019 (fair_self_supervision_benchmark) and MMSelfSup's MultiPoolin
 size is pooled adaptively to the same grid, or left as it is where it is smaller.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch import nn
 from eval.features import Encoder
 from eval.supervised import make_head
 from pipeline.errors import UserError
-from pipeline.loader import Loader
+from pipeline.spec import Batch
 
 
 class Pool(NamedTuple):
@@ -109,21 +109,12 @@ def map_shapes(extract: nn.Module, encoder: Encoder) -> dict[str, tuple[int, ...
     return {name: tuple(made.shape[1:]) for name, made in maps.items()}
 
 
-def frozen_stream(extract: nn.Module, loader: Loader, steps: int) -> Iterator[tuple]:
-    """(what `extract` makes of the images, labels) of the loader's first `steps` batches.
+def frozen_stream(extract: Callable, batches: Iterable[Batch], labels: torch.Tensor | None = None) -> Iterator[tuple]:
+    """(what `extract` makes of the images, their labels) of some batches; the encoder inside gets no gradient.
 
-    The encoder is not changed: evaluation mode, no gradient.
+    `labels` (M,), by position in the loader's file, replace those of the file.
     """
-    extract.eval()
-    for batch in loader.batches(0, steps):
+    for batch in batches:
         with torch.no_grad():
             features = extract(batch.views[0])
-        yield features, batch.label
-
-
-def centre_stream(extract: nn.Module, loader: Loader, labels: torch.Tensor) -> Iterator[tuple]:
-    """(what `extract` makes of the images, labels) of a loader's one pass; labels (M,) by position in its file."""
-    for batch in loader.batches():
-        with torch.no_grad():
-            features = extract(batch.views[0])
-        yield features, labels[batch.sample]
+        yield features, batch.label if labels is None else labels[batch.sample]

@@ -31,16 +31,15 @@ from sklearn.utils.parallel import Parallel, delayed
 from tqdm import tqdm
 
 from eval.metrics import average_precision_11, average_precision_area
+from eval.protocols import SVM
 from eval.splits import Dataset, Subset, open_dataset
 from eval.subject import Subject, SubjectConfig, open_encoder_and_run, record_result
 from eval.voc import ABSENT, CLASSES, IGNORED, PRESENT, voc_targets
 from pipeline.command import DATA, run_command
 from pipeline.errors import UserError
 
-COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
 LOW_SHOT_COSTS = (1.0, 10.0, 100.0)
-LOW_SHOT_K = (1, 2, 4, 8, 16, 32, 64, 96)
-FOLDS = 3
+FOLDS = SVM.settings["folds"]
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,15 @@ class SvmConfig(SubjectConfig):
 
     voc: Path = DATA / "VOCdevkit"
     """The folder that VOC2007 lies in, for its annotations."""
-    costs: tuple[float, ...] = COSTS
+    costs: tuple[float, ...] = tuple(SVM.settings["costs"])
     """Costs that are cross-validated."""
     low_shot: bool = True
     """Whether to train on k images a class as well."""
-    low_shot_k: tuple[int, ...] = LOW_SHOT_K
+    low_shot_k: tuple[int, ...] = tuple(SVM.settings["low_shot_k"])
     """The numbers of positives; those that a class has not are left out."""
-    samples: Annotated[int, tyro.conf.arg(name="low-shot-samples")] = 5
+    samples: Annotated[int, tyro.conf.arg(name="low-shot-samples")] = SVM.settings["low_shot_samples"]
     """Independent samples of each k."""
-
-
-PUBLISHED = {"costs": list(COSTS), "folds": FOLDS, "low_shot_k": list(LOW_SHOT_K), "low_shot_samples": 5}
+    fraction: tyro.conf.Suppress[float] = 1.0  # all labels; few labels are the low-shot part's
 
 
 @dataclass(frozen=True)
@@ -232,8 +229,7 @@ def main(config: SvmConfig) -> dict:
         few, details["low_shot"] = low_shot_svm(config, *split)
         values |= few
         settings |= {"low_shot_k": list(config.low_shot_k), "low_shot_samples": config.samples}
-    published = {key: PUBLISHED[key] for key in settings}
-    return record_result(subject, "svm-voc07", published, settings, "map", values, 1.0, details)
+    return record_result(subject, SVM, settings=settings, values=values, details=details)
 
 
 if __name__ == "__main__":

@@ -295,7 +295,7 @@ def test_voc_scores_against_plain_python(voc):
 
 def test_published_settings_of_the_detector():
     backbone, _ = make_backbone("resnet18")
-    sizes = PROTOCOLS["voc"]["sizes_px"]
+    sizes = PROTOCOLS["voc"].settings["sizes_px"]
     detector = make_detector(backbone, Normalization(), 20, True, sizes, 512)
     assert sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     assert detector.backbone.stride == 16 and detector.transform.max_size == 1333
@@ -333,7 +333,7 @@ def test_learning_rate_schedule():
 
 def test_settings(voc):
     split, _ = open_splits(DetectionConfig(data=voc))
-    assert chosen_settings(DetectionConfig(), split) == PROTOCOLS["voc"] | {"train": "VOC2007 trainval"}
+    assert chosen_settings(DetectionConfig(), split) == PROTOCOLS["voc"].settings | {"train": "VOC2007 trainval"}
     assert chosen_settings(DetectionConfig(task="coco"), split)["iterations"] == 90_000
     assert chosen_settings(DetectionConfig(sizes=(96, 128), lr=0.5), split)["sizes_px"] == [96, 128]
     for wrong, message in (

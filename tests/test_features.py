@@ -140,7 +140,7 @@ def test_ranks_share_the_parts(encoder, val, data, in_parts, monkeypatch, tmp_pa
         in_parts.clear()
     assert made == [[16, 16, 16], [12, 14, 16]]
     monkeypatch.setenv("WORLD_SIZE", "1")
-    subject = open_subject(ExtractConfig(checkpoint=run, fraction=0.16), 0.16)
+    subject = open_subject(ExtractConfig(checkpoint=run, fraction=0.16))
     subject.val_features(), subject.train_features()
     assert in_parts == [], "every part was there"
     extract.main(ExtractConfig(checkpoint=run, fraction=0.1))

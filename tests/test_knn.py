@@ -107,7 +107,7 @@ def test_another_place_and_resolution(run, tmp_path):
 def test_without_flags_the_newest_run_and_its_data(run, tmp_path, monkeypatch):
     assert KnnConfig().checkpoint == REPO / "runs" / "latest"
     (tmp_path / "latest").symlink_to(run, target_is_directory=True)
-    subject = open_subject(KnnConfig(checkpoint=tmp_path / "latest"), 1.0)
+    subject = open_subject(KnnConfig(checkpoint=tmp_path / "latest"))
     assert subject.run == subject.config.checkpoint == run.resolve(), "followed once: the link may change"
     assert subject.dataset.name.startswith("coloured")
     weights = open_encoder(run).module.state_dict()
@@ -115,7 +115,7 @@ def test_without_flags_the_newest_run_and_its_data(run, tmp_path, monkeypatch):
     monkeypatch.setattr(subject_module, "DATA", tmp_path)
     write_resnet(tmp_path / "resnet18.pth")
     with pytest.raises(UserError, match=f"{tmp_path}/imagenet/train.beton is missing"):
-        open_subject(KnnConfig(checkpoint=tmp_path / "resnet18.pth"), 1.0)
+        open_subject(KnnConfig(checkpoint=tmp_path / "resnet18.pth"))
 
 
 def write_resnet(path):

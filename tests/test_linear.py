@@ -102,7 +102,7 @@ def test_untouched_settings_are_the_published_ones(run, monkeypatch):
     assert (result["protocol"], result["changed"]) == ("linear-bt", {})
     assert (seen["epochs"], seen["steps"]) == (100, 1)  # 200 images are one batch
     (group,) = seen["groups"]
-    assert (group.lr, group.weight_decay, group.milestones) == (0.3, 1e-6, None)
+    assert (group.lr, group.weight_decay, group.milestones) == (0.3, 1e-6, ())
     assert len(group.params) == 2
     assert 0.008 < seen["weights"]["heads.linear.weight"].std() < 0.012
 
@@ -199,7 +199,7 @@ def test_a_head_that_diverges_leaves_the_others_alone(run, cached, opened):
 
 
 def test_held_out_images_train_nothing(run, data):
-    subject = open_subject(LinearConfig(checkpoint=run, fraction=0.5), 0.5)
+    subject = open_subject(LinearConfig(checkpoint=run, fraction=0.5))
     training, choosing = linear.held_out(subject)
     assert set(training.ids) | set(choosing.ids) == set(subject.subset.ids)
     assert not set(training.ids) & set(choosing.ids)

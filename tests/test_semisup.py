@@ -30,10 +30,10 @@ def watched(monkeypatch):
     """What `main` hands to the loop, while the loop runs as ever."""
     seen = {}
 
-    def watch(model, groups, stream, validation, epochs, steps, validate_every):
-        seen.update(model=model, groups=groups, epochs=epochs, steps=steps, validate_every=validate_every)
+    def watch(model, groups, stream, **given):
+        seen.update(given, model=model, groups=groups)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        history = fit(model, groups, tee(stream), validation, epochs, steps, validate_every=validate_every)
+        history = fit(model, groups, tee(stream), **given)
         seen.update(before=before, after=dict(model.named_parameters()), history=history)
         return history
 

@@ -7,8 +7,29 @@ the published architecture. Everything else is shown with a remark that says wha
 import statistics
 from dataclasses import dataclass
 
-from eval.reporting.published import NAMED_BY_PROTOCOL, PUBLISHED, SIZES, Published, method_title, published_text
+from eval.protocols import Published, published_rows
 from pipeline.constants import IMAGENET_LIST_IMAGES
+
+METHOD_TITLES = {
+    "barlow_twins": "Barlow Twins",
+    "simclr": "SimCLR",
+    "byol": "BYOL",
+    "simsiam": "SimSiam",
+    "supervised": "Supervised",
+}
+# Classes, validation images and training images. By the first two a result's own record tells some datasets, whatever
+# their folders are called; the protocols of the others name theirs, and of COCO only images with an object train.
+# Sources: ILSVRC 2012; CIFAR-10; Places205 (Zhou 2014); iNaturalist 2018 (Van Horn 2018); PASCAL VOC; COCO 2017.
+SIZES = {
+    "ImageNet": (1000, 50_000, 1_281_167),
+    "CIFAR-10": (10, 10_000, 50_000),
+    "Places205": (205, 20_500, 2_448_873),
+    "iNat18": (8142, 24_426, 437_513),
+    "VOC07": (20, 4952, 5011),
+    "VOC07+12": (20, 4952, 16_551),
+    "COCO": (80, 5000, 117_266),
+}
+NAMED_BY_PROTOCOL = ("VOC07", "VOC07+12", "COCO")  # whose protocols use all labels, too
 
 
 @dataclass(frozen=True)
@@ -53,10 +74,10 @@ def matching(published: Published, results: list[dict]) -> list[dict]:
     def fits(r: dict) -> bool:
         name = r["protocol"].removesuffix("-modified")
         return (
-            (name == published.protocol or name.startswith(published.similar))
+            (name == published.protocol or (published.similar and name.startswith(published.similar)))
             and r["encoder"] == "trained"
             and r["method"] == published.method
-            and (published.fraction is None or r["fraction"] == published.fraction)
+            and (published.dataset in NAMED_BY_PROTOCOL or r["fraction"] == published.fraction)
             and on_dataset(r, published.dataset)
             and all(key in r["values"] for key in published.values)
         )
@@ -109,12 +130,23 @@ def compare(published: Published, found: list[dict], name_checkpoint: bool) -> C
 def comparisons(results: list[dict]) -> dict[str, list[Comparison]]:
     """Every published row with ours, by table, in the order above. `results`: the lines of some runs' results.jsonl,
     oldest first, each with the `method` that made its encoder. Rows of several checkpoints name theirs."""
-    found = [(published, matching(published, results)) for published in PUBLISHED]
+    found = [(published, matching(published, results)) for published in published_rows()]
     checkpoints = {r["checkpoint_sha256"] for _, ours in found for r in ours}
     tables: dict[str, list[Comparison]] = {}
     for published, ours in found:
         tables.setdefault(published.table, []).append(compare(published, ours, len(checkpoints) > 1))
     return tables
+
+
+def published_text(published: Published) -> str:
+    """A row's numbers with the places they are published with."""
+    return " / ".join(f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in published.values.values())
+
+
+def method_title(published: Published) -> str:
+    """A row's method, and for how long it was pretrained."""
+    title = METHOD_TITLES.get(published.method, published.method)
+    return f"{title}, {published.epochs} epochs" if published.epochs else title
 
 
 def duration(seconds: float | None) -> str:
@@ -127,6 +159,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s"
 
 
+def sources_of(compared: list[Comparison]) -> str:
+    """Where a table's numbers are published, each once."""
+    return "; ".join(dict.fromkeys(c.published.source for c in compared))
+
+
 def comparison_markdown(results: list[dict]) -> str:
     """Every published table as Markdown, one row a published number, ours beside it."""
     head = "| method | evaluation | ours | published | difference | protocol | seeds | time | remark |"
@@ -137,6 +174,5 @@ def comparison_markdown(results: list[dict]) -> str:
             p = c.published
             first = (method_title(p), p.what, c.ours or "not measured", published_text(p), c.difference or "–")
             lines.append("| " + " | ".join((*first, c.protocol, c.seeds, duration(c.seconds), c.remark)) + " |")
-        sources = "; ".join(dict.fromkeys(c.published.source for c in rows))
-        parts.append("\n".join([*lines, "", f"Published: {sources}."]))
+        parts.append("\n".join([*lines, "", f"Published: {sources_of(rows)}."]))
     return "\n\n".join(parts)

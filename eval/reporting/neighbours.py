@@ -52,8 +52,7 @@ def kept_features(run: Path, results: list[dict], data: Path | None = None) -> K
         raise UserError("there is no kNN or linear result, whose features are shown; `python eval/knn.py` measures one")
     result = own[-1]
     dataset = open_dataset(data or data_of(run, result))
-    digests = {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)}
-    if data is None and digests != result["dataset_sha256"]:
+    if data is None and dataset.sha256() != result["dataset_sha256"]:
         raise UserError(
             f"{dataset.train.path.parent} has other images than {result['protocol']} was measured on; "
             "name those with --data, or measure again"

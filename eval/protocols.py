@@ -16,6 +16,14 @@ from pathlib import Path
 
 from train.knn_vote import KNN_HEADLINE, KNN_NEIGHBOURS, KNN_TEMPERATURE
 
+METHOD_TITLES = {
+    "barlow_twins": "Barlow Twins",
+    "simclr": "SimCLR",
+    "byol": "BYOL",
+    "simsiam": "SimSiam",
+    "supervised": "Supervised",
+}
+
 
 @dataclass(frozen=True)
 class Published:
@@ -43,6 +51,17 @@ class Published:
     fraction: float = 1.0
     resolution_px: int = 224
     remark: str = ""
+
+    @property
+    def title(self) -> str:
+        """The method, and for how long it was pretrained."""
+        title = METHOD_TITLES.get(self.method, self.method)
+        return f"{title}, {self.epochs} epochs" if self.epochs else title
+
+    @property
+    def text(self) -> str:
+        """The numbers with the places they are published with."""
+        return " / ".join(f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in self.values.values())
 
 
 @dataclass(frozen=True)

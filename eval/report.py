@@ -11,25 +11,16 @@ every part says of which checkpoint it is. The page is one file that needs no ne
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
-from markupsafe import Markup, escape
 
 from eval.reporting.charts import line_chart, scatter
-from eval.reporting.comparison import (
-    comparison_markdown,
-    comparisons,
-    duration,
-    method_title,
-    published_text,
-    sources_of,
-)
-from eval.reporting.correlation import SHOWN_VIEWS, Correlation, config_from, correlate
+from eval.reporting.comparison import comparison_markdown, comparisons
+from eval.reporting.correlation import Correlation, config_from, correlate
 from eval.reporting.neighbours import (
     SHOWN,
     VOTERS,
@@ -41,7 +32,7 @@ from eval.reporting.neighbours import (
     shown_queries,
     vote,
 )
-from eval.reporting.page import PARTS, matrix_picture, page, picture, readable
+from eval.reporting.page import PARTS, matrix_picture, page, picture, readable, with_code
 from eval.reporting.summary import (
     EXPLANATION,
     Rows,
@@ -56,6 +47,7 @@ from pipeline.command import RUNS, run_command
 from pipeline.disk import read_lines, write_whole
 from pipeline.errors import UserError
 from pipeline.loaders.reference import decode_pil
+from pipeline.storage.beton import Beton
 from train.methods.barlow_ablations import is_ablated
 
 SHOWN_DIMENSIONS = 256  # of the correlation matrix
@@ -110,11 +102,6 @@ def left_out(title: str, error: UserError) -> str:
     return PARTS.section(title, PARTS.left_out(error))
 
 
-def with_code(text: str) -> Markup:
-    """Text as HTML, `marked` parts as code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text)))
-
-
 def heading(run: Path, r: dict, method: str) -> str:
     """The run's name, and what its newest result is of."""
     facts = [method.replace("_", " "), r["arch"], f"{r['epochs']} epochs, step {r['step']}" if r["epochs"] else ""]
@@ -127,31 +114,7 @@ def measured(rows: Rows) -> str:
     if not rows:
         raise UserError("no kNN, linear or semi-supervised result; `python eval/knn.py` measures the first")
     head, body = table_cells(rows)
-    cells = [[row[0], *map(with_code, row[1:])] for row in body]
-    return PARTS.measured(head, cells, EXPLANATION, list(map(with_code, protocol_notes(rows))))
-
-
-def coloured(difference: str) -> str:
-    """A difference as HTML: green where all its parts are upwards, red where all are downwards."""
-    signs = {part.strip()[:1] for part in difference.split("/")}
-    kind = {"+": "plus", "-": "minus"}.get("".join(signs), "")
-    return PARTS.difference(difference.replace("-", "−"), kind) if difference else "–"
-
-
-def beside_published(results: list[dict]) -> str:
-    """Every published table, ours beside it; the difference and how ours came about only where there is one of ours."""
-    parts = [PARTS.soft("A difference is given only where the protocol is exactly the published one.")]
-    for name, compared in comparisons(results).items():
-        marked = [i for i, c in enumerate(compared) if c.ours]
-        head = ("", "ours", "published", "difference", "how ours was measured")[: 5 if marked else 3]
-        rows = []
-        for c in compared:
-            what = PARTS.method(c.published.what, method_title(c.published))
-            how = " · ".join(filter(None, (c.seeds and f"seed {c.seeds}", duration(c.seconds), c.remark)))
-            cells = [what, c.ours or PARTS.not_measured(), published_text(c.published), coloured(c.difference)]
-            rows.append([*cells, PARTS.how(c.protocol, how) if c.ours else ""][: len(head)])
-        parts.append(PARTS.published(name, PARTS.table(head, rows, (1, 2, 3), marked), sources_of(compared)))
-    return Markup("").join(parts)
+    return PARTS.measured(head, [[row[0], *map(with_code, row[1:])] for row in body], EXPLANATION, protocol_notes(rows))
 
 
 def is_number(value) -> bool:
@@ -168,55 +131,44 @@ def curves(run: Path) -> str:
     names = dict.fromkeys(name for line in lines for name in line if name not in ("step", "epoch"))
     points = {n: [(line["epoch"], line[n]) for line in lines if is_number(line.get(n))] for n in names}
     drawn = [line_chart(CURVES.get(n, n), "epoch", *zip(*found, strict=True)) for n, found in points.items() if found]
-    lost = ", ".join(CURVES.get(n, n) for n, found in points.items() if not found)
-    said = f"The run's own record, to step {lines[-1].get('step')}." + (f" Nowhere finite: {lost}." if lost else "")
-    return PARTS.curves(drawn, said)
+    return PARTS.curves(drawn, lines[-1].get("step"), [CURVES.get(n, n) for n, found in points.items() if not found])
 
 
 def whose(shown: dict, c: Correlation | None = None) -> str:
     """Of which checkpoint a part is: of the one of the result `shown`, or what the correlation was made with."""
-    own = f" Checkpoint {shown['checkpoint_sha256'][:12]}, step {shown['step']}."
+    own = f"Checkpoint {shown['checkpoint_sha256'][:12]}, step {shown['step']}."
     if c is None or c.checkpoint_sha256 == shown["checkpoint_sha256"]:
         return own
-    return f" Checkpoint {c.checkpoint_sha256[:12]}, step {c.step}. The results are of another:{own}"
+    return f"Checkpoint {c.checkpoint_sha256[:12]}, step {c.step}. The results are of another: {own}"
 
 
-def views(c: Correlation, shown: dict) -> str:
-    """Both views of some images, beside each other."""
-    pairs = [
-        (picture(one, f"image {i}, view 1"), picture(two, f"image {i}, view 2"))
-        for i, (one, two) in enumerate(c.pairs, 1)
+def of_correlation(run: Path, shown: dict) -> list[str]:
+    """The sections about what the loss saw; one that says why where that cannot be made."""
+    try:
+        c = correlate(run)
+    except UserError as error:
+        return [left_out("Views and correlation matrix", error)]
+    pairs = [[picture(pair[v], f"image {i}, view {v + 1}") for v in (0, 1)] for i, pair in enumerate(c.pairs, 1)]
+    shown_px = min(SHOWN_DIMENSIONS, len(c.matrix))
+    drawn = matrix_picture(c.matrix[:shown_px, :shown_px], "cross-correlation matrix")
+    return [
+        PARTS.section("Both views", PARTS.views(pairs, whose(shown, c))),
+        PARTS.section("Correlation matrix", PARTS.matrix(drawn, c, shown_px, whose(shown, c))),
     ]
-    said = f"{SHOWN_VIEWS} images of the run's first batch, view 1 beside view 2, as the network saw them."
-    return PARTS.views(pairs, said + whose(shown, c))
-
-
-def matrix(c: Correlation, shown: dict) -> str:
-    """A corner of the cross-correlation matrix, and what the whole of it is like."""
-    d = min(SHOWN_DIMENSIONS, len(c.matrix))
-    said = (
-        f"Cross-correlation of the two views' embeddings over {c.images} training images: mean of the diagonal "
-        f"{c.diagonal_mean:.3f}, RMS off it {c.off_diagonal_rms:.4f} (independent numbers would give "
-        f"{c.images**-0.5:.4f}). Shown: the first {d} of {len(c.matrix)} dimensions, blue above 0, orange below."
-    ) + whose(shown, c)
-    return PARTS.figure("matrix", matrix_picture(c.matrix[:d, :d], "cross-correlation matrix"), said)
 
 
 def feature_map(kept: KeptFeatures) -> str:
     """A point for each of some validation images, near to those with like features."""
     places, labels, names = embedding_map(kept)
-    of = len(kept.dataset.train.classes)
-    said = f"t-SNE of the features of {len(places)} validation images" + (
-        f" of {len(names)} of the {of} classes." if of > len(names) else "."
-    )
-    return PARTS.figure("map card", scatter(places.tolist(), labels.tolist(), names), said + whose(kept.result))
+    drawn = scatter(places.tolist(), labels.tolist(), names)
+    return PARTS.feature_map(drawn, len(places), names, len(kept.dataset.train.classes), whose(kept.result))
 
 
 def neighbours(kept: KeptFeatures, found: Vote) -> str:
     """Rows of pictures: a validation image, then its nearest training images."""
     train, val, classes = kept.dataset.train, kept.dataset.val, kept.dataset.train.classes
 
-    def shown(kind: str, beton, sample: int, caption: str) -> tuple:
+    def shown(kind: str, beton: Beton, sample: int, caption: str) -> tuple:
         return kind, picture(decode_pil(beton, sample), caption, 160), caption
 
     rows = []
@@ -228,44 +180,19 @@ def neighbours(kept: KeptFeatures, found: Vote) -> str:
             kind = "hit" if train.labels[near] == label else "miss"
             row.append(shown(kind, train, int(near), f"{classes[train.labels[near]]} {similarity:.2f}"))
         rows.append(row)
-    said = f"A validation image, then the {SHOWN} training images with the most similar features, and their cosine."
-    return PARTS.neighbours(rows, said + whose(kept.result))
+    return PARTS.neighbours(rows, whose(kept.result))
 
 
 def classes_accuracy(kept: KeptFeatures, found: Vote) -> str:
     """A bar for each class, or for the best and the worst of many."""
     accuracy = list(class_accuracy(kept, found).items())
-    said = (
-        f"Top-1 of the {VOTERS} nearest neighbours' vote over {len(found.queries)} of {len(kept.val)} images, percent"
-    )
-    if len(accuracy) > MOST_CLASSES:
-        half = MOST_CLASSES // 2
-        said += f"; the {half} best and the {half} worst of {len(accuracy)} classes"
-        accuracy = accuracy[:half] + accuracy[-half:]
-    return PARTS.bars(accuracy, said + "." + whose(kept.result))
+    return PARTS.bars(accuracy, MOST_CLASSES, VOTERS, len(found.queries), len(kept.val), whose(kept.result))
 
 
-def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows) -> str:
-    """The whole page about the last run."""
-    run = config.runs[-1]
-    plain, own = [r for _, r in results], [r for where, r in results if where == run]
-    shown = newest_of_encoder(own or plain) or (own or plain)[-1]
-    parts = [heading(run, shown, method_of(run, config.method))]
-    parts.append(or_sentence("Results", lambda: measured(rows)))
-    parts.append(PARTS.section("Beside the published numbers", beside_published(plain)))
-    parts.append(or_sentence("Training", lambda: curves(run)))
-    try:
-        c = correlate(run)
-        parts += [PARTS.section("Both views", views(c, shown)), PARTS.section("Correlation matrix", matrix(c, shown))]
-    except UserError as error:
-        parts.append(left_out("Views and correlation matrix", error))
-    return page(f"{run.resolve().name}: report", parts + feature_parts(config, run, own))
-
-
-def feature_parts(config: ReportConfig, run: Path, own: list[dict]) -> list[str]:
+def of_kept_features(run: Path, own: list[dict], data: Path | None) -> list[str]:
     """The sections made of kept features; one that says why where there are none."""
     try:
-        kept = kept_features(run, own, config.data)
+        kept = kept_features(run, own, data)
     except UserError as error:
         return [left_out("Features", error)]
     parts = [or_sentence("Map of the features", lambda: feature_map(kept))]
@@ -275,6 +202,22 @@ def feature_parts(config: ReportConfig, run: Path, own: list[dict]) -> list[str]
         return [*parts, left_out("Nearest neighbours", error)]
     parts.append(or_sentence("Nearest neighbours", lambda: neighbours(kept, found)))
     return [*parts, or_sentence("Accuracy of each class", lambda: classes_accuracy(kept, found))]
+
+
+def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows) -> str:
+    """The whole page about the last run."""
+    run = config.runs[-1]
+    plain, own = [r for _, r in results], [r for where, r in results if where == run]
+    shown = newest_of_encoder(own or plain) or (own or plain)[-1]
+    parts = [
+        heading(run, shown, method_of(run, config.method)),
+        or_sentence("Results", lambda: measured(rows)),
+        PARTS.section("Beside the published numbers", PARTS.beside_published(comparisons(plain))),
+        or_sentence("Training", lambda: curves(run)),
+        *of_correlation(run, shown),
+        *of_kept_features(run, own, config.data),
+    ]
+    return page(f"{run.resolve().name}: report", parts)
 
 
 def main(config: ReportConfig) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from eval import protocols
 from eval.protocols import Protocol, published_rows
-from eval.reporting.comparison import comparison_markdown, comparisons, duration, published_text
+from eval.reporting.comparison import comparison_markdown, comparisons, duration
 
 # Copied by hand from the papers' and model cards' tables.
 NUMBERS = """
@@ -41,7 +41,7 @@ def test_every_published_number_is_there():
     assert sorted(v for p in published_rows() for v in p.values.values()) == sorted(map(float, NUMBERS.split()))
     text = comparison_markdown([])
     assert text.count("not measured") == len(published_rows()) and text.count("###") == 6
-    assert published_text(published_rows()[0]) == "73.2 / 91.0"
+    assert published_rows()[0].text == "73.2 / 91.0"
 
 
 def test_every_row_with_a_protocol_names_one_of_ours():

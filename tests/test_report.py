@@ -17,12 +17,12 @@ from PIL import Image
 
 from eval.knn import KnnConfig
 from eval.knn import main as knn
-from eval.report import ReportConfig, coloured, curves, main, method_of
+from eval.report import ReportConfig, curves, main, method_of
 from eval.reporting import correlation, neighbours
 from eval.reporting.charts import MOST_POINTS, line_chart, nice_ticks, thinned
 from eval.reporting.correlation import correlate, load_method
 from eval.reporting.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
-from eval.reporting.page import matrix_picture
+from eval.reporting.page import PARTS, matrix_picture
 from eval.subject import read_results
 from pipeline.choices.draws import draw_views
 from pipeline.choices.order import shuffled_batches
@@ -328,6 +328,7 @@ def test_matrix_picture_is_clear_at_zero():
 
 
 def test_differences_are_coloured_by_their_sign():
+    coloured = PARTS.difference
     assert coloured("+1.00 / +0.20") == '<span class="plus">+1.00 / +0.20</span>'
     assert coloured("-1.00") == '<span class="minus">−1.00</span>'
     assert coloured("-1.00 / +0.20") == '<span class="">−1.00 / +0.20</span>' and coloured("") == "–"

@@ -8,15 +8,9 @@ import statistics
 from dataclasses import dataclass
 
 from eval.protocols import Published, published_rows
+from eval.reporting.page import TABLES
 from pipeline.constants import IMAGENET_LIST_IMAGES
 
-METHOD_TITLES = {
-    "barlow_twins": "Barlow Twins",
-    "simclr": "SimCLR",
-    "byol": "BYOL",
-    "simsiam": "SimSiam",
-    "supervised": "Supervised",
-}
 # Classes, validation images and training images. By the first two a result's own record tells some datasets, whatever
 # their folders are called; the protocols of the others name theirs, and of COCO only images with an object train.
 # Sources: ILSVRC 2012; CIFAR-10; Places205 (Zhou 2014); iNaturalist 2018 (Van Horn 2018); PASCAL VOC; COCO 2017.
@@ -32,6 +26,16 @@ SIZES = {
 NAMED_BY_PROTOCOL = ("VOC07", "VOC07+12", "COCO")  # whose protocols use all labels, too
 
 
+def duration(seconds: float | None) -> str:
+    """12 s, 3.4 min, 2.1 h."""
+    if seconds is None:
+        return ""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A published row and ours as text; "" where there is none."""
@@ -43,6 +47,11 @@ class Comparison:
     seeds: str = ""
     seconds: float | None = None
     remark: str = ""
+
+    @property
+    def time(self) -> str:
+        """How long ours took, for a person."""
+        return duration(self.seconds)
 
 
 def on_dataset(result: dict, dataset: str) -> bool:
@@ -138,41 +147,6 @@ def comparisons(results: list[dict]) -> dict[str, list[Comparison]]:
     return tables
 
 
-def published_text(published: Published) -> str:
-    """A row's numbers with the places they are published with."""
-    return " / ".join(f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in published.values.values())
-
-
-def method_title(published: Published) -> str:
-    """A row's method, and for how long it was pretrained."""
-    title = METHOD_TITLES.get(published.method, published.method)
-    return f"{title}, {published.epochs} epochs" if published.epochs else title
-
-
-def duration(seconds: float | None) -> str:
-    """12 s, 3.4 min, 2.1 h."""
-    if seconds is None:
-        return ""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-def sources_of(compared: list[Comparison]) -> str:
-    """Where a table's numbers are published, each once."""
-    return "; ".join(dict.fromkeys(c.published.source for c in compared))
-
-
 def comparison_markdown(results: list[dict]) -> str:
     """Every published table as Markdown, one row a published number, ours beside it."""
-    head = "| method | evaluation | ours | published | difference | protocol | seeds | time | remark |"
-    parts = []
-    for table, rows in comparisons(results).items():
-        lines = [f"### {table}", "", head, "|" + "---|" * 9]
-        for c in rows:
-            p = c.published
-            first = (method_title(p), p.what, c.ours or "not measured", published_text(p), c.difference or "–")
-            lines.append("| " + " | ".join((*first, c.protocol, c.seeds, duration(c.seconds), c.remark)) + " |")
-        parts.append("\n".join([*lines, "", f"Published: {sources_of(rows)}."]))
-    return "\n\n".join(parts)
+    return TABLES.beside_published(comparisons(results)).strip()

@@ -1,6 +1,6 @@
 """One self-contained HTML page, without a script and without a network: its parts by name, and pictures inside it.
 
-`PARTS.table(…)`, `PARTS.section(…)` and the others are the macros of parts.html: plain data → HTML.
+`PARTS.section(…)` and the others are the macros of parts.html: plain data → HTML. TABLES are those of tables.md.
 """
 
 import base64
@@ -11,16 +11,24 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from PIL import Image
 
 HERE = Path(__file__).parent
 PIXELATED_BELOW_PX = 65  # smaller pictures are enlarged pixel by pixel, so that they stay what they are
-PARTS = (
-    jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True)
-    .get_template("parts.html")
-    .module
+
+
+def with_code(text: str) -> Markup:
+    """Text as HTML, `marked` parts as code."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text)))
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(HERE), autoescape=lambda name: name.endswith(".html"), trim_blocks=True
 )
+_TEMPLATES.filters["code"] = with_code
+PARTS = _TEMPLATES.get_template("parts.html").module
+TABLES = _TEMPLATES.get_template("tables.md").module
 
 
 def readable(text: str) -> str:

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from eval.features import KINDS
+from eval.reporting.page import TABLES
 
 # Column title → (beginning of the protocol's name, fraction of the labels).
 COLUMNS = {
@@ -115,7 +116,4 @@ def protocol_notes(rows: Rows) -> list[str]:
 
 def summary_markdown(rows: Rows) -> str:
     """The table and the notes below it."""
-    head, body = table_cells(rows)
-    lines = [f"|{head[0]} | {' | '.join(head[1:])} |", "|---|" + "---|" * (len(head) - 1)]
-    lines += [f"| {' | '.join(texts)} |" for texts in body]
-    return "\n".join([*lines, "", EXPLANATION, "", *(f"- {note}" for note in protocol_notes(rows))])
+    return TABLES.summary(*table_cells(rows), EXPLANATION, protocol_notes(rows)).strip()

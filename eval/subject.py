@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from eval.features import KINDS, Encoder, centre_loader_config, features_of, open_encoder
+from eval.features import KINDS, Encoder, FeatureSet, open_encoder
 from eval.protocols import ON_FEATURES, Protocol
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from pipeline.command import DATA, RUNS
@@ -102,13 +102,19 @@ class Subject:
         """Labels of the validation images, (M,) int64, counted as train counts classes, on the encoder's device."""
         return torch.from_numpy(self.dataset.val_labels).to(self.encoder.device)
 
+    def feature_set(self, split: Literal["train", "val"]) -> FeatureSet:
+        """Features of the labelled share, or of the validation images, as they are kept in the run folder."""
+        beton, ids = (self.dataset.train, self.subset.ids) if split == "train" else (self.dataset.val, None)
+        config, dtype = self.config, getattr(torch, self.config.feature_type)
+        return FeatureSet(self.encoder, beton, self.run / "features", ids, config.loader, config.workers, dtype)
+
     def train_features(self) -> torch.Tensor:
         """(n, D) float32, on the encoder's device."""
-        return self._features(self.dataset.train, self.subset.ids)
+        return self.feature_set("train").read().to(self.encoder.device).float()
 
     def val_features(self) -> torch.Tensor:
         """(M, D) float32, on the encoder's device."""
-        return self._features(self.dataset.val, None)
+        return self.feature_set("val").read().to(self.encoder.device).float()
 
     def augmented_loader(self, batch: int) -> Loader:
         """Shuffled full batches of random crops and flips of the labelled share."""
@@ -130,13 +136,7 @@ class Subject:
 
     def val_loader(self) -> Loader:
         """The validation images' centre views, once each a pass, in order."""
-        c = self.config
-        return make_loader(centre_loader_config(self.encoder, self.dataset.val.path, None, c.loader, c.workers))
-
-    def _features(self, beton, ids) -> torch.Tensor:
-        c, dtype = self.config, getattr(torch, self.config.feature_type)
-        features = features_of(self.encoder, beton, self.run / "features", ids, c.loader, c.workers, dtype)
-        return features.to(self.encoder.device).float()
+        return make_loader(self.feature_set("val").loading)
 
 
 def open_subject(config: SubjectConfig) -> Subject:

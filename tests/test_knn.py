@@ -15,7 +15,7 @@ import torch
 
 from eval import features as features_module
 from eval import subject as subject_module
-from eval.features import features_of, open_encoder
+from eval.features import FeatureSet, open_encoder
 from eval.knn import KnnConfig, main
 from eval.subject import open_subject, read_results
 from pipeline.disk import append_line
@@ -41,7 +41,7 @@ def brute_force_top1(run, data, k) -> float:
     """Share of validation images whose class wins the vote: float64, one image at a time."""
     encoder = open_encoder(run)
     train, val = (open_beton(data / f"{split}.beton") for split in ("train", "val"))
-    bank, queries = (features_of(encoder, b, run / "oracle").double().numpy() for b in (train, val))
+    bank, queries = (FeatureSet(encoder, b, run / "oracle").read().double().numpy() for b in (train, val))
     bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     hits = 0
     for query, label in zip(queries, val.labels, strict=True):

@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from eval import linear
-from eval.features import features_of, open_encoder
+from eval.features import FeatureSet, open_encoder
 from eval.linear import LinearConfig, main, standardize_
 from eval.subject import open_subject, read_results
 from pipeline.errors import UserError
@@ -67,7 +67,7 @@ def test_cached_protocol_agrees_with_a_solver(run, data):
     assert (result["protocol"], result["changed"]) == ("linear-cached-modified", AT_SIDE)
     encoder = open_encoder(run)
     train, val = (open_beton(data / f"{split}.beton") for split in ("train", "val"))
-    x, v = (features_of(encoder, b, run / "features").double().numpy() for b in (train, val))
+    x, v = (FeatureSet(encoder, b, run / "features").read().double().numpy() for b in (train, val))
     alive = x.std(0) > 0
     x, v = x[:, alive], v[:, alive]
     mean, deviation = x.mean(0), x.std(0)

@@ -20,7 +20,7 @@ from pipeline.command import DATA, RUNS
 from pipeline.disk import append_line, followed_once, read_lines
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
-from pipeline.spec import SUPERVISED_VIEW, LoaderConfig
+from pipeline.spec import SUPERVISED_VIEW
 
 RESULTS = "results.jsonl"
 # What this program reads of a result's line, and of which type it is.
@@ -118,21 +118,9 @@ class Subject:
 
     def augmented_loader(self, batch: int) -> Loader:
         """Shuffled full batches of random crops and flips of the labelled share."""
-        config, info = self.config, self.encoder.info
-        return make_loader(
-            LoaderConfig(
-                data=self.dataset.train.path,
-                views=(SUPERVISED_VIEW,),
-                resolution_px=info.resolution_px,
-                global_batch=batch,
-                seed=config.seed,
-                ids=self.subset.ids,
-                normalization=info.normalization,
-                backend=config.loader,
-                workers=config.workers,
-                device=self.encoder.device,
-            )
-        )
+        centre = self.feature_set("train").loading
+        views = {"views": (SUPERVISED_VIEW,), "shuffle": True, "seed": self.config.seed}
+        return make_loader(replace(centre, global_batch=batch, **views))
 
     def val_loader(self) -> Loader:
         """The validation images' centre views, once each a pass, in order."""
@@ -239,10 +227,7 @@ def encoder_facts(encoder: Encoder, checkpoint: Path) -> dict:
     info = encoder.info
     return {
         "encoder": encoder.kind,
-        "arch": info.arch,
-        "step": info.step,
-        "epochs": info.epochs,
-        "resolution_px": info.resolution_px,
+        **{name: getattr(info, name) for name in ("arch", "step", "epochs", "resolution_px")},
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": info.sha256,
         "key": info.key,

@@ -32,8 +32,8 @@ from eval.detector.scores import coco_scores, voc_scores
 from eval.detector.training import Schedule, Training, detect, take_precise_statistics, train
 from eval.features import Encoder, open_encoder
 from eval.protocols import DETECTION as PROTOCOLS
-from eval.subject import encoder_facts, require_positive, result_folder, write_result
-from pipeline.command import DATA, RUNS, run_command
+from eval.subject import EncoderConfig, encoder_facts, require_positive, result_folder, write_result
+from pipeline.command import DATA, run_command
 from pipeline.disk import OneWriter, followed_once, write_whole
 from pipeline.errors import UserError
 from train.agreement import only_writer
@@ -44,22 +44,17 @@ EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
 
 
 @dataclass(frozen=True)
-class DetectionConfig:
+class DetectionConfig(EncoderConfig):
     """Detection, with instance segmentation on COCO."""
 
     task: Literal["voc", "coco"] = "voc"
     """Which dataset and protocol."""
-    checkpoint: Path = RUNS / "latest"
-    """A run folder, or a checkpoint file: ours, or a torchvision ResNet's state dict."""
-    key: str = ""
-    """Which network of a file that holds several: its place in it, or whole names out of that. Empty: the one
-    that the rule in train/foreign.py chooses."""
     data: Path | None = None
     """VOCdevkit with VOC2007 (and VOC2012), or COCO's folder. None: data/VOCdevkit or data/coco."""
     features: Literal["encoder", "random"] = "encoder"
     """The encoder, or, as a control, its architecture with random weights (of --seed)."""
     iterations: int | None = None
-    """None: the protocol's, 24,000 or 90,000; the rate's steps keep their places in them."""
+    """None: the protocol's, 24,000 or 90,000. The learning rate falls at the same shares of them as published."""
     batch: int | None = None
     """Images of one iteration over all ranks. None: 16."""
     lr: float | None = None
@@ -71,7 +66,7 @@ class DetectionConfig:
     rois: int | None = None
     """Regions of an image that train the heads. None: 512."""
     precise_bn: int | None = None
-    """Batches over which batch norm's statistics are taken anew before the test. None: 200."""
+    """Batches over which batch norm's statistics are computed again before the test. None: 200."""
     checkpoint_every: int = 1000
     """Iterations between two checkpoints."""
     workers: int = 4

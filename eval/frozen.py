@@ -1,4 +1,4 @@
-"""What a frozen encoder gives to a classifier: streams of features, and the pooled maps of a ResNet's five stages.
+"""The pooled maps of a frozen ResNet's five stages, and classifiers that normalize such maps.
 
     stage                 map at 224 px     average pool: size, stride, padding     ResNet-50's dimensions
     feature1 stem         112 × 112 px      10, 10, 4   → 12 × 12                    64 · 144 = 9216
@@ -11,7 +11,7 @@ Source: Goyal 2019 (fair_self_supervision_benchmark) and MMSelfSup's MultiPoolin
 size is pooled adaptively to the same grid, or left as it is where it is smaller.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,6 @@ from torch import nn
 from eval.features import Encoder
 from eval.supervised import make_head
 from pipeline.errors import UserError
-from pipeline.spec import Batch
 
 
 class Pool(NamedTuple):
@@ -107,14 +106,3 @@ def map_shapes(extract: nn.Module, encoder: Encoder) -> dict[str, tuple[int, ...
     side = encoder.info.resolution_px
     maps = extract(torch.zeros(1, 3, side, side, device=encoder.device))
     return {name: tuple(made.shape[1:]) for name, made in maps.items()}
-
-
-def frozen_stream(extract: Callable, batches: Iterable[Batch], labels: torch.Tensor | None = None) -> Iterator[tuple]:
-    """(what `extract` makes of the images, their labels) of some batches; the encoder inside gets no gradient.
-
-    `labels` (M,), by position in the loader's file, replace those of the file.
-    """
-    for batch in batches:
-        with torch.no_grad():
-            features = extract(batch.views[0])
-        yield features, batch.label if labels is None else labels[batch.sample]

@@ -13,10 +13,10 @@ configuration jitters colours besides.)
 from contextlib import closing
 from dataclasses import dataclass
 
-from eval.frozen import NormalizedHeads, StageFeatures, frozen_stream, map_shapes
+from eval.frozen import NormalizedHeads, StageFeatures, map_shapes
 from eval.protocols import HEADS
 from eval.subject import SubjectConfig, images_per_step, open_subject, record_result, require_positive
-from eval.supervised import Group, final_scores, fit, validate
+from eval.supervised import Group, final_scores, fit_on_crops, inputs_of, validate
 from pipeline.command import run_command
 from pipeline.errors import UserError
 
@@ -43,22 +43,21 @@ def main(config: HeadsConfig) -> dict:
         raise UserError("--features pixels has no stages; use eval/linear.py --cached --features pixels")
     require_positive("validate-every", config.validate_every)
     subject = open_subject(config)
-    batch = images_per_step(subject, HEADS.with_flags(config), least=2)
-    steps = subject.subset.images // batch
+    images_per_step(subject, HEADS.with_flags(config), least=2)
     extract = StageFeatures(subject.encoder.module)
     shapes = map_shapes(extract, subject.encoder)
     settings = HEADS.with_flags(config) | {"pooling": "as published" if extract.published else "adaptive"}
     heads = NormalizedHeads(shapes, subject.classes, config.seed, affine=False).to(subject.encoder.device)
     group = Group(list(heads.parameters()), config.lr, config.weight_decay, HEADS.milestones_at(config.epochs))
     labels = subject.val_labels()
-    with closing(subject.augmented_loader(batch)) as training, closing(subject.val_loader()) as val:
-        history = fit(
+    with closing(subject.val_loader()) as val:
+        history = fit_on_crops(
+            subject,
             heads,
             [group],
-            frozen_stream(extract, training.batches(0, config.epochs * steps)),
-            validation=lambda: validate(heads, frozen_stream(extract, val.batches(), labels)),
-            epochs=config.epochs,
-            steps=steps,
+            settings=settings,
+            extract=extract,
+            validation=lambda: validate(heads, inputs_of(val.batches(), extract, labels)),
             nesterov=True,
             validate_every=config.validate_every,
         )

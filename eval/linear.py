@@ -23,16 +23,12 @@ train on the others, and the headline is the validation accuracy of the head tha
 (of equals the lower rate, then the lower decay). Validation images choose nothing. `details` has every head.
 """
 
-import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from eval.frozen import frozen_stream
 from eval.metrics import Accuracy
 from eval.protocols import LINEAR_AVGPOOL, LINEAR_BT, LINEAR_CACHED, Protocol
 from eval.splits import Subset
@@ -44,6 +40,7 @@ from eval.supervised import (
     feature_stream,
     final_scores,
     fit,
+    fit_on_crops,
     in_chunks,
     make_head,
     threads_for,
@@ -153,18 +150,6 @@ def features_within(subject: Subject, other: Subset) -> torch.Tensor:
     return whole[torch.from_numpy(np.searchsorted(both, own)).to(whole.device)]
 
 
-@contextmanager
-def training_stream(
-    subject: Subject, batch: int, epochs: int, *, cached: torch.Tensor | None
-) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
-    """Batches of features and labels of all epochs: of `cached` features, or of fresh crops through the encoder."""
-    if cached is not None:
-        yield feature_stream(cached, subject.train_labels(), subject.config.seed, batch, epochs)
-        return
-    with closing(subject.augmented_loader(batch)) as loader:
-        yield frozen_stream(subject.encoder.module, loader.batches(0, epochs * (subject.subset.images // batch)))
-
-
 def train_heads(
     subject: Subject,
     protocol: Protocol,
@@ -178,31 +163,27 @@ def train_heads(
     Returns the epochs with the accuracy of every head on the validation images, and the final accuracy of every head on
     the training images `choosing`, which train nothing.
     """
-    config, device = subject.config, subject.encoder.device
+    config, module, dimensions = subject.config, subject.encoder.module, subject.encoder.info.features
     epochs, batch = settings["epochs"], images_per_step(subject, settings)
-    val, held, cached, dimensions = subject.val_features(), None, None, subject.encoder.info.features
-    if choosing:
-        held_subject = subject.with_subset(choosing)
-        held = features_within(held_subject, subject.subset) if config.cached else held_subject.train_features()
-    if config.cached:
-        cached = features_within(subject, choosing) if choosing else subject.train_features()
-        standardize_(cached, val, *([held] if choosing else []))
-    heads = Heads({name: make_head(dimensions, subject.classes, config.seed) for name in points}).to(device)
+    heads = Heads({name: make_head(dimensions, subject.classes, config.seed) for name in points})
+    heads = heads.to(subject.encoder.device)
     milestones = protocol.milestones_at(epochs)
     groups = [Group(list(heads.heads[name].parameters()), *point, milestones) for name, point in points.items()]
-    # A frozen encoder needs every core; small heads alone are fastest on one.
-    multiplications = batch * subject.classes * dimensions * len(points) if config.cached else sys.maxsize
-    with training_stream(subject, batch, epochs, cached=cached) as stream, threads_for(multiplications):
-        history = fit(
-            heads,
-            groups,
-            stream,
-            validation=lambda: validate(heads, in_chunks(val, subject.val_labels())),
-            epochs=epochs,
-            steps=subject.subset.images // batch,
-            may_diverge=choosing is not None,
-        )
-        return history, validate(heads, in_chunks(held, held_subject.train_labels())) if choosing else {}
+    val, val_labels, held, held_labels = subject.val_features(), subject.val_labels(), None, None
+    if choosing:
+        of_held = subject.with_subset(choosing)
+        held = features_within(of_held, subject.subset) if config.cached else of_held.train_features()
+        held_labels = of_held.train_labels()
+    how = {"validation": lambda: validate(heads, in_chunks(val, val_labels)), "may_diverge": choosing is not None}
+    if not config.cached:
+        history = fit_on_crops(subject, heads, groups, settings=settings, extract=module, **how)
+        return history, validate(heads, in_chunks(held, held_labels)) if choosing else {}
+    features = features_within(subject, choosing) if choosing else subject.train_features()
+    standardize_(features, val, *([held] if choosing else []))
+    with threads_for(batch * subject.classes * dimensions * len(points)):  # small heads are fastest on one core
+        stream = feature_stream(features, subject.train_labels(), config.seed, batch, epochs)
+        history = fit(heads, groups, stream, epochs=epochs, steps=subject.subset.images // batch, **how)
+        return history, validate(heads, in_chunks(held, held_labels)) if choosing else {}
 
 
 def run_sweep(config: LinearConfig, subject: Subject, protocol: Protocol) -> dict:

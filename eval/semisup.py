@@ -20,7 +20,7 @@ from torch import nn
 
 from eval.protocols import SEMISUP
 from eval.subject import Subject, SubjectConfig, images_per_step, open_subject, record_result, require_positive
-from eval.supervised import Group, Heads, final_scores, fit, make_head, validate
+from eval.supervised import Group, Heads, final_scores, fit_on_crops, inputs_of, make_head, validate
 from pipeline.command import run_command
 from pipeline.errors import UserError
 
@@ -62,8 +62,8 @@ class FineTuned(nn.Module):
 def fine_tune(subject: Subject) -> dict[str, float]:
     """Trains encoder and classifier, and returns the scores. The subject's encoder is changed."""
     config = subject.config
-    batch = images_per_step(subject, SEMISUP.with_flags(config), least=2)
-    steps = subject.subset.images // batch
+    settings = SEMISUP.with_flags(config)
+    images_per_step(subject, settings, least=2)
     heads = Heads({"semisup": make_head(subject.encoder.info.features, subject.classes, config.seed)})
     model = FineTuned(subject.encoder.module, heads.to(subject.encoder.device))
     groups = [
@@ -71,14 +71,13 @@ def fine_tune(subject: Subject) -> dict[str, float]:
         Group(list(heads.parameters()), config.lr_classifier, config.weight_decay),
     ]
     labels = subject.val_labels()
-    with closing(subject.augmented_loader(batch)) as training, closing(subject.val_loader()) as val:
-        history = fit(
+    with closing(subject.val_loader()) as val:
+        history = fit_on_crops(
+            subject,
             model,
             groups,
-            ((b.views[0], b.label) for b in training.batches(0, config.epochs * steps)),
-            validation=lambda: validate(model, ((b.views[0], labels[b.sample]) for b in val.batches())),
-            epochs=config.epochs,
-            steps=steps,
+            settings=settings,
+            validation=lambda: validate(model, inputs_of(val.batches(), labels=labels)),
             validate_every=config.validate_every,
         )
     return final_scores(history, "semisup")

@@ -35,8 +35,8 @@ NEEDED = {
 
 
 @dataclass(frozen=True)
-class SubjectConfig:
-    """The flags that all evaluations share."""
+class EncoderConfig:
+    """Which network is evaluated."""
 
     checkpoint: Path = RUNS / "latest"
     """A run folder, or a file: checkpoint.pt, backbone.safetensors, Barlow Twins' published resnet50.pth or
@@ -44,6 +44,12 @@ class SubjectConfig:
     key: str = ""
     """Which network of a file that holds several: its place in it, such as state_dict.module.encoder_q, or whole
     names out of that, such as encoder_q. Empty: the one that the rule in train/foreign.py chooses."""
+
+
+@dataclass(frozen=True)
+class SubjectConfig(EncoderConfig):
+    """The flags that all evaluations of features share."""
+
     data: Path | None = None
     """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
     fraction: float = 1.0

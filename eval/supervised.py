@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,8 +25,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from eval.metrics import Accuracy, rank_accuracy
+from eval.subject import Subject, images_per_step
 from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
+from pipeline.spec import Batch
 from train.knn_vote import label_ranks
 
 MOMENTUM = 0.9  # every published protocol here trains with this
@@ -102,6 +105,21 @@ def threads_for(multiplications: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def inputs_of(
+    batches: Iterable[Batch], extract: Callable | None = None, labels: torch.Tensor | None = None
+) -> Iterator[tuple]:
+    """(images, or what a frozen `extract` makes of them without a gradient; labels) of a loader's batches.
+
+    `labels` (M,), by position in the loader's file, replace those of the file.
+    """
+    for batch in batches:
+        inputs = batch.views[0]
+        if extract:
+            with torch.no_grad():
+                inputs = extract(inputs)
+        yield inputs, batch.label if labels is None else labels[batch.sample]
 
 
 def in_chunks(features: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -186,6 +204,26 @@ def fit(
         history.append(Epoch(epoch + 1, loss, accuracy, time.monotonic() - started))
         print(epoch_line(history[-1], epochs), file=sys.stderr, flush=True)
     return history
+
+
+def fit_on_crops(
+    subject: Subject,
+    model: nn.Module,
+    groups: list[Group],
+    *,
+    settings: dict,
+    extract: Callable | None = None,
+    **how,
+) -> list[Epoch]:
+    """`fit` on new random crops and flips of the labelled share each epoch, or on what `extract` makes of them.
+
+    `settings` has the epochs and the batch; `how` is the rest of what `fit` takes.
+    """
+    batch, epochs = images_per_step(subject, settings), settings["epochs"]
+    steps = subject.subset.images // batch
+    with closing(subject.augmented_loader(batch)) as loader:
+        stream = inputs_of(loader.batches(0, epochs * steps), extract)
+        return fit(model, groups, stream, epochs=epochs, steps=steps, **how)
 
 
 def epoch_line(epoch: Epoch, epochs: int) -> str:

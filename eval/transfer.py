@@ -10,14 +10,13 @@ Protocols transfer-places205 (14 epochs, a tenth of the rate after 4, 8 and 12) 
 these numbers are published; it has no weight decay. transfer-folder is Places205's schedule.
 """
 
-from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from eval.frozen import NormalizedHeads, frozen_stream
+from eval.frozen import NormalizedHeads
 from eval.protocols import TRANSFER
 from eval.subject import SubjectConfig, images_per_step, open_subject, record_result, require_positive
-from eval.supervised import Group, final_scores, fit, in_chunks, validate
+from eval.supervised import Group, final_scores, fit_on_crops, in_chunks, validate
 from pipeline.command import DATA, run_command
 from pipeline.errors import UserError
 
@@ -57,12 +56,11 @@ def main(config: TransferConfig) -> dict:
     protocol = TRANSFER[config.dataset]
     subject = open_subject(chosen_data(config))
     settings = protocol.with_flags(config)
-    epochs, batch = settings["epochs"], images_per_step(subject, settings, least=2)
-    steps = subject.subset.images // batch
+    batch = images_per_step(subject, settings, least=2)
     encoder, dimensions = subject.encoder.module, subject.encoder.info.features
     head = NormalizedHeads({"linear": (dimensions, 1, 1)}, subject.classes, config.seed, affine=True)
     head = head.to(subject.encoder.device)
-    lr, milestones = config.lr * batch / LR_BATCH, protocol.milestones_at(epochs)
+    lr, milestones = config.lr * batch / LR_BATCH, protocol.milestones_at(settings["epochs"])
     groups = [
         Group(list(head.heads.parameters()), lr, config.weight_decay, milestones),
         Group(list(head.norms.parameters()), lr, 0.0, milestones),
@@ -72,17 +70,16 @@ def main(config: TransferConfig) -> dict:
         return {"linear": features[:, :, None, None]}  # (B, D) → one map of a pixel, which the head normalizes
 
     validation = [(as_map(x), labels) for x, labels in in_chunks(subject.val_features(), subject.val_labels())]
-    with closing(subject.augmented_loader(batch)) as training:
-        history = fit(
-            head,
-            groups,
-            frozen_stream(lambda images: as_map(encoder(images)), training.batches(0, epochs * steps)),
-            validation=lambda: validate(head, validation),
-            epochs=epochs,
-            steps=steps,
-            nesterov=True,
-            validate_every=config.validate_every,
-        )
+    history = fit_on_crops(
+        subject,
+        head,
+        groups,
+        settings=settings,
+        extract=lambda images: as_map(encoder(images)),
+        validation=lambda: validate(head, validation),
+        nesterov=True,
+        validate_every=config.validate_every,
+    )
     return record_result(subject, protocol, settings=settings, values=final_scores(history, "linear"))
 
 

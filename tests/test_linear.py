@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from eval import linear
+from eval import linear, supervised
 from eval.features import FeatureSet, open_encoder
 from eval.linear import LinearConfig, main, standardize_
 from eval.subject import open_subject, read_results
@@ -96,7 +96,7 @@ def test_untouched_settings_are_the_published_ones(run, monkeypatch):
         seen.update(epochs=epochs, steps=steps, groups=groups, weights=copy.deepcopy(model.state_dict()))
         return []
 
-    monkeypatch.setattr(linear, "fit", watch)
+    monkeypatch.setattr(supervised, "fit", watch)
     monkeypatch.setattr(linear, "final_scores", lambda *_: {"top1": 0.0})
     result = main(LinearConfig(checkpoint=run, resolution=224))
     assert (result["protocol"], result["changed"]) == ("linear-bt", {})
@@ -159,7 +159,7 @@ def test_avgpool_is_the_published_protocol(run, monkeypatch):
         seen.update(epochs=epochs, groups=groups)
         return []
 
-    monkeypatch.setattr(linear, "fit", watch)
+    monkeypatch.setattr(supervised, "fit", watch)
     monkeypatch.setattr(linear, "final_scores", lambda *_: {"top1": 0.0})
     result = main(LinearConfig(checkpoint=run, protocol="avgpool", feature_type="float16"))
     assert result["protocol"] == "linear-avgpool-modified"

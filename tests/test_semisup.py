@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import semisup
+from eval import semisup, supervised
 from eval.features import open_encoder
 from eval.semisup import SemisupConfig, main
 from eval.splits import labelled_subset
@@ -43,7 +43,7 @@ def watched(monkeypatch):
             seen["batches"].append((images, labels))
             yield images, labels
 
-    monkeypatch.setattr(semisup, "fit", watch)
+    monkeypatch.setattr(supervised, "fit", watch)
     return seen
 
 
@@ -140,7 +140,7 @@ def test_every_seed_begins_with_the_same_weights(run, data, monkeypatch):
         write_run(run, data, seed=1, step=21)
         return history
 
-    monkeypatch.setattr(semisup, "fit", replaced)
+    monkeypatch.setattr(supervised, "fit", replaced)
     result = main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1, batch=20, lr_backbone=0.02, seeds=2))
     assert result["checkpoint_sha256"] == before.info.sha256 != open_encoder(run).info.sha256 and result["step"] == 9
     for start in starts:

@@ -32,11 +32,7 @@ def main(config: KnnConfig) -> dict:
             f"{config.fraction:g}, at least {KNN_HEADLINE} are needed to vote; use a larger fraction or dataset"
         )
     by_k = knn_accuracy(
-        subject.train_features(),
-        subject.train_labels(),
-        subject.val_features(),
-        subject.val_labels(),
-        subject.classes,
+        subject.train_features(), subject.train_labels(), subject.val_features(), subject.val_labels(), subject.classes
     )
     values = {f"{name}_k{k}": value for k, accuracy in by_k.items() for name, value in accuracy._asdict().items()}
     return record_result(subject, KNN, settings=KNN.with_flags(config), values=values)

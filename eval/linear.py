@@ -151,12 +151,7 @@ def features_within(subject: Subject, other: Subset) -> torch.Tensor:
 
 
 def train_heads(
-    subject: Subject,
-    protocol: Protocol,
-    points: dict[str, Point],
-    *,
-    settings: dict,
-    choosing: Subset | None = None,
+    subject: Subject, protocol: Protocol, points: dict[str, Point], *, settings: dict, choosing: Subset | None = None
 ) -> tuple[list[Epoch], dict[str, Accuracy]]:
     """Trains a head for each named point on one stream of features.
 

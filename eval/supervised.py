@@ -207,13 +207,7 @@ def fit(
 
 
 def fit_on_crops(
-    subject: Subject,
-    model: nn.Module,
-    groups: list[Group],
-    *,
-    settings: dict,
-    extract: Callable | None = None,
-    **how,
+    subject: Subject, model: nn.Module, groups: list[Group], *, settings: dict, extract: Callable | None = None, **how
 ) -> list[Epoch]:
     """`fit` on new random crops and flips of the labelled share each epoch, or on what `extract` makes of them.
 

@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -81,6 +84,22 @@ def test_no_file_shadows_a_module():
     ]
     files = [p for folder in folders for p in folder.glob("*.py")]
     assert [str(p) for p in files if p.stem in taken] == []
+
+
+def test_every_file_is_in_the_wheel():
+    """By setuptools' own search for packages, and pyproject.toml's patterns of data files."""
+    settings = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = find_namespace_packages(str(REPO), **settings["packages"]["find"])
+    patterns = ["*.py", *settings["package-data"]["*"]]
+    files = [p.relative_to(REPO) for package in PACKAGES for p in (REPO / package).rglob("*") if p.is_file()]
+    files = [p for p in files if "__pycache__" not in p.parts]
+    assert Path("eval/splits/imagenet_1percent.txt") in files
+    left_out = [
+        str(p)
+        for p in files
+        if ".".join(p.parent.parts) not in packages or not any(fnmatch(p.name, pattern) for pattern in patterns)
+    ]
+    assert left_out == []
 
 
 def test_no_utils():

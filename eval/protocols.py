@@ -16,13 +16,11 @@ from pathlib import Path
 
 from train.knn_vote import KNN_HEADLINE, KNN_NEIGHBOURS, KNN_TEMPERATURE
 
-METHOD_TITLES = {
-    "barlow_twins": "Barlow Twins",
-    "simclr": "SimCLR",
-    "byol": "BYOL",
-    "simsiam": "SimSiam",
-    "supervised": "Supervised",
-}
+
+@functools.cache
+def published_file() -> dict:
+    """What published.toml holds: tables of numbers, the methods' titles, the datasets' sizes."""
+    return tomllib.loads(Path(__file__).with_name("published.toml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)
@@ -53,9 +51,14 @@ class Published:
     remark: str = ""
 
     @property
+    def images(self) -> list[int]:
+        """How many classes, validation images and training images the dataset has."""
+        return published_file()["sizes"][self.dataset]
+
+    @property
     def title(self) -> str:
         """The method, and for how long it was pretrained."""
-        title = METHOD_TITLES.get(self.method, self.method)
+        title = published_file()["titles"].get(self.method, self.method)
         return f"{title}, {self.epochs} epochs" if self.epochs else title
 
     @property
@@ -102,11 +105,10 @@ class Protocol:
 @functools.cache
 def published_rows() -> tuple[Published, ...]:
     """Every published number, in the order of the report."""
-    tables = tomllib.loads(Path(__file__).with_name("published.toml").read_text("utf-8"))["table"]
     rows = []
-    for table in tables:
-        shared = {"table": table.pop("title")} | table
-        rows += [Published(**shared | row) for row in shared.pop("row")]
+    for table in published_file()["table"]:
+        shared = {name: value for name, value in table.items() if name not in ("title", "row")}
+        rows += [Published(**{"table": table["title"]} | shared | row) for row in table["row"]]
     return tuple(rows)
 
 

@@ -133,26 +133,13 @@ class Subject:
         return make_loader(self.feature_set("val").loading)
 
 
-def open_subject(config: SubjectConfig) -> Subject:
-    """Everything the flags name, opened and checked. Raises UserError."""
-    started = time.monotonic()
-    config, encoder, run = open_encoder_and_run(config)
-    dataset = open_dataset(config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet"))
-    return Subject(config, encoder, dataset, chosen_subset(config, dataset), run, started)
+def open_subject(config: SubjectConfig, dataset: Dataset | None = None) -> Subject:
+    """Everything the flags name, opened and checked, and the folder that gets the result. Raises UserError.
 
-
-def chosen_subset(config: SubjectConfig, dataset: Dataset) -> Subset:
-    """The labelled share that the flags name. Raises UserError."""
-    if config.shots:
-        return shot_subset(dataset.train, config.shots, config.seed)
-    return labelled_subset(dataset.train, config.fraction, config.seed)
-
-
-def open_encoder_and_run(config: SubjectConfig) -> tuple[SubjectConfig, Encoder, Path]:
-    """What the flags say is evaluated, and the folder that gets the result.
-
-    A link such as runs/latest is followed once, here: it may name another run before this evaluation ends.
+    `dataset` replaces the one that the flags name. A link such as runs/latest is followed once, here: it may name
+    another run before this evaluation ends.
     """
+    started = time.monotonic()
     if config.resolution is not None:
         require_positive("resolution", config.resolution)
     config = replace(config, checkpoint=followed_once(config.checkpoint))
@@ -164,7 +151,16 @@ def open_encoder_and_run(config: SubjectConfig) -> tuple[SubjectConfig, Encoder,
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {run} cannot be made ({error.strerror}); name a folder that can be written") from None
-    return config, encoder, run
+    data = config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet")
+    dataset = dataset or open_dataset(data)
+    return Subject(config, encoder, dataset, chosen_subset(config, dataset), run, started)
+
+
+def chosen_subset(config: SubjectConfig, dataset: Dataset) -> Subset:
+    """The labelled share that the flags name. Raises UserError."""
+    if config.shots:
+        return shot_subset(dataset.train, config.shots, config.seed)
+    return labelled_subset(dataset.train, config.fraction, config.seed)
 
 
 def result_folder(checkpoint: Path) -> Path:

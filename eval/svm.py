@@ -17,9 +17,8 @@ for all classes, is the one of 1, 10, 100 that reads best on test, as published.
 
 import itertools
 import os
-import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +33,7 @@ from tqdm import tqdm
 from eval.metrics import average_precision_11, average_precision_area
 from eval.protocols import SVM
 from eval.splits import Dataset, Subset, open_dataset
-from eval.subject import Subject, SubjectConfig, open_encoder_and_run, record_result
+from eval.subject import SubjectConfig, open_subject, record_result
 from eval.voc import ABSENT, CLASSES, IGNORED, PRESENT, voc_targets
 from pipeline.command import DATA, run_command
 from pipeline.errors import UserError
@@ -203,10 +202,9 @@ def main(config: SvmConfig) -> dict:
     """Trains, judges and records; returns the result's line. Raises UserError."""
     if not config.costs or min(config.costs) <= 0 or config.samples < 1:
         raise UserError(f"--costs {config.costs}, --low-shot-samples {config.samples}: give positive numbers")
-    started = time.monotonic()
     dataset = open_voc(config)
-    config, encoder, run = open_encoder_and_run(config)
-    subject = Subject(config, encoder, dataset, Subset(None, "trainval", len(dataset.train)), run, started)
+    whole = Subset(None, "trainval", len(dataset.train))
+    subject = open_subject(replace(config, shots=0), dataset).with_subset(whole)
     features, test = (unit_rows(x.cpu().numpy()) for x in (subject.train_features(), subject.val_features()))
     split = (features, dataset.train_targets, test, dataset.val_targets)
     values, by_class = full_svm(config, *split)

@@ -11,18 +11,6 @@ from eval.protocols import Published, published_rows
 from eval.reporting.page import TABLES
 from pipeline.constants import IMAGENET_LIST_IMAGES
 
-# Classes, validation images and training images. By the first two a result's own record tells some datasets, whatever
-# their folders are called; the protocols of the others name theirs, and of COCO only images with an object train.
-# Sources: ILSVRC 2012; CIFAR-10; Places205 (Zhou 2014); iNaturalist 2018 (Van Horn 2018); PASCAL VOC; COCO 2017.
-SIZES = {
-    "ImageNet": (1000, 50_000, 1_281_167),
-    "CIFAR-10": (10, 10_000, 50_000),
-    "Places205": (205, 20_500, 2_448_873),
-    "iNat18": (8142, 24_426, 437_513),
-    "VOC07": (20, 4952, 5011),
-    "VOC07+12": (20, 4952, 16_551),
-    "COCO": (80, 5000, 117_266),
-}
 NAMED_BY_PROTOCOL = ("VOC07", "VOC07+12", "COCO")  # whose protocols use all labels, too
 
 
@@ -54,14 +42,15 @@ class Comparison:
         return duration(self.seconds)
 
 
-def on_dataset(result: dict, dataset: str) -> bool:
-    """Whether a result was measured on a published dataset, or on a part of it with all of its validation images."""
-    return dataset in NAMED_BY_PROTOCOL or (result["classes"], result["val_images"]) == SIZES[dataset][:2]
+def on_dataset(result: dict, published: Published) -> bool:
+    """Whether a result was measured on a row's dataset, or on a part of it with all of its validation images."""
+    known = published.dataset in NAMED_BY_PROTOCOL
+    return known or [result["classes"], result["val_images"]] == published.images[:2]
 
 
 def other_images(published: Published, result: dict) -> list[str]:
     """What is not the published choice of images."""
-    _, val_images, train_images = SIZES[published.dataset]
+    _, val_images, train_images = published.images
     remarks = []
     if published.fraction in (0.01, 0.1):
         percent = round(100 * published.fraction)
@@ -87,7 +76,7 @@ def matching(published: Published, results: list[dict]) -> list[dict]:
             and r["encoder"] == "trained"
             and r["method"] == published.method
             and (published.dataset in NAMED_BY_PROTOCOL or r["fraction"] == published.fraction)
-            and on_dataset(r, published.dataset)
+            and on_dataset(r, published)
             and all(key in r["values"] for key in published.values)
         )
 
@@ -137,8 +126,11 @@ def compare(published: Published, found: list[dict], name_checkpoint: bool) -> C
 
 
 def comparisons(results: list[dict]) -> dict[str, list[Comparison]]:
-    """Every published row with ours, by table, in the order above. `results`: the lines of some runs' results.jsonl,
-    oldest first, each with the `method` that made its encoder. Rows of several checkpoints name theirs."""
+    """Every published row with ours, by table, in the order of published.toml.
+
+    `results` are the lines of some runs' results.jsonl, oldest first, each with the `method` that made its encoder.
+    Rows of several checkpoints name theirs.
+    """
     found = [(published, matching(published, results)) for published in published_rows()]
     checkpoints = {r["checkpoint_sha256"] for _, ours in found for r in ours}
     tables: dict[str, list[Comparison]] = {}

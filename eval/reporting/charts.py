@@ -1,14 +1,26 @@
-"""Where the points of small charts lie; parts.html draws them."""
+"""Where the points of small charts lie, which parts.html draws, and the curves of a run."""
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from markupsafe import Markup
 
 from eval.reporting.page import PARTS
+from pipeline.disk import read_lines
+from pipeline.errors import UserError
+from train.plots import TITLES, is_number
 
 WIDTH, HEIGHT = 340, 210  # the view box, px; a chart fills the width of its place, a phone's or a third of a desk's
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 30, 34
+CURVES = TITLES | {
+    "on_diagonal": "Σ (C_ii − 1)²",
+    "off_diagonal": "Σ C_ij², i ≠ j",
+    "lr_weights": "learning rate, weights",
+    "lr_biases": "learning rate, biases",
+    "images_per_s": "images/s",
+    "data_wait_share": "share of time waiting for data",
+}
 MAP_PX, MAP_MARGIN_PX = 400, 6
 MOST_POINTS = 400  # of a curve; more cannot be told apart at this width
 
@@ -72,3 +84,15 @@ def scatter(points: Sequence[Sequence[float]], labels: Sequence[int], names: Seq
         for (x, y), label in zip(points, labels, strict=True)
     ]
     return PARTS.scatter(MAP_PX, placed, names)
+
+
+def curves(run: Path) -> str:
+    """Every number of metrics.jsonl over the epochs. A step that fp16 skipped has null in place of some."""
+    path = run / "metrics.jsonl"
+    lines = [line for line in (read_lines(path) if path.is_file() else []) if is_number(line.get("epoch"))]
+    if not lines:
+        raise UserError(f"{path} has no line: this run was not trained here, or for no step")
+    names = dict.fromkeys(name for line in lines for name in line if name not in ("step", "epoch"))
+    points = {n: [(line["epoch"], line[n]) for line in lines if is_number(line.get(n))] for n in names}
+    drawn = [line_chart(CURVES.get(n, n), "epoch", *zip(*found, strict=True)) for n, found in points.items() if found]
+    return PARTS.curves(drawn, lines[-1].get("step"), [CURVES.get(n, n) for n, found in points.items() if not found])

@@ -6,13 +6,15 @@
 import base64
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jinja2
 import numpy as np
 from markupsafe import Markup, escape
 from PIL import Image
+
+from pipeline.errors import UserError
 
 HERE = Path(__file__).parent
 PIXELATED_BELOW_PX = 65  # smaller pictures are enlarged pixel by pixel, so that they stay what they are
@@ -34,6 +36,27 @@ TABLES = _TEMPLATES.get_template("tables.md").module
 def readable(text: str) -> str:
     """Text that can be written as UTF-8: what a name has of other bytes is shown as the replacement character."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def or_sentence(title: str, make: Callable[[], str]) -> str:
+    """A section, or why it is not there."""
+    try:
+        return PARTS.section(title, make())
+    except UserError as error:
+        return left_out(title, error)
+
+
+def left_out(title: str, error: UserError) -> str:
+    """A section that says why it is empty."""
+    return PARTS.section(title, PARTS.left_out(error))
+
+
+def whose(shown: dict, other: tuple[str, int] | None = None) -> str:
+    """Of which checkpoint a part is: of the one of the result `shown`, or of an `other` (digest, step)."""
+    own = f"Checkpoint {shown['checkpoint_sha256'][:12]}, step {shown['step']}."
+    if other is None or other[0] == shown["checkpoint_sha256"]:
+        return own
+    return f"Checkpoint {other[0][:12]}, step {other[1]}. The results are of another: {own}"
 
 
 def page(title: str, parts: Sequence[str]) -> str:

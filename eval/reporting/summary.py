@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 from eval.features import KINDS
-from eval.reporting.page import TABLES
+from eval.reporting.page import PARTS, TABLES, with_code
+from pipeline.errors import UserError
 
 # Column title → (beginning of the protocol's name, fraction of the labels).
 COLUMNS = {
@@ -117,3 +118,11 @@ def protocol_notes(rows: Rows) -> list[str]:
 def summary_markdown(rows: Rows) -> str:
     """The table and the notes below it."""
     return TABLES.summary(*table_cells(rows), EXPLANATION, protocol_notes(rows)).strip()
+
+
+def measured(rows: Rows) -> str:
+    """The table of results as HTML."""
+    if not rows:
+        raise UserError("no kNN, linear or semi-supervised result; `python eval/knn.py` measures the first")
+    head, body = table_cells(rows)
+    return PARTS.measured(head, [[row[0], *map(with_code, row[1:])] for row in body], EXPLANATION, protocol_notes(rows))

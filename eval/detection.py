@@ -136,10 +136,10 @@ def make_training(
     detector = make_detector(
         encoder.module.to("cpu"),
         encoder.info.normalization,
-        len(images.classes),
-        config.task == "coco",
-        settings["sizes_px"],
-        settings["rois"],
+        classes=len(images.classes),
+        masks=config.task == "coco",
+        sizes_px=settings["sizes_px"],
+        rois=settings["rois"],
     )
     detector = with_global_batch_norm(detector.to(ranks.device))
     about = settings | {"task": config.task, "seed": config.seed, "encoder": encoder.info.sha256}
@@ -162,12 +162,11 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
     started = time.monotonic()
     require_positive("checkpoint-every", config.checkpoint_every)
     config = replace(config, checkpoint=followed_once(config.checkpoint))
-    checkpoint = config.checkpoint
     random_seed = config.seed if config.features == "random" else None
-    encoder = open_encoder(checkpoint, random_seed=random_seed, key=config.key)
+    encoder = open_encoder(config.checkpoint, random_seed=random_seed, key=config.key)
     require_one_checkpoint(ranks, encoder.info.sha256)
     train_split, test_split = open_splits(config)
-    run = result_folder(checkpoint)
+    run = result_folder(config.checkpoint)
     folder = run / f"detection-{config.task}"
     try:
         folder.mkdir(exist_ok=True)
@@ -177,7 +176,7 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
         training = make_training(config, ranks, encoder, train_split, folder, writer)
         say(ranks, f"{folder}: from iteration {training.iteration}, {len(train_split)} images")
         masks = config.task == "coco"
-        images = DetectionImages(train_split.records, masks, config.task == "voc", config.seed)
+        images = DetectionImages(train_split.records, masks=masks, keep_ignored=config.task == "voc", seed=config.seed)
         if asked := train(training, images, config.checkpoint_every):
             say(ranks, f"stopped after iteration {training.iteration}; the same command continues from there")
             return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_REQUEUE

@@ -4,7 +4,7 @@
                                                                           │
                                        <run folder>/features/<hash>.safetensors, written whole or not at all
 
-A large set is extracted in parts of whole batches, each kept as it is done: an interrupted extraction goes on, and
+A large set is extracted in parts of whole batches, each kept as it is done: an interrupted extraction continues, and
 eval/extract.py shares the parts among ranks. Parts do not change a batch, and so not a bit.
 
 The hash covers everything that decides the numbers: the checkpoint's sha256, which of its networks, the dataset's
@@ -57,6 +57,7 @@ class Encoder:
 
 def open_encoder(
     checkpoint: Path,
+    *,
     pixels: bool = False,
     random_seed: int | None = None,
     resolution_px: int | None = None,

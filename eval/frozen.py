@@ -1,12 +1,5 @@
 """The pooled maps of a frozen ResNet's five stages, and classifiers that normalize such maps.
 
-    stage                 map at 224 px     average pool: size, stride, padding     ResNet-50's dimensions
-    feature1 stem         112 × 112 px      10, 10, 4   → 12 × 12                    64 · 144 = 9216
-    feature2 res2          56 ×  56         16,  8, 0   →  6 ×  6                   256 ·  36 = 9216
-    feature3 res3          28 ×  28         13,  5, 0   →  4 ×  4                   512 ·  16 = 8192
-    feature4 res4          14 ×  14          8,  3, 0   →  3 ×  3                  1024 ·   9 = 9216
-    feature5 res5           7 ×   7          6,  1, 0   →  2 ×  2                  2048 ·   4 = 8192
-
 Source: Goyal 2019 (fair_self_supervision_benchmark) and MMSelfSup's MultiPooling, type "specified". A map of another
 size is pooled adaptively to the same grid, or left as it is where it is smaller.
 """
@@ -34,11 +27,11 @@ class Pool(NamedTuple):
 
 
 POOLS = {
-    "feature1": Pool(112, 10, 10, 4, 12),
-    "feature2": Pool(56, 16, 8, 0, 6),
-    "feature3": Pool(28, 13, 5, 0, 4),
-    "feature4": Pool(14, 8, 3, 0, 3),
-    "feature5": Pool(7, 6, 1, 0, 2),
+    "feature1": Pool(112, 10, 10, 4, 12),  # the stem; ResNet-50's dimensions: 64 · 144 = 9216
+    "feature2": Pool(56, 16, 8, 0, 6),  # layer1: 256 · 36 = 9216
+    "feature3": Pool(28, 13, 5, 0, 4),  # layer2: 512 · 16 = 8192
+    "feature4": Pool(14, 8, 3, 0, 3),  # layer3: 1024 · 9 = 9216
+    "feature5": Pool(7, 6, 1, 0, 2),  # layer4: 2048 · 4 = 8192
 }
 
 
@@ -89,7 +82,7 @@ class NormalizedHeads(nn.Module):
     `shapes` are the maps' (C, h, w) by name; without `affine` the batch norm has no weights.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], classes: int, seed: int, affine: bool):
+    def __init__(self, shapes: dict[str, tuple[int, ...]], classes: int, seed: int, *, affine: bool):
         super().__init__()
         self.norms = nn.ModuleDict({name: nn.BatchNorm2d(shape[0], affine=affine) for name, shape in shapes.items()})
         self.heads = nn.ModuleDict(

@@ -143,9 +143,13 @@ def open_subject(config: SubjectConfig, dataset: Dataset | None = None) -> Subje
     if config.resolution is not None:
         require_positive("resolution", config.resolution)
     config = replace(config, checkpoint=followed_once(config.checkpoint))
-    random_seed = config.seed if config.features == "random" else None
-    pixels = config.features == "pixels"
-    encoder = open_encoder(config.checkpoint, pixels, random_seed, config.resolution, config.key)
+    encoder = open_encoder(
+        config.checkpoint,
+        pixels=config.features == "pixels",
+        random_seed=config.seed if config.features == "random" else None,
+        resolution_px=config.resolution,
+        key=config.key,
+    )
     run = config.out.expanduser() if config.out else result_folder(config.checkpoint)
     try:
         run.mkdir(parents=True, exist_ok=True)

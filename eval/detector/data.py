@@ -22,6 +22,7 @@ from eval.voc import CLASSES as VOC_CLASSES
 from eval.voc import read_annotation
 from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
+from train.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class DetectionImages(torch.utils.data.Dataset):
     why: raised in a DataLoader's process it would reach the user as a traceback.
     """
 
-    def __init__(self, records: list[Record], masks: bool, keep_ignored: bool, seed: int):
+    def __init__(self, records: list[Record], *, masks: bool, keep_ignored: bool, seed: int):
         self.records, self.masks, self.keep_ignored, self.seed = records, masks, keep_ignored, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | UserError:
@@ -231,8 +232,9 @@ def read_image(record: Record) -> np.ndarray:
 
 
 def training_keys(
-    images: int, batch: int, seed: int, rank: int, world_size: int, start: int, stop: int
+    images: int, batch: int, seed: int, ranks: Ranks, *, start: int, stop: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Of iterations start … stop − 1: this rank's (epoch, position) pairs."""
-    for _, epoch, positions in shuffled_batches(seed, np.arange(images), batch, rank, world_size, start, stop):
+    shares = shuffled_batches(seed, np.arange(images), batch, ranks.rank, ranks.world_size, start, stop)
+    for _, epoch, positions in shares:
         yield [(epoch, int(position)) for position in positions]

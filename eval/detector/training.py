@@ -130,8 +130,7 @@ class Training:
     def samples(self, images: DetectionImages, start: int, stop: int) -> Iterator[tuple[list, list]]:
         """This rank's (images, targets) of iterations start … stop − 1, and torch's seed set for each."""
         schedule, ranks = self.schedule, self.ranks
-        shares = (schedule.batch, schedule.seed, ranks.rank, ranks.world_size)
-        keys = training_keys(len(images.records), *shares, start, stop)
+        keys = training_keys(len(images.records), schedule.batch, schedule.seed, ranks, start=start, stop=stop)
         for iteration, batch in enumerate(decoded(images, keys, self.workers), start):
             torch.manual_seed(hash((schedule.seed, iteration, ranks.rank)))  # sizes, sampled anchors and regions
             yield moved(*batch, ranks.device)
@@ -198,7 +197,7 @@ def take_precise_statistics(training: Training, images: DetectionImages) -> None
 def detect(training: Training, split: Split, masks: bool) -> list[dict]:
     """All ranks' detections of a split, in COCO's results form, on every rank, in the order of image ids."""
     ranks, detector = training.ranks, training.detector.eval()
-    images = DetectionImages(split.records, False, True, 0)
+    images = DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)
     positions = range(ranks.rank, len(split), ranks.world_size)
     samples = decoded(images, [[(-1, position)] for position in positions], training.workers)
     found = []

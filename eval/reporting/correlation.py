@@ -49,10 +49,12 @@ class Correlation:
 
     @property
     def diagonal_mean(self) -> float:
+        """1 where both views' embeddings agree in every dimension."""
         return float(self.matrix.diagonal().mean())
 
     @property
     def off_diagonal_rms(self) -> float:
+        """0 where the dimensions are uncorrelated."""
         d = len(self.matrix)
         squares = np.square(self.matrix, dtype=np.float64).sum() - np.square(self.matrix.diagonal(), dtype=float).sum()
         return float(np.sqrt(squares / max(1, d * (d - 1))))

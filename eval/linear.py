@@ -23,6 +23,7 @@ train on the others, and the headline is the validation accuracy of the head tha
 (of equals the lower rate, then the lower decay). Validation images choose nothing. `details` has every head.
 """
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -139,15 +140,29 @@ def standardize_(train: torch.Tensor, *others: torch.Tensor) -> None:
 
 
 def features_within(subject: Subject, other: Subset) -> torch.Tensor:
-    """Features of the subject's images, as rows of those of its images and the `other` part of the labelled share.
+    """Features (n, D) of the subject's images, as rows of those of its images and the `other` ones together.
 
-    So that a sweep finds the whole share's features where they are kept, in place of extracting two parts.
+    The two are the labelled share, whose features may be kept already: so a sweep does not extract two parts of it.
     """
     own = subject.subset.ids
     both = np.sort(np.concatenate([own, other.ids]))
     ids = None if len(both) == len(subject.dataset.train) else both
     whole = subject.with_subset(Subset(ids, "", len(both))).train_features()
     return whole[torch.from_numpy(np.searchsorted(both, own)).to(whole.device)]
+
+
+def features_for(
+    subject: Subject, choosing: Subset | None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """Features to train on (None: of new crops each epoch), of the validation images, and of the images `choosing`."""
+    train, val, held, cached = None, subject.val_features(), None, subject.config.cached
+    if choosing:
+        of_held = subject.with_subset(choosing)
+        held = features_within(of_held, subject.subset) if cached else of_held.train_features()
+    if cached:
+        train = features_within(subject, choosing) if choosing else subject.train_features()
+        standardize_(train, val, *([held] if choosing else []))
+    return train, val, held
 
 
 def train_heads(
@@ -158,38 +173,34 @@ def train_heads(
     Returns the epochs with the accuracy of every head on the validation images, and the final accuracy of every head on
     the training images `choosing`, which train nothing.
     """
-    config, module, dimensions = subject.config, subject.encoder.module, subject.encoder.info.features
+    config, dimensions = subject.config, subject.encoder.info.features
     epochs, batch = settings["epochs"], images_per_step(subject, settings)
+    train, val, held = features_for(subject, choosing)
     heads = Heads({name: make_head(dimensions, subject.classes, config.seed) for name in points})
     heads = heads.to(subject.encoder.device)
     milestones = protocol.milestones_at(epochs)
     groups = [Group(list(heads.heads[name].parameters()), *point, milestones) for name, point in points.items()]
-    val, val_labels, held, held_labels = subject.val_features(), subject.val_labels(), None, None
-    if choosing:
-        of_held = subject.with_subset(choosing)
-        held = features_within(of_held, subject.subset) if config.cached else of_held.train_features()
-        held_labels = of_held.train_labels()
+    val_labels = subject.val_labels()
     how = {"validation": lambda: validate(heads, in_chunks(val, val_labels)), "may_diverge": choosing is not None}
-    if not config.cached:
-        history = fit_on_crops(subject, heads, groups, settings=settings, extract=module, **how)
-        return history, validate(heads, in_chunks(held, held_labels)) if choosing else {}
-    features = features_within(subject, choosing) if choosing else subject.train_features()
-    standardize_(features, val, *([held] if choosing else []))
-    with threads_for(batch * subject.classes * dimensions * len(points)):  # small heads are fastest on one core
-        stream = feature_stream(features, subject.train_labels(), config.seed, batch, epochs)
-        history = fit(heads, groups, stream, epochs=epochs, steps=subject.subset.images // batch, **how)
-        return history, validate(heads, in_chunks(held, held_labels)) if choosing else {}
+    # A frozen encoder needs every core; small heads alone are fastest on one.
+    multiplications = batch * subject.classes * dimensions * len(points) if config.cached else sys.maxsize
+    with threads_for(multiplications):
+        if config.cached:
+            stream = feature_stream(train, subject.train_labels(), config.seed, batch, epochs)
+            history = fit(heads, groups, stream, epochs=epochs, steps=len(train) // batch, **how)
+        else:
+            extract = subject.encoder.module
+            history = fit_on_crops(subject, heads, groups, settings=settings, extract=extract, **how)
+        if not choosing:
+            return history, {}
+        return history, validate(heads, in_chunks(held, subject.with_subset(choosing).train_labels()))
 
 
 def run_sweep(config: LinearConfig, subject: Subject, protocol: Protocol) -> dict:
     """Every point of the grid at once; the held-out tenth chooses."""
     sweep = sweep_of(protocol)
-    settings = sweep.settings | {
-        "epochs": protocol.with_flags(config)["epochs"],
-        "batch": protocol.with_flags(config)["batch"],
-        "lr": sorted(config.sweep_lr) or sweep.settings["lr"],
-        "weight_decay": sorted(config.sweep_weight_decay),
-    }
+    given = {"lr": sorted(config.sweep_lr) or sweep.settings["lr"], "weight_decay": sorted(config.sweep_weight_decay)}
+    settings = sweep.with_flags(config) | given
     grid = [Point(lr, weight_decay) for lr in settings["lr"] for weight_decay in settings["weight_decay"]]
     points = {str(i): point for i, point in enumerate(grid)}
     training, choosing = held_out(subject)

@@ -56,7 +56,7 @@ class SvmConfig(SubjectConfig):
     """The numbers of positives; those that a class has not are left out."""
     samples: Annotated[int, tyro.conf.arg(name="low-shot-samples")] = SVM.settings["low_shot_samples"]
     """Independent samples of each k."""
-    fraction: tyro.conf.Suppress[float] = 1.0  # all labels; few labels are the low-shot part's
+    fraction: Annotated[float, tyro.conf.Fixed, tyro.conf.Suppress] = 1.0  # no flag: the low-shot part has its own
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def test_no_imports_in_a_circle():
 
 def test_no_file_shadows_a_module():
     dependencies = {"torch", "torchvision", "timm", "numba", "numpy", "ffcv", "nvidia", "triton", "PIL", "tyro", "tqdm"}
-    dependencies |= {"safetensors", "tensorboard", "sklearn", "matplotlib", "scipy", "pytest", "pycocotools"}
+    dependencies |= {"safetensors", "tensorboard", "sklearn", "matplotlib", "scipy", "pytest", "pycocotools", "jinja2"}
     taken = set(sys.stdlib_module_names) | dependencies | set(PACKAGES)
     folders = [
         folder for package in (*PACKAGES, "scripts") for folder in (REPO / package, *(REPO / package).rglob("*/"))

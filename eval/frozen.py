@@ -4,6 +4,7 @@ Source: Goyal 2019 (fair_self_supervision_benchmark) and MMSelfSup's MultiPoolin
 size is pooled adaptively to the same grid, or left as it is where it is smaller.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.features import Encoder
-from eval.supervised import make_head
+from eval.supervised import Heads, make_head
 from pipeline.errors import UserError
 
 
@@ -76,18 +77,15 @@ class StageFeatures(nn.Module):
         return maps
 
 
-class NormalizedHeads(nn.Module):
+class NormalizedHeads(Heads):
     """A batch norm per channel and a linear classifier for each of several maps: {name: (B, C, h, w)} → {name: (B, K)}.
 
     `shapes` are the maps' (C, h, w) by name; without `affine` the batch norm has no weights.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], classes: int, seed: int, *, affine: bool):
-        super().__init__()
+        super().__init__({name: make_head(math.prod(shape), classes, seed) for name, shape in shapes.items()})
         self.norms = nn.ModuleDict({name: nn.BatchNorm2d(shape[0], affine=affine) for name, shape in shapes.items()})
-        self.heads = nn.ModuleDict(
-            {name: make_head(torch.Size(shape).numel(), classes, seed) for name, shape in shapes.items()}
-        )
 
     def forward(self, maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: head(self.norms[name](maps[name]).flatten(1)) for name, head in self.heads.items()}

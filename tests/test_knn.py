@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -213,3 +215,24 @@ def test_a_moved_dataset_says_so(run, data, tmp_path):
     (moved / "train.manifest.json").unlink()
     with pytest.raises(UserError, match=r"train\.manifest\.json"):
         main(KnnConfig(checkpoint=run, data=moved))
+
+
+def test_the_protocol_of_the_readme(run, data, tmp_path):
+    """eval/README.md's own example, as it stands there; its published settings, and another one."""
+    (code,) = re.findall("```python\n(.*?)```", (REPO / "eval" / "README.md").read_text(), re.DOTALL)
+    names = {"eval.metrics": ["rank_accuracy"], "eval.protocols": ["ON_FEATURES", "Protocol"]}
+    names |= {"eval.subject": ["SubjectConfig", "open_subject", "record_result"], "train.knn_vote": ["label_ranks"]}
+    names |= {"dataclasses": ["dataclass"]}
+    imports = "".join(f"from {module} import {', '.join(own)}\n" for module, own in names.items())
+    (tmp_path / "means.py").write_text(f"import torch\n{imports}\n{code}")
+    means = runpy.run_path(str(tmp_path / "means.py"))
+    result = means["main"](means["MeansConfig"](checkpoint=run))
+    assert (result["protocol"], result["changed"]) == ("class-means-modified", AT_SIDE)
+    encoder = open_encoder(run)
+    train, val = (open_beton(data / f"{split}.beton") for split in ("train", "val"))
+    x, v = (FeatureSet(encoder, b, run / "features").read().double().numpy() for b in (train, val))
+    centres = np.stack([x[train.labels == c].mean(0) for c in range(5)])
+    nearest = ((v[:, None] - centres) ** 2).sum(2).argmin(1)
+    assert result["value"] == pytest.approx(100 * (nearest == val.labels).mean())
+    result = means["main"](means["MeansConfig"](checkpoint=run, power=1.0))
+    assert result["changed"] == {"power": 1.0} | AT_SIDE and len(read_results(run)) == 2

@@ -9,7 +9,6 @@ without images that have no object, and judged with all of its images, as Detect
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from PIL import Image
 
 from eval.voc import CLASSES as VOC_CLASSES
 from eval.voc import read_annotation
-from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
-from train.distributed import Ranks
 
 
 @dataclass(frozen=True)
@@ -229,12 +226,3 @@ def read_image(record: Record) -> np.ndarray:
             f"{record.width}×{record.height}; unpack the dataset again"
         )
     return pixels
-
-
-def training_keys(
-    images: int, batch: int, seed: int, ranks: Ranks, *, start: int, stop: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Of iterations start … stop − 1: this rank's (epoch, position) pairs."""
-    shares = shuffled_batches(seed, np.arange(images), batch, ranks.rank, ranks.world_size, start, stop)
-    for _, epoch, positions in shares:
-        yield [(epoch, int(position)) for position in positions]

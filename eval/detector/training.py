@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from eval.detector.data import DetectionImages, Split, training_keys
+from eval.detector.data import DetectionImages, Split
+from pipeline.choices.order import shuffled_batches
 from pipeline.disk import OneWriter
 from pipeline.errors import UserError
 from train.content import DamagedFile, read_state, write_state
@@ -130,7 +131,9 @@ class Training:
     def samples(self, images: DetectionImages, start: int, stop: int) -> Iterator[tuple[list, list]]:
         """This rank's (images, targets) of iterations start … stop − 1, and torch's seed set for each."""
         schedule, ranks = self.schedule, self.ranks
-        keys = training_keys(len(images.records), schedule.batch, schedule.seed, ranks, start=start, stop=stop)
+        positions = np.arange(len(images.records))
+        shares = (positions, schedule.batch, ranks.rank, ranks.world_size, start, stop)
+        keys = ([(epoch, int(p)) for p in own] for _, epoch, own in shuffled_batches(schedule.seed, *shares))
         for iteration, batch in enumerate(decoded(images, keys, self.workers), start):
             torch.manual_seed(hash((schedule.seed, iteration, ranks.rank)))  # sizes, sampled anchors and regions
             yield moved(*batch, ranks.device)

@@ -40,7 +40,6 @@ class Correlation:
     checkpoint_sha256, step     of the network
     """
 
-    method: str
     checkpoint_sha256: str
     step: int
     pairs: list[tuple[np.ndarray, np.ndarray]]
@@ -130,7 +129,7 @@ def correlate(run: Path) -> Correlation:
         raise UserError("the embeddings are not all finite numbers: the run has diverged")
     # A dimension that never varies has no correlation: it stays 0 instead of being divided by 0.
     z1, z2 = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-6) for z in (z1, z2))
-    return Correlation(config.method, sha256, state["step"], pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))
+    return Correlation(sha256, state["step"], pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))
 
 
 def of_correlation(run: Path, shown: dict) -> list[str]:

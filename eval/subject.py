@@ -133,7 +133,7 @@ class Subject:
         return make_loader(self.feature_set("val").loading)
 
 
-def open_subject(config: SubjectConfig, dataset: Dataset | None = None) -> Subject:
+def open_subject(config: SubjectConfig, *, dataset: Dataset | None = None) -> Subject:
     """Everything the flags name, opened and checked, and the folder that gets the result. Raises UserError.
 
     `dataset` replaces the one that the flags name. A link such as runs/latest is followed once, here: it may name

@@ -204,7 +204,7 @@ def main(config: SvmConfig) -> dict:
         raise UserError(f"--costs {config.costs}, --low-shot-samples {config.samples}: give positive numbers")
     dataset = open_voc(config)
     whole = Subset(None, "trainval", len(dataset.train))
-    subject = open_subject(replace(config, shots=0), dataset).with_subset(whole)
+    subject = open_subject(replace(config, shots=0), dataset=dataset).with_subset(whole)
     features, test = (unit_rows(x.cpu().numpy()) for x in (subject.train_features(), subject.val_features()))
     split = (features, dataset.train_targets, test, dataset.val_targets)
     values, by_class = full_svm(config, *split)

@@ -31,9 +31,9 @@ from eval.detector.model import detectron2_weights, make_detector
 from eval.detector.scores import coco_scores, voc_scores
 from eval.detector.training import Schedule, Training, detect, take_precise_statistics, train
 from eval.features import Encoder, open_encoder
-from eval.subject import encoder_facts, protocol_name, require_positive, result_folder, write_result
-from eval.supervised import milestones_for
-from pipeline.command import DATA, RUNS, run_command
+from eval.protocols import DETECTION as PROTOCOLS
+from eval.subject import EncoderConfig, encoder_facts, require_positive, result_folder, write_result
+from pipeline.command import DATA, run_command
 from pipeline.disk import followed_once, write_whole
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
@@ -42,49 +42,20 @@ from train.batchnorm import with_global_batch_norm
 from train.distributed import Ranks, largest, say, start_ranks, stop_ranks
 
 EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
-PROTOCOLS = {
-    "voc": {
-        "train": "VOC2007 trainval+VOC2012 trainval",
-        "iterations": 24_000,
-        "batch": 16,
-        "lr": 0.1,
-        "warmup": 1000,
-        "sizes_px": list(range(480, 801, 32)),
-        "rois": 512,
-        "precise_bn": 200,
-    },
-    "coco": {
-        "train": "COCO train2017",
-        "iterations": 90_000,
-        "batch": 16,
-        "lr": 0.03,
-        "warmup": 1000,
-        "sizes_px": list(range(640, 801, 32)),
-        "rois": 512,
-        "precise_bn": 200,
-    },
-}
-NAMES = {"voc": "detection-voc0712", "coco": "detection-coco"}
-STEPS = {"voc": (18_000, 22_000), "coco": (60_000, 80_000)}
 
 
 @dataclass(frozen=True)
-class DetectionConfig:
+class DetectionConfig(EncoderConfig):
     """Detection, with instance segmentation on COCO."""
 
     task: Literal["voc", "coco"] = "voc"
     """Which dataset and protocol."""
-    checkpoint: Path = RUNS / "latest"
-    """A run folder, or a checkpoint file: ours, or a torchvision ResNet's state dict."""
-    key: str = ""
-    """Which network of a file that holds several: its place in it, or whole names out of that. Empty: the one
-    that the rule in train/foreign.py chooses."""
     data: Path | None = None
     """VOCdevkit with VOC2007 (and VOC2012), or COCO's folder. None: data/VOCdevkit or data/coco."""
     features: Literal["encoder", "random"] = "encoder"
     """The encoder, or, as a control, its architecture with random weights (of --seed)."""
     iterations: int | None = None
-    """None: the protocol's, 24,000 or 90,000; the rate's steps keep their places in them."""
+    """None: the protocol's, 24,000 or 90,000. The learning rate falls at the same shares of them as published."""
     batch: int | None = None
     """Images of one iteration over all ranks. None: 16."""
     lr: float | None = None
@@ -96,7 +67,7 @@ class DetectionConfig:
     rois: int | None = None
     """Regions of an image that train the heads. None: 512."""
     precise_bn: int | None = None
-    """Batches over which batch norm's statistics are taken anew before the test. None: 200."""
+    """Batches over which batch norm's statistics are computed again before the test. None: 200."""
     checkpoint_every: int = 1000
     """Iterations between two checkpoints."""
     workers: int = 4
@@ -109,10 +80,9 @@ class DetectionConfig:
 
 def chosen_settings(config: DetectionConfig, train: Split) -> dict:
     """The protocol's settings with the flags laid over them. Raises UserError."""
-    flags = {name: getattr(config, name) for name in ("iterations", "batch", "lr", "warmup", "rois", "precise_bn")}
-    flags["sizes_px"] = None if config.sizes is None else list(config.sizes)
-    given = {name: value for name, value in flags.items() if value is not None}
-    settings = PROTOCOLS[config.task] | {"train": train.name} | given
+    settings = PROTOCOLS[config.task].with_flags(config) | {"train": train.name}
+    if config.sizes is not None:
+        settings["sizes_px"] = list(config.sizes)
     for name, least in {"iterations": 1, "batch": 1, "warmup": 0, "rois": 1, "precise_bn": 0}.items():
         if settings[name] < least:
             raise UserError(f"--{name.replace('_', '-')} {settings[name]} was given, at least {least} is expected")
@@ -158,19 +128,19 @@ def make_training(
     settings = chosen_settings(config, images)
     if settings["batch"] % ranks.world_size:
         raise UserError(f"--batch {settings['batch']} cannot be shared by {ranks.world_size} ranks; give a multiple")
-    iterations = settings["iterations"]
-    steps = milestones_for(STEPS[config.task], PROTOCOLS[config.task]["iterations"], iterations)
-    numbers = {name: settings[name] for name in ("batch", "lr", "warmup", "precise_bn")}
-    schedule = Schedule(iterations, steps=steps, seed=config.seed, **numbers)
-
+    schedule = Schedule(
+        steps=PROTOCOLS[config.task].milestones_at(settings["iterations"]),
+        seed=config.seed,
+        **{name: settings[name] for name in ("iterations", "batch", "lr", "warmup", "precise_bn")},
+    )
     torch.manual_seed(config.seed)
     detector = make_detector(
         encoder.module.to("cpu"),
         encoder.info.normalization,
-        len(images.classes),
-        config.task == "coco",
-        settings["sizes_px"],
-        settings["rois"],
+        classes=len(images.classes),
+        masks=config.task == "coco",
+        sizes_px=settings["sizes_px"],
+        rois=settings["rois"],
     )
     detector = with_global_batch_norm(detector.to(ranks.device))
     about = settings | {"task": config.task, "seed": config.seed, "encoder": encoder.info.sha256}
@@ -193,12 +163,11 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
     started = time.monotonic()
     require_positive("checkpoint-every", config.checkpoint_every)
     config = replace(config, checkpoint=followed_once(config.checkpoint))
-    checkpoint = config.checkpoint
     random_seed = config.seed if config.features == "random" else None
-    encoder = open_encoder(checkpoint, random_seed=random_seed, key=config.key)
+    encoder = open_encoder(config.checkpoint, random_seed=random_seed, key=config.key)
     require_one_checkpoint(ranks, encoder.info.sha256)
     train_split, test_split = open_splits(config)
-    run = result_folder(checkpoint)
+    run = result_folder(config.checkpoint)
     folder = run / f"detection-{config.task}"
     try:
         folder.mkdir(exist_ok=True)
@@ -208,7 +177,7 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
         training = make_training(config, ranks, encoder, train_split, folder, writer)
         say(ranks, f"{folder}: from iteration {training.iteration}, {len(train_split)} images")
         masks = config.task == "coco"
-        images = DetectionImages(train_split.records, masks, config.task == "voc", config.seed)
+        images = DetectionImages(train_split.records, masks=masks, keep_ignored=config.task == "voc", seed=config.seed)
         if asked := train(training, images, config.checkpoint_every):
             say(ranks, f"stopped after iteration {training.iteration}; the same command continues from there")
             return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_REQUEUE
@@ -218,24 +187,21 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
             return None
         writer.require()
         write_whole(folder / "detections.json", json.dumps(detections))
-        result = result_of(config, training, encoder, (train_split, test_split), detections)
-        return write_result(run, result | {"seconds": round(time.monotonic() - started, 2)})
+        return record(config, training, encoder, (train_split, test_split), detections, started)
 
 
-def result_of(
-    config: DetectionConfig, training: Training, encoder: Encoder, splits: tuple[Split, Split], detections: list[dict]
+def record(
+    config: DetectionConfig,
+    training: Training,
+    encoder: Encoder,
+    splits: tuple[Split, Split],
+    detections: list[dict],
+    started: float,
 ) -> dict:
-    """What a result's line says, but how long it took."""
+    """Scores the detections, and prints and keeps the result; returns its line."""
     train_split, test_split = splits
-    values = scores_of(config.task, test_split, detections)
-    settings = {name: training.about[name] for name in PROTOCOLS[config.task]}
-    protocol, changed = protocol_name(NAMES[config.task], PROTOCOLS[config.task], settings)
-    return {
-        "protocol": protocol,
-        "metric": "AP",
-        "value": values["AP"],
-        "values": values,
-        "details": {},
+    protocol = PROTOCOLS[config.task]
+    about = {
         **encoder_facts(encoder, config.checkpoint),
         "dataset": test_split.name,
         "dataset_sha256": {"train": training.about["images"], "val": test_split.sha256()},
@@ -245,13 +211,21 @@ def result_of(
         "val_images": len(test_split),
         "classes": len(train_split.classes),
         "seed": config.seed,
-        "settings": settings,
-        "changed": changed,
-        "world_size": training.ranks.world_size,
     }
+    return write_result(
+        result_folder(config.checkpoint),
+        protocol,
+        settings={name: training.about[name] for name in protocol.settings},
+        values=scores_of(config.task, test_split, detections),
+        details={},
+        about=about,
+        world_size=training.ranks.world_size,
+        seconds=round(time.monotonic() - started, 2),
+    )
 
 
 def main(config: DetectionConfig) -> dict | None:
+    """Measures, or exports; returns the result's line on rank 0. Ends with a code where a signal stopped it."""
     if config.export_detectron2:
         return export(config)
     ranks = start_ranks()

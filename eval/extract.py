@@ -8,12 +8,8 @@ again. knn.py, linear.py and svm.py with the same flags then find the features i
 
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-
-from eval.features import cache_entry, centre_loader_config, feature_parts
 from eval.kept import read_features
 from eval.subject import SubjectConfig, open_subject
 from pipeline.command import run_command
@@ -22,29 +18,21 @@ from pipeline.errors import UserError
 
 @dataclass(frozen=True)
 class ExtractConfig(SubjectConfig):
-    """Feature extraction."""
-
-    fraction: float = 1.0
-    """Share of the training images, as the evaluation will name it."""
+    """Feature extraction, with the flags that the evaluation will have."""
 
 
 def main(config: ExtractConfig) -> None:
+    """Extracts and keeps this rank's parts. Raises UserError."""
     if config.features == "pixels":
         raise UserError("--features pixels was given; raw pixels are not kept, reading them again is as fast")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    subject = open_subject(config, config.fraction)
-    if world_size == 1:
-        subject.train_features(), subject.val_features()
-        return
-    encoder, dtype = subject.encoder, getattr(torch, config.feature_type)
-    for beton, ids in ((subject.dataset.train, subject.subset.ids), (subject.dataset.val, None)):
-        loading = centre_loader_config(encoder, beton.path, ids, config.loader, config.workers)
-        path, description = cache_entry(encoder, beton, subject.run / "features", loading, dtype)
-        if read_features(path, description) is not None:
-            continue
-        loading = replace(loading, ids=np.arange(len(beton)) if ids is None else ids)
-        made = sum(len(part) for part in feature_parts(encoder, loading, dtype, path, description, rank, world_size))
-        print(f"rank {rank} of {world_size}: {made} of {len(loading.ids)} images of {beton.path}", file=sys.stderr)
+    subject = open_subject(config)
+    for features in (subject.feature_set("train"), subject.feature_set("val")):
+        if world_size == 1:
+            features.read()
+        elif read_features(features.path, features.description) is None:
+            made = sum(len(part) for part in features.parts(rank, world_size))
+            print(f"rank {rank} of {world_size}: {made} images of {features.beton.path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

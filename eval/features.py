@@ -4,7 +4,7 @@
                                                                           │
                                        <run folder>/features/<hash>.safetensors, written whole or not at all
 
-A large set is extracted in parts of whole batches, each kept as it is done: an interrupted extraction goes on, and
+A large set is extracted in parts of whole batches, each kept as it is done: an interrupted extraction continues, and
 eval/extract.py shares the parts among ranks. Parts do not change a batch, and so not a bit.
 
 The hash covers everything that decides the numbers: the checkpoint's sha256, which of its networks, the dataset's
@@ -12,11 +12,13 @@ digest, the ids, the view, the type. The same description stands inside the file
 features of another checkpoint are never used, however a file came to its name (eval/kept.py).
 """
 
-import hashlib
+import functools
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +57,7 @@ class Encoder:
 
 def open_encoder(
     checkpoint: Path,
+    *,
     pixels: bool = False,
     random_seed: int | None = None,
     resolution_px: int | None = None,
@@ -95,8 +98,7 @@ def random_encoder(info: BackboneInfo, seed: int) -> tuple[nn.Module, BackboneIn
 
 def random_sha256(info: BackboneInfo, seed: int) -> str:
     """What a result calls the random weights of an architecture in place of a checkpoint's sha256."""
-    named = f"random weights of {info.arch}, {info.stem} stem, seed {seed}"
-    return hashlib.sha256(named.encode()).hexdigest()
+    return sha256(f"random weights of {info.arch}, {info.stem} stem, seed {seed}".encode()).hexdigest()
 
 
 def extract_batch(resolution_px: int) -> int:
@@ -125,16 +127,13 @@ def centre_loader_config(
 @torch.no_grad()
 def extract_features(encoder: Encoder, config: LoaderConfig, dtype: torch.dtype) -> torch.Tensor:
     """Features of the config's samples, fresh: (N, D) of `dtype` on the CPU, in the order of its ids."""
-    loader = make_loader(config)
-    try:
+    with closing(make_loader(config)) as loader:
         features, at = torch.empty(loader.images, encoder.info.features, dtype=dtype), 0
         # The bar shows on a terminal only.
         for batch in tqdm(loader.batches(), "features", loader.steps_per_epoch, unit="batch", disable=None):
             rows = encoder.module(batch.views[0])
             features[at : at + len(rows)] = rows
             at += len(rows)
-    finally:
-        loader.close()
     if not features.isfinite().all():
         raise UserError(
             f"the encoder's features are not all finite numbers ({encoder.info.arch}, step {encoder.info.step}); "
@@ -143,83 +142,81 @@ def extract_features(encoder: Encoder, config: LoaderConfig, dtype: torch.dtype)
     return features
 
 
-def describe_features(encoder: Encoder, beton: Beton, config: LoaderConfig, dtype: torch.dtype) -> dict:
-    """Everything that decides the numbers, as JSON would hold it."""
-    return {
-        "version": FEATURES_VERSION,
-        "checkpoint_sha256": encoder.info.sha256,
-        "key": encoder.info.key,
-        "arch": encoder.info.arch,
-        "stem": encoder.info.stem,
-        "dataset_sha256": dataset_sha256(beton),
-        "ids_sha256": "all" if config.ids is None else hashlib.sha256(config.ids.astype("<i8").tobytes()).hexdigest(),
-        "view": asdict(config.views),
-        "resolution_px": config.resolution_px,
-        "loader": config.backend,
-        "normalization": [list(config.normalization.mean), list(config.normalization.std)],
-        "dtype": str(dtype).removeprefix("torch."),
-        "batch": config.global_batch,
-    }
-
-
-def features_of(
-    encoder: Encoder,
-    beton: Beton,
-    cache: Path,
-    ids: np.ndarray | None = None,
-    backend: str = "fast",
-    workers: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Features of `ids` (None: of all), (N, D) of `dtype` on the CPU: from the folder `cache`, or fresh and kept there.
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of `ids` (None: of all) of a dataset's file: what decides them, and the folder where they are kept.
 
     Raw pixels are not kept: reading them again is as fast.
     """
-    config = centre_loader_config(encoder, beton.path, ids, backend, workers)
-    if encoder.kind == "raw pixels":
-        return extract_features(encoder, config, dtype)
-    path, description = cache_entry(encoder, beton, cache, config, dtype)
-    kept = read_features(path, description)
-    if kept is not None:
-        return kept
-    ids = np.arange(len(beton)) if ids is None else ids
-    features = torch.empty(len(ids), encoder.info.features, dtype=dtype)
-    at = 0
-    for part in feature_parts(encoder, replace(config, ids=ids), dtype, path, description):
-        features[at : at + len(part)] = part
-        at += len(part)
-    keep_features(path, description, features)
-    for part_file in path.parent.glob(f"{path.stem}.part*"):
-        part_file.unlink(missing_ok=True)
-    return features
 
+    encoder: Encoder
+    beton: Beton
+    cache: Path
+    ids: np.ndarray | None = None
+    backend: str = "fast"
+    workers: int = 0
+    dtype: torch.dtype = torch.float32
 
-def cache_entry(
-    encoder: Encoder, beton: Beton, cache: Path, config: LoaderConfig, dtype: torch.dtype
-) -> tuple[Path, str]:
-    """Where features are kept, and the description that stands in that file."""
-    description = json.dumps(describe_features(encoder, beton, config, dtype), sort_keys=True)
-    return cache / f"{hashlib.sha256(description.encode()).hexdigest()[:32]}.safetensors", description
+    @functools.cached_property
+    def loading(self) -> LoaderConfig:
+        """What loads the views."""
+        return centre_loader_config(self.encoder, self.beton.path, self.ids, self.backend, self.workers)
 
+    @functools.cached_property
+    def description(self) -> str:
+        """Everything that decides the numbers, as JSON; it stands in the file as well."""
+        info, loading = self.encoder.info, self.loading
+        about = {
+            "version": FEATURES_VERSION,
+            "checkpoint_sha256": info.sha256,
+            "key": info.key,
+            "arch": info.arch,
+            "stem": info.stem,
+            "dataset_sha256": dataset_sha256(self.beton),
+            "ids_sha256": "all" if self.ids is None else sha256(self.ids.astype("<i8").tobytes()).hexdigest(),
+            "view": asdict(loading.views),
+            "resolution_px": loading.resolution_px,
+            "loader": loading.backend,
+            "normalization": [list(loading.normalization.mean), list(loading.normalization.std)],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "batch": loading.global_batch,
+        }
+        return json.dumps(about, sort_keys=True)
 
-def feature_parts(
-    encoder: Encoder,
-    config: LoaderConfig,
-    dtype: torch.dtype,
-    path: Path,
-    description: str,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[torch.Tensor]:
-    """This rank's parts of the features of config.ids, in order: read where they are kept, else fresh and kept."""
-    images = PART_BATCHES * config.global_batch
-    starts = range(0, len(config.ids), images)
-    for number in range(rank, len(starts), world_size):
-        part_path, own = path.with_name(f"{path.stem}.part{number:05d}"), f"{description} part {number}"
-        part = read_features(part_path, own)
-        if part is None:
-            ids = config.ids[starts[number] : starts[number] + images]
-            part = extract_features(encoder, replace(config, ids=ids), dtype)
-            if len(starts) > 1 or world_size > 1:
-                keep_features(part_path, own, part)
-        yield part
+    @property
+    def path(self) -> Path:
+        """The file they are kept in."""
+        return self.cache / f"{sha256(self.description.encode()).hexdigest()[:32]}.safetensors"
+
+    def parts(self, rank: int = 0, world_size: int = 1) -> Iterator[torch.Tensor]:
+        """This rank's parts in order, each (n, D): read where they are kept, else extracted and kept."""
+        ids = np.arange(len(self.beton)) if self.ids is None else self.ids
+        images = PART_BATCHES * self.loading.global_batch
+        starts = range(0, len(ids), images)
+        for number in range(rank, len(starts), world_size):
+            path = self.path.with_name(f"{self.path.stem}.part{number:05d}")
+            description = f"{self.description} part {number}"
+            part = read_features(path, description)
+            if part is None:
+                loading = replace(self.loading, ids=ids[starts[number] : starts[number] + images])
+                part = extract_features(self.encoder, loading, self.dtype)
+                if len(starts) > 1 or world_size > 1:
+                    keep_features(path, description, part)
+            yield part
+
+    def read(self) -> torch.Tensor:
+        """(N, D) of `dtype` on the CPU, row i = ids[i]: as they are kept, else extracted and kept."""
+        if self.encoder.kind == "raw pixels":
+            return extract_features(self.encoder, self.loading, self.dtype)
+        kept = read_features(self.path, self.description)
+        if kept is not None:
+            return kept
+        images = len(self.beton) if self.ids is None else len(self.ids)
+        features, at = torch.empty(images, self.encoder.info.features, dtype=self.dtype), 0
+        for part in self.parts():  # written into one array, so that a large set is not in memory twice
+            features[at : at + len(part)] = part
+            at += len(part)
+        keep_features(self.path, self.description, features)
+        for part_file in self.cache.glob(f"{self.path.stem}.part*"):
+            part_file.unlink(missing_ok=True)
+        return features

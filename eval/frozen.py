@@ -1,17 +1,11 @@
-"""What a frozen encoder gives to a classifier: streams of features, and the pooled maps of a ResNet's five stages.
-
-    stage                 map at 224 px     average pool: size, stride, padding     ResNet-50's dimensions
-    feature1 stem         112 × 112 px      10, 10, 4   → 12 × 12                    64 · 144 = 9216
-    feature2 res2          56 ×  56         16,  8, 0   →  6 ×  6                   256 ·  36 = 9216
-    feature3 res3          28 ×  28         13,  5, 0   →  4 ×  4                   512 ·  16 = 8192
-    feature4 res4          14 ×  14          8,  3, 0   →  3 ×  3                  1024 ·   9 = 9216
-    feature5 res5           7 ×   7          6,  1, 0   →  2 ×  2                  2048 ·   4 = 8192
+"""The pooled maps of a frozen ResNet's five stages, and classifiers that normalize such maps.
 
 Source: Goyal 2019 (fair_self_supervision_benchmark) and MMSelfSup's MultiPooling, type "specified". A map of another
 size is pooled adaptively to the same grid, or left as it is where it is smaller.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,9 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.features import Encoder
-from eval.supervised import make_head
+from eval.supervised import Heads, make_head
 from pipeline.errors import UserError
-from pipeline.loader import Loader
 
 
 class Pool(NamedTuple):
@@ -35,11 +28,11 @@ class Pool(NamedTuple):
 
 
 POOLS = {
-    "feature1": Pool(112, 10, 10, 4, 12),
-    "feature2": Pool(56, 16, 8, 0, 6),
-    "feature3": Pool(28, 13, 5, 0, 4),
-    "feature4": Pool(14, 8, 3, 0, 3),
-    "feature5": Pool(7, 6, 1, 0, 2),
+    "feature1": Pool(112, 10, 10, 4, 12),  # the stem; ResNet-50's dimensions: 64 · 144 = 9216
+    "feature2": Pool(56, 16, 8, 0, 6),  # layer1: 256 · 36 = 9216
+    "feature3": Pool(28, 13, 5, 0, 4),  # layer2: 512 · 16 = 8192
+    "feature4": Pool(14, 8, 3, 0, 3),  # layer3: 1024 · 9 = 9216
+    "feature5": Pool(7, 6, 1, 0, 2),  # layer4: 2048 · 4 = 8192
 }
 
 
@@ -84,18 +77,15 @@ class StageFeatures(nn.Module):
         return maps
 
 
-class NormalizedHeads(nn.Module):
+class NormalizedHeads(Heads):
     """A batch norm per channel and a linear classifier for each of several maps: {name: (B, C, h, w)} → {name: (B, K)}.
 
     `shapes` are the maps' (C, h, w) by name; without `affine` the batch norm has no weights.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], classes: int, seed: int, affine: bool):
-        super().__init__()
+    def __init__(self, shapes: dict[str, tuple[int, ...]], classes: int, seed: int, *, affine: bool):
+        super().__init__({name: make_head(math.prod(shape), classes, seed) for name, shape in shapes.items()})
         self.norms = nn.ModuleDict({name: nn.BatchNorm2d(shape[0], affine=affine) for name, shape in shapes.items()})
-        self.heads = nn.ModuleDict(
-            {name: make_head(torch.Size(shape).numel(), classes, seed) for name, shape in shapes.items()}
-        )
 
     def forward(self, maps: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {name: head(self.norms[name](maps[name]).flatten(1)) for name, head in self.heads.items()}
@@ -107,23 +97,3 @@ def map_shapes(extract: nn.Module, encoder: Encoder) -> dict[str, tuple[int, ...
     side = encoder.info.resolution_px
     maps = extract(torch.zeros(1, 3, side, side, device=encoder.device))
     return {name: tuple(made.shape[1:]) for name, made in maps.items()}
-
-
-def frozen_stream(extract: nn.Module, loader: Loader, steps: int) -> Iterator[tuple]:
-    """(what `extract` makes of the images, labels) of the loader's first `steps` batches.
-
-    The encoder is not changed: evaluation mode, no gradient.
-    """
-    extract.eval()
-    for batch in loader.batches(0, steps):
-        with torch.no_grad():
-            features = extract(batch.views[0])
-        yield features, batch.label
-
-
-def centre_stream(extract: nn.Module, loader: Loader, labels: torch.Tensor) -> Iterator[tuple]:
-    """(what `extract` makes of the images, labels) of a loader's one pass; labels (M,) by position in its file."""
-    for batch in loader.batches():
-        with torch.no_grad():
-            features = extract(batch.views[0])
-        yield features, labels[batch.sample]

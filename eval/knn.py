@@ -11,38 +11,31 @@ exp(similarity / 0.07), k = 10, 20, 100, 200. The headline is k = 20, fixed befo
 from dataclasses import dataclass
 
 from eval.metrics import knn_accuracy
+from eval.protocols import KNN
 from eval.subject import SubjectConfig, open_subject, record_result
 from pipeline.command import run_command
 from pipeline.errors import UserError
-from train.knn_vote import KNN_HEADLINE, KNN_NEIGHBOURS, KNN_TEMPERATURE
+from train.knn_vote import KNN_HEADLINE
 
 
 @dataclass(frozen=True)
 class KnnConfig(SubjectConfig):
-    """Nearest-neighbour evaluation."""
-
-    fraction: float = 1.0
-    """Share of the training images that may vote: 0.01, 0.1 or 1.0 (eval/splits.py says which images)."""
+    """Nearest-neighbour evaluation. --fraction is the share of the training images that may vote."""
 
 
 def main(config: KnnConfig) -> dict:
-    subject = open_subject(config, config.fraction)
+    """Measures and records; returns the result's line. Raises UserError."""
+    subject = open_subject(config)
     if subject.subset.images < KNN_HEADLINE:
         raise UserError(
             f"{subject.dataset.train.path} offers {subject.subset.images} training images at --fraction "
             f"{config.fraction:g}, at least {KNN_HEADLINE} are needed to vote; use a larger fraction or dataset"
         )
     by_k = knn_accuracy(
-        subject.train_features(),
-        subject.train_labels(),
-        subject.val_features(),
-        subject.val_labels(),
-        subject.classes,
+        subject.train_features(), subject.train_labels(), subject.val_features(), subject.val_labels(), subject.classes
     )
     values = {f"{name}_k{k}": value for k, accuracy in by_k.items() for name, value in accuracy._asdict().items()}
-    settings = {"neighbours": list(KNN_NEIGHBOURS), "temperature": KNN_TEMPERATURE}
-    metric = f"top1_k{KNN_HEADLINE}"
-    return record_result(subject, "knn-mmselfsup", settings, settings, metric, values, config.fraction)
+    return record_result(subject, KNN, settings=KNN.with_flags(config), values=values)
 
 
 if __name__ == "__main__":

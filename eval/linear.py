@@ -23,16 +23,15 @@ train on the others, and the headline is the validation accuracy of the head tha
 (of equals the lower rate, then the lower decay). Validation images choose nothing. `details` has every head.
 """
 
-import functools
 import sys
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
-from eval.frozen import frozen_stream
 from eval.metrics import Accuracy
+from eval.protocols import LINEAR_AVGPOOL, LINEAR_BT, LINEAR_CACHED, Protocol
 from eval.splits import Subset
 from eval.subject import Subject, SubjectConfig, images_per_step, open_subject, record_result
 from eval.supervised import (
@@ -42,8 +41,9 @@ from eval.supervised import (
     feature_stream,
     final_scores,
     fit,
+    fit_on_crops,
+    in_chunks,
     make_head,
-    milestones_for,
     threads_for,
     validate,
 )
@@ -51,16 +51,9 @@ from pipeline.choices.subsets import balanced_subset
 from pipeline.command import run_command
 from pipeline.errors import UserError
 
-PROTOCOLS = {
-    "linear-bt": {"epochs": 100, "batch": 256, "lr": 0.3, "weight_decay": 1e-6},
-    "linear-avgpool": {"epochs": 100, "batch": 256, "lr": 30.0, "weight_decay": 0.0},
-    "linear-cached": {"epochs": 30, "batch": 256, "lr": 3.0, "weight_decay": 1e-6},
-}
-MILESTONES = {"linear-avgpool": (60, 80)}  # of the published epochs; the others decay along a cosine
 SWEEP_LR = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # × the protocol's
 SWEEP_WEIGHT_DECAY = (0.0, 1e-6, 1e-4)
 HELD_OUT = 0.1
-VALIDATION_CHUNK = 8192
 
 
 @dataclass(frozen=True)
@@ -77,8 +70,6 @@ class LinearConfig(SubjectConfig):
     """Learning rates of the sweep. None given: the protocol's × 0.03, 0.1, 0.3, 1, 3 and 10."""
     sweep_weight_decay: tuple[float, ...] = SWEEP_WEIGHT_DECAY
     """Weight decays of the sweep."""
-    fraction: float = 1.0
-    """Share of the training labels to use: 0.01, 0.1 or 1.0 (eval/splits.py says which images)."""
     epochs: int | None = None
     """None: the protocol's, 100; with --cached 30."""
     batch: int | None = None
@@ -89,27 +80,36 @@ class LinearConfig(SubjectConfig):
     """None: the protocol's, 1e-6, avgpool's 0."""
 
 
-def chosen_settings(config: LinearConfig) -> tuple[str, dict]:
-    """The protocol's name and its settings with the flags laid over them. Raises UserError."""
+class Point(NamedTuple):
+    """What one classifier trains with."""
+
+    lr: float
+    weight_decay: float
+
+
+def chosen_protocol(config: LinearConfig) -> Protocol:
+    """The protocol that the flags name. Raises UserError where they contradict each other."""
     if config.features == "pixels" and not config.cached:
         raise UserError("--features pixels was given without --cached; raw pixels are evaluated with both flags")
     if config.cached and config.protocol != "bt":
         raise UserError(f"--cached is a protocol of its own and --protocol {config.protocol} another; give one of them")
     if config.sweep and (config.lr is not None or config.weight_decay is not None):
         raise UserError("--sweep was given with --lr or --weight-decay; use --sweep-lr and --sweep-weight-decay")
-    name = "linear-cached" if config.cached else f"linear-{config.protocol}"
-    flags = {key: getattr(config, key) for key in PROTOCOLS[name]}
-    return name, PROTOCOLS[name] | {key: value for key, value in flags.items() if value is not None}
-
-
-def sweep_settings(config: LinearConfig, protocol: str, settings: dict) -> tuple[dict, dict]:
-    """The published settings and those of this sweep: lists of rates and decays in place of one each."""
-    default = {"lr": [round(PROTOCOLS[protocol]["lr"] * x, 6) for x in SWEEP_LR]}
-    default |= {"weight_decay": list(SWEEP_WEIGHT_DECAY), "held_out": HELD_OUT}
-    given = {"lr": sorted(config.sweep_lr) or default["lr"], "weight_decay": sorted(config.sweep_weight_decay)}
-    if not given["weight_decay"]:
+    if config.sweep and not config.sweep_weight_decay:
         raise UserError("--sweep-weight-decay was given without a value, at least one is expected")
-    return PROTOCOLS[protocol] | default, settings | default | given
+    if config.cached:
+        return LINEAR_CACHED
+    return LINEAR_BT if config.protocol == "bt" else LINEAR_AVGPOOL
+
+
+def sweep_of(protocol: Protocol) -> Protocol:
+    """A protocol with lists of learning rates and weight decays in place of one each."""
+    grid = {
+        "lr": [round(protocol.settings["lr"] * factor, 6) for factor in SWEEP_LR],
+        "weight_decay": list(SWEEP_WEIGHT_DECAY),
+        "held_out": HELD_OUT,
+    }
+    return replace(protocol, name=f"{protocol.name}-sweep", settings=protocol.settings | grid)
 
 
 def held_out(subject: Subject) -> tuple[Subset, Subset]:
@@ -139,13 +139,11 @@ def standardize_(train: torch.Tensor, *others: torch.Tensor) -> None:
         features.sub_(mean).mul_(scale)
 
 
-Judged = dict[str, tuple[torch.Tensor, torch.Tensor]]  # beginning of a score's name → features, labels
+def features_within(subject: Subject, other: Subset) -> torch.Tensor:
+    """Features (n, D) of the subject's images, as rows of those of its images and the `other` ones together.
 
-
-def labelled_features(subject: Subject, other: Subset | None) -> torch.Tensor:
-    """Features of the subject's images; with the `other` part of the same images, rows of what is kept of both."""
-    if other is None:
-        return subject.train_features()
+    The two are the labelled share, whose features may be kept already: so a sweep does not extract two parts of it.
+    """
     own = subject.subset.ids
     both = np.sort(np.concatenate([own, other.ids]))
     ids = None if len(both) == len(subject.dataset.train) else both
@@ -153,90 +151,80 @@ def labelled_features(subject: Subject, other: Subset | None) -> torch.Tensor:
     return whole[torch.from_numpy(np.searchsorted(both, own)).to(whole.device)]
 
 
-def judged_features(config: LinearConfig, subject: Subject, choosing: Subset | None) -> Judged:
-    """What heads are judged on: the validation images and, as "held out …", the training images that choose."""
-    judged = {"": (subject.val_features(), subject.val_labels())}
+def features_for(
+    subject: Subject, choosing: Subset | None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """Features to train on (None: of new crops each epoch), of the validation images, and of the images `choosing`."""
+    train, val, held, cached = None, subject.val_features(), None, subject.config.cached
     if choosing:
-        held = subject.with_subset(choosing)
-        features = labelled_features(held, subject.subset) if config.cached else held.train_features()
-        judged["held out "] = (features, held.train_labels())
-    return judged
-
-
-def scores_of(model: Heads, judged: Judged) -> dict[str, Accuracy]:
-    scores = {}
-    for prefix, (features, labels) in judged.items():
-        chunks = zip(features.split(VALIDATION_CHUNK), labels.split(VALIDATION_CHUNK), strict=True)
-        scores |= {prefix + name: accuracy for name, accuracy in validate(model, chunks).items()}
-    return scores
+        of_held = subject.with_subset(choosing)
+        held = features_within(of_held, subject.subset) if cached else of_held.train_features()
+    if cached:
+        train = features_within(subject, choosing) if choosing else subject.train_features()
+        standardize_(train, val, *([held] if choosing else []))
+    return train, val, held
 
 
 def train_heads(
-    config: LinearConfig,
-    subject: Subject,
-    protocol: str,
-    settings: dict,
-    points: dict[str, tuple[float, float]],
-    choosing: Subset | None = None,
-) -> list[Epoch]:
-    """Trains a head for each named (learning rate, weight decay) on one stream of features."""
+    subject: Subject, protocol: Protocol, points: dict[str, Point], *, settings: dict, choosing: Subset | None = None
+) -> tuple[list[Epoch], dict[str, Accuracy]]:
+    """Trains a head for each named point on one stream of features.
+
+    Returns the epochs with the accuracy of every head on the validation images, and the final accuracy of every head on
+    the training images `choosing`, which train nothing.
+    """
+    config, dimensions = subject.config, subject.encoder.info.features
     epochs, batch = settings["epochs"], images_per_step(subject, settings)
-    steps, dimensions = subject.subset.images // batch, subject.encoder.info.features
-    judged = judged_features(config, subject, choosing)
+    train, val, held = features_for(subject, choosing)
     heads = Heads({name: make_head(dimensions, subject.classes, config.seed) for name in points})
     heads = heads.to(subject.encoder.device)
-    milestones = None
-    if protocol in MILESTONES:
-        milestones = milestones_for(MILESTONES[protocol], PROTOCOLS[protocol]["epochs"], epochs)
+    milestones = protocol.milestones_at(epochs)
     groups = [Group(list(heads.heads[name].parameters()), *point, milestones) for name, point in points.items()]
-    loader, multiplications = None, sys.maxsize  # a frozen encoder needs every core
-    if config.cached:
-        features = labelled_features(subject, choosing)
-        standardize_(features, *(others for others, _ in judged.values()))
-        stream = feature_stream(features, subject.train_labels(), config.seed, batch, epochs)
-        multiplications = batch * subject.classes * dimensions * len(points)  # small heads alone are fastest on one
-    else:
-        loader = subject.augmented_loader(batch)
-        stream = frozen_stream(subject.encoder.module, loader, epochs * steps)
-    try:
-        with threads_for(multiplications):
-            validation = functools.partial(scores_of, heads, judged)
-            return fit(heads, groups, stream, validation, epochs, steps, may_diverge=choosing is not None)
-    finally:
-        if loader:
-            loader.close()
+    val_labels = subject.val_labels()
+    how = {"validation": lambda: validate(heads, in_chunks(val, val_labels)), "may_diverge": choosing is not None}
+    # A frozen encoder needs every core; small heads alone are fastest on one.
+    multiplications = batch * subject.classes * dimensions * len(points) if config.cached else sys.maxsize
+    with threads_for(multiplications):
+        if config.cached:
+            stream = feature_stream(train, subject.train_labels(), config.seed, batch, epochs)
+            history = fit(heads, groups, stream, epochs=epochs, steps=len(train) // batch, **how)
+        else:
+            extract = subject.encoder.module
+            history = fit_on_crops(subject, heads, groups, settings=settings, extract=extract, **how)
+        if not choosing:
+            return history, {}
+        return history, validate(heads, in_chunks(held, subject.with_subset(choosing).train_labels()))
 
 
-def run_sweep(config: LinearConfig, subject: Subject, protocol: str, settings: dict) -> dict:
+def run_sweep(config: LinearConfig, subject: Subject, protocol: Protocol) -> dict:
     """Every point of the grid at once; the held-out tenth chooses."""
-    published, settings = sweep_settings(config, protocol, settings)
-    grid = [(lr, weight_decay) for lr in settings["lr"] for weight_decay in settings["weight_decay"]]
+    sweep = sweep_of(protocol)
+    given = {"lr": sorted(config.sweep_lr) or sweep.settings["lr"], "weight_decay": sorted(config.sweep_weight_decay)}
+    settings = sweep.with_flags(config) | given
+    grid = [Point(lr, weight_decay) for lr in settings["lr"] for weight_decay in settings["weight_decay"]]
     points = {str(i): point for i, point in enumerate(grid)}
     training, choosing = held_out(subject)
     subject = subject.with_subset(training)
-    last = train_heads(config, subject, protocol, settings, points, choosing)[-1].accuracy
-    best = max(points, key=lambda name: last[f"held out {name}"].top1)  # of equals the first: the grid is sorted
-    details = [
-        dict(zip(("lr", "weight_decay"), point, strict=True))
-        | {"held_out_top1": last[f"held out {name}"].top1, **last[name]._asdict()}
+    history, held = train_heads(subject, sweep, points, settings=settings, choosing=choosing)
+    found = [
+        {**point._asdict(), "held_out_top1": held[name].top1, **history[-1].accuracy[name]._asdict()}
         for name, point in points.items()
     ]
-    values = {**last[best]._asdict(), "held_out_top1": last[f"held out {best}"].top1}
-    values |= dict(zip(("lr", "weight_decay"), points[best], strict=True))
-    return record_result(
-        subject, f"{protocol}-sweep", published, settings, "top1", values, config.fraction, {"sweep": details}
-    )
+    best = max(found, key=lambda one: one["held_out_top1"])  # of equals the first: the grid is sorted
+    values = {name: best[name] for name in ("top1", "top5", "held_out_top1", "lr", "weight_decay")}
+    return record_result(subject, sweep, settings=settings, values=values, details={"sweep": found})
 
 
 def main(config: LinearConfig) -> dict:
-    protocol, settings = chosen_settings(config)
-    subject = open_subject(config, config.fraction)
+    """Trains, validates and records; returns the result's line. Raises UserError."""
+    protocol = chosen_protocol(config)
+    subject = open_subject(config)
     if config.sweep:
-        return run_sweep(config, subject, protocol, settings)
-    points = {"linear": (settings["lr"], settings["weight_decay"])}
-    history = train_heads(config, subject, protocol, settings, points)
-    values = final_scores(history, "linear")
-    return record_result(subject, protocol, PROTOCOLS[protocol], settings, "top1", values, config.fraction)
+        return run_sweep(config, subject, protocol)
+    settings = protocol.with_flags(config)
+    points = {"linear": Point(settings["lr"], settings["weight_decay"])}
+    history, _ = train_heads(subject, protocol, points, settings=settings)
+    return record_result(subject, protocol, settings=settings, values=final_scores(history, "linear"))
 
 
 if __name__ == "__main__":

@@ -9,63 +9,24 @@ neighbours and the accuracy of each class. A part whose data are missing is left
 every part says of which checkpoint it is. The page is one file that needs no network.
 """
 
-import html
 import json
-import math
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
-from eval.reporting.charts import bars, line_chart, scatter
-from eval.reporting.comparison import comparison_markdown, comparisons, duration
-from eval.reporting.correlation import SHOWN_VIEWS, Correlation, config_from, correlate
-from eval.reporting.neighbours import (
-    SHOWN,
-    VOTERS,
-    KeptFeatures,
-    Vote,
-    class_accuracy,
-    embedding_map,
-    kept_features,
-    shown_queries,
-    vote,
-)
-from eval.reporting.page import matrix_picture, page, paragraph, picture, readable, section, table
-from eval.reporting.published import method_title, published_text
-from eval.reporting.summary import (
-    EXPLANATION,
-    Rows,
-    newest_cells,
-    newest_of_encoder,
-    protocol_notes,
-    summary_markdown,
-    table_cells,
-)
+from eval.reporting.charts import curves
+from eval.reporting.comparison import comparison_markdown, comparisons
+from eval.reporting.correlation import config_from, of_correlation
+from eval.reporting.neighbours import of_kept_features
+from eval.reporting.page import PARTS, or_sentence, page, readable
+from eval.reporting.summary import Rows, measured, newest_cells, newest_of_encoder, summary_markdown
 from eval.subject import read_results
 from pipeline.command import RUNS, run_command
-from pipeline.disk import read_lines, write_whole
+from pipeline.disk import write_whole
 from pipeline.errors import UserError
-from pipeline.storage.decode_pil import decode_pil
 from train.methods.barlow_ablations import is_ablated
-
-SHOWN_DIMENSIONS = 256  # of the correlation matrix
-MOST_CLASSES = 40  # that are listed one by one; of more, the best and the worst
-CURVES = {
-    "on_diagonal": "Σ (C_ii − 1)²",
-    "off_diagonal": "Σ C_ij², i ≠ j",
-    "diagonal_mean": "mean of C's diagonal",
-    "off_diagonal_rms": "RMS of C off the diagonal",
-    "embedding_spread": "spread of embeddings",
-    "effective_dimensions": "effective dimensions",
-    "lr_weights": "learning rate, weights",
-    "lr_biases": "learning rate, biases",
-    "images_per_s": "images/s",
-    "data_wait_share": "share of time waiting for data",
-}
 
 
 @dataclass(frozen=True)
@@ -91,156 +52,11 @@ def method_of(run: Path, otherwise: str) -> str:
     return config.method + (", ablated" if changed else "")
 
 
-def or_sentence(title: str, make: Callable[[], str]) -> str:
-    """A section, or why it is not there."""
-    try:
-        return section(title, make())
-    except UserError as error:
-        return section(title, paragraph(f"Left out: {error}.", "absent"))
-
-
-def with_code(text: str) -> str:
-    """Text as HTML, `marked` parts as code."""
-    return re.sub(r"`([^`]*)`", r"<code>\1</code>", html.escape(text, quote=False))
-
-
 def heading(run: Path, r: dict, method: str) -> str:
     """The run's name, and what its newest result is of."""
     facts = [method.replace("_", " "), r["arch"], f"{r['epochs']} epochs, step {r['step']}" if r["epochs"] else ""]
     facts += [f"{r['resolution_px']} px", f"checkpoint {r['checkpoint_sha256'][:12]}", f"measured {r['time'][:10]}"]
-    return f"<h1>{html.escape(run.resolve().name)}</h1>" + paragraph(" · ".join(filter(None, facts)), "soft")
-
-
-def measured(rows: Rows) -> str:
-    """The table of results as HTML."""
-    if not rows:
-        raise UserError("no kNN, linear or semi-supervised result; `python eval/knn.py` measures the first")
-    head, body = table_cells(rows)
-    cells = [[html.escape(row[0]), *map(with_code, row[1:])] for row in body]
-    notes = "".join(f"<li>{with_code(note)}</li>" for note in protocol_notes(rows))
-    drawn = table(head, cells, range(1, len(head)), [len(body) - 1])
-    return drawn + paragraph(EXPLANATION, "soft") + f'<ul class="soft">{notes}</ul>'
-
-
-def coloured(difference: str) -> str:
-    """A difference as HTML: green where all its parts are upwards, red where all are downwards."""
-    signs = {part.strip()[:1] for part in difference.split("/")}
-    kind = {"+": "plus", "-": "minus"}.get("".join(signs), "")
-    return f'<span class="{kind}">{difference.replace("-", "−")}</span>' if difference else "–"
-
-
-def beside_published(results: list[dict]) -> str:
-    """Every published table, ours beside it; the difference and how ours came about only where there is one of ours."""
-    parts = [paragraph("A difference is given only where the protocol is exactly the published one.", "soft")]
-    for name, compared in comparisons(results).items():
-        marked = [i for i, c in enumerate(compared) if c.ours]
-        head = ("", "ours", "published", "difference", "how ours was measured")[: 5 if marked else 3]
-        rows = []
-        for c in compared:
-            what = f"{html.escape(c.published.what)}<small>{html.escape(method_title(c.published))}</small>"
-            ours = c.ours or '<span class="none">not measured</span>'
-            how = " · ".join(filter(None, (c.seeds and f"seed {c.seeds}", duration(c.seconds), c.remark)))
-            how = f"<code>{c.protocol}</code><small>{html.escape(how)}</small>" if c.ours else ""
-            rows.append([what, ours, published_text(c.published), coloured(c.difference), how][: len(head)])
-        sources = "; ".join(dict.fromkeys(c.published.source for c in compared))
-        parts += [f"<h3>{html.escape(name)}</h3>", table(head, rows, (1, 2, 3), marked)]
-        parts.append(paragraph(f"Published: {sources}.", "soft"))
-    return "".join(parts)
-
-
-def is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def curves(run: Path) -> str:
-    """Every number of metrics.jsonl over the epochs. A step that fp16 skipped has null in place of some."""
-    path = run / "metrics.jsonl"
-    lines = [line for line in (read_lines(path) if path.is_file() else []) if is_number(line.get("epoch"))]
-    if not lines:
-        raise UserError(f"{path} has no line: this run was not trained here, or for no step")
-    names = dict.fromkeys(name for line in lines for name in line if name not in ("step", "epoch"))
-    points = {n: [(line["epoch"], line[n]) for line in lines if is_number(line.get(n))] for n in names}
-    drawn = [line_chart(CURVES.get(n, n), "epoch", *zip(*found, strict=True)) for n, found in points.items() if found]
-    cards = "".join(f"<div class=card>{chart}</div>" for chart in drawn)
-    said = f"The run's own record, to step {lines[-1].get('step')}."
-    lost = [CURVES.get(n, n) for n, found in points.items() if not found]
-    said += f" Nowhere finite: {', '.join(lost)}." if lost else ""
-    return f'<div class="grid">{cards}</div>' + paragraph(said, "soft")
-
-
-def whose(shown: dict, c: Correlation | None = None) -> str:
-    """Of which checkpoint a part is: of the one of the result `shown`, or what the correlation was made with."""
-    own = f" Checkpoint {shown['checkpoint_sha256'][:12]}, step {shown['step']}."
-    if c is None or c.checkpoint_sha256 == shown["checkpoint_sha256"]:
-        return own
-    return f" Checkpoint {c.checkpoint_sha256[:12]}, step {c.step}. The results are of another:{own}"
-
-
-def views(c: Correlation, shown: dict) -> str:
-    pairs = "".join(
-        f'<div class="pair">{picture(one, f"image {i}, view 1")}{picture(two, f"image {i}, view 2")}</div>'
-        for i, (one, two) in enumerate(c.pairs, 1)
-    )
-    said = f"{SHOWN_VIEWS} images of the run's first batch, view 1 beside view 2, as the network saw them."
-    said += whose(shown, c)
-    return f'<div class="pictures">{pairs}</div>' + paragraph(said, "soft")
-
-
-def matrix(c: Correlation, shown: dict) -> str:
-    d = min(SHOWN_DIMENSIONS, len(c.matrix))
-    said = (
-        f"Cross-correlation of the two views' embeddings over {c.images} training images: mean of the diagonal "
-        f"{c.diagonal_mean:.3f}, RMS off it {c.off_diagonal_rms:.4f} (independent numbers would give "
-        f"{c.images**-0.5:.4f}). Shown: the first {d} of {len(c.matrix)} dimensions, blue above 0, orange below."
-    ) + whose(shown, c)
-    drawn = matrix_picture(c.matrix[:d, :d], "cross-correlation matrix")
-    return f'<figure class="matrix">{drawn}<figcaption>{html.escape(said)}</figcaption></figure>'
-
-
-def feature_map(kept: KeptFeatures) -> str:
-    places, labels, names = embedding_map(kept)
-    of = len(kept.dataset.train.classes)
-    said = f"t-SNE of the features of {len(places)} validation images" + (
-        f" of {len(names)} of the {of} classes." if of > len(names) else "."
-    )
-    said += whose(kept.result)
-    drawn = scatter(places.tolist(), labels.tolist(), names)
-    return f'<figure class="map card">{drawn}<figcaption>{html.escape(said)}</figcaption></figure>'
-
-
-def neighbours(kept: KeptFeatures, found: Vote) -> str:
-    """Rows of pictures: a validation image, then its nearest training images."""
-    train, val, classes = kept.dataset.train, kept.dataset.val, kept.dataset.train.classes
-
-    def shown(beton, sample: int, caption: str, kind: str) -> str:
-        drawn = picture(decode_pil(beton, sample), caption, 160)
-        return f'<figure class="{kind}">{drawn}<figcaption>{html.escape(caption)}</figcaption></figure>'
-
-    rows = []
-    for query in shown_queries(kept, found):
-        sample = int(found.queries[query])
-        label = kept.dataset.val_labels[sample]
-        figures = [shown(val, sample, classes[label], "query")]
-        for row, similarity in zip(found.rows[query, :SHOWN], found.similarity[query, :SHOWN], strict=True):
-            kind = "hit" if train.labels[row] == label else "miss"
-            figures.append(shown(train, int(row), f"{classes[train.labels[row]]} {similarity:.2f}", kind))
-        rows.append(f'<div class="row">{"".join(figures)}</div>')
-    said = f"A validation image, then the {SHOWN} training images with the most similar features, and their cosine."
-    said += whose(kept.result)
-    return "".join(rows) + paragraph(said, "soft")
-
-
-def classes_accuracy(kept: KeptFeatures, found: Vote) -> str:
-    accuracy = list(class_accuracy(kept, found).items())
-    said = (
-        f"Top-1 of the {VOTERS} nearest neighbours' vote over {len(found.queries)} of {len(kept.val)} images, percent"
-    )
-    if len(accuracy) > MOST_CLASSES:
-        half = MOST_CLASSES // 2
-        said += f"; the {half} best and the {half} worst of {len(accuracy)} classes"
-        accuracy = accuracy[:half] + accuracy[-half:]
-    said += "." + whose(kept.result)
-    return bars(*zip(*accuracy, strict=True)) + paragraph(said, "soft")
+    return PARTS.heading(run.resolve().name, " · ".join(filter(None, facts)))
 
 
 def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows) -> str:
@@ -248,31 +64,19 @@ def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows
     run = config.runs[-1]
     plain, own = [r for _, r in results], [r for where, r in results if where == run]
     shown = newest_of_encoder(own or plain) or (own or plain)[-1]
-    parts = [heading(run, shown, method_of(run, config.method))]
-    parts.append(or_sentence("Results", lambda: measured(rows)))
-    parts.append(section("Beside the published numbers", beside_published(plain)))
-    parts.append(or_sentence("Training", lambda: curves(run)))
-    try:
-        c = correlate(run)
-        parts += [section("Both views", views(c, shown)), section("Correlation matrix", matrix(c, shown))]
-    except UserError as error:
-        parts.append(section("Views and correlation matrix", paragraph(f"Left out: {error}.", "absent")))
-    try:
-        kept = kept_features(run, own, config.data)
-    except UserError as error:
-        parts.append(section("Features", paragraph(f"Left out: {error}.", "absent")))
-        return page(f"{run.resolve().name}: report", parts)
-    parts.append(or_sentence("Map of the features", lambda: feature_map(kept)))
-    try:
-        found = vote(kept)
-        parts.append(section("Nearest neighbours", neighbours(kept, found)))
-        parts.append(or_sentence("Accuracy of each class", lambda: classes_accuracy(kept, found)))
-    except UserError as error:
-        parts.append(section("Nearest neighbours", paragraph(f"Left out: {error}.", "absent")))
+    parts = [
+        heading(run, shown, method_of(run, config.method)),
+        or_sentence("Results", lambda: measured(rows)),
+        PARTS.section("Beside the published numbers", PARTS.beside_published(comparisons(plain))),
+        or_sentence("Training", lambda: curves(run)),
+        *of_correlation(run, shown),
+        *of_kept_features(run, own, config.data),
+    ]
     return page(f"{run.resolve().name}: report", parts)
 
 
 def main(config: ReportConfig) -> None:
+    """Prints the table and writes report.md and report.html. Raises UserError where there is no result."""
     config = replace(config, runs=tuple(run.expanduser().resolve() for run in config.runs))  # runs/latest may change
     results = [
         (run, result | {"method": method_of(run, config.method)}) for run in config.runs for result in read_results(run)

@@ -13,12 +13,14 @@ and 10 % lists, elsewhere a seeded class-balanced share (eval/splits.py).
 import copy
 import statistics
 import sys
-from dataclasses import dataclass, fields
+from contextlib import closing
+from dataclasses import dataclass
 
 from torch import nn
 
+from eval.protocols import SEMISUP
 from eval.subject import Subject, SubjectConfig, images_per_step, open_subject, record_result, require_positive
-from eval.supervised import Group, Heads, final_scores, fit, make_head, validate
+from eval.supervised import Group, Heads, final_scores, fit_on_crops, inputs_of, make_head, validate
 from pipeline.command import run_command
 from pipeline.errors import UserError
 
@@ -28,26 +30,22 @@ class SemisupConfig(SubjectConfig):
     """Semi-supervised evaluation."""
 
     fraction: float = 0.1
-    """Share of the training labels to use: 0.01, 0.1 or 1.0."""
-    epochs: int = 20
+    """Share of the training labels to use: 0.01, 0.1 or 1.0 (eval/splits.py says which images)."""
+    epochs: int = SEMISUP.settings["epochs"]
     """Passes over the labelled images."""
-    batch: int = 256
+    batch: int = SEMISUP.settings["batch"]
     """Images of one step; all images where there are fewer."""
-    lr_backbone: float = 0.005
+    lr_backbone: float = SEMISUP.settings["lr_backbone"]
     """Learning rate of the encoder's weights, not scaled by the batch."""
-    lr_classifier: float = 0.5
+    lr_classifier: float = SEMISUP.settings["lr_classifier"]
     """Learning rate of the linear classifier."""
-    weight_decay: float = 0.0
+    weight_decay: float = SEMISUP.settings["weight_decay"]
     """Of all weights."""
     validate_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
     seeds: int = 1
     """Trainings, of --seed and the seeds after it: the values are their means, and <value>_std the sample standard
     deviations. A seed decides the classifier's start, the order, the views and a balanced share's images."""
-
-
-SETTINGS = ("epochs", "batch", "lr_backbone", "lr_classifier", "weight_decay")
-PUBLISHED = {field.name: field.default for field in fields(SemisupConfig) if field.name in SETTINGS}
 
 
 class FineTuned(nn.Module):
@@ -64,32 +62,24 @@ class FineTuned(nn.Module):
 def fine_tune(subject: Subject) -> dict[str, float]:
     """Trains encoder and classifier, and returns the scores. The subject's encoder is changed."""
     config = subject.config
-    batch = images_per_step(subject, {key: getattr(config, key) for key in SETTINGS})
-    if batch < 2:
-        raise UserError(f"--batch {config.batch} leaves {batch} image a step, at least 2 are needed for batch norm")
-    steps = subject.subset.images // batch
+    settings = SEMISUP.with_flags(config)
+    images_per_step(subject, settings, least=2)
     heads = Heads({"semisup": make_head(subject.encoder.info.features, subject.classes, config.seed)})
     model = FineTuned(subject.encoder.module, heads.to(subject.encoder.device))
     groups = [
         Group(list(model.backbone.parameters()), config.lr_backbone, config.weight_decay),
         Group(list(heads.parameters()), config.lr_classifier, config.weight_decay),
     ]
-    val_labels = subject.val_labels()
-    train_loader, val_loader = subject.augmented_loader(batch), subject.val_loader()
-    try:
-        stream = ((b.views[0], b.label) for b in train_loader.batches(0, config.epochs * steps))
-        history = fit(
+    labels = subject.val_labels()
+    with closing(subject.val_loader()) as val:
+        history = fit_on_crops(
+            subject,
             model,
             groups,
-            stream,
-            lambda: validate(model, ((b.views[0], val_labels[b.sample]) for b in val_loader.batches())),
-            config.epochs,
-            steps,
+            settings=settings,
+            validation=lambda: validate(model, inputs_of(val.batches(), labels=labels)),
             validate_every=config.validate_every,
         )
-    finally:
-        train_loader.close()
-        val_loader.close()
     return final_scores(history, "semisup")
 
 
@@ -103,25 +93,23 @@ def over_seeds(scores: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main(config: SemisupConfig) -> dict:
+    """Trains once a seed, validates and records; returns the result's line. Raises UserError."""
     if config.features == "pixels":
         raise UserError("--features pixels has no weights to fine-tune; use eval/linear.py --cached --features pixels")
     for flag in ("validate_every", "seeds"):
         require_positive(flag.replace("_", "-"), getattr(config, flag))
-    first, scores, splits = open_subject(config, config.fraction), [], []
+    first, scores, seeds = open_subject(config), [], []
     # The file may hold another step's weights by the time a seed is through, so that they are kept here.
     pretrained = copy.deepcopy(first.encoder.module.state_dict())
     for seed in range(config.seed, config.seed + config.seeds):
         if config.seeds > 1:
             print(f"seed {seed}", file=sys.stderr)
-        subject = first.with_seed(seed, config.fraction)
+        subject = first.with_seed(seed)
         subject.encoder.module.load_state_dict(pretrained)
         scores.append(fine_tune(subject))
-        splits.append(subject.subset.name)
-    settings = {key: getattr(config, key) for key in SETTINGS}
-    seeds = [{"seed": config.seed + i, "split": splits[i], **score} for i, score in enumerate(scores)]
-    return record_result(
-        first, "semisup-bt", PUBLISHED, settings, "top1", over_seeds(scores), config.fraction, {"seeds": seeds}
-    )
+        seeds.append({"seed": seed, "split": subject.subset.name, **scores[-1]})
+    settings, values = SEMISUP.with_flags(config), over_seeds(scores)
+    return record_result(first, SEMISUP, settings=settings, values=values, details={"seeds": seeds})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pipeline.choices.subsets import balanced_subset, k_shot
 from pipeline.constants import IMAGENET_LIST_IMAGES, IMAGENET_LIST_SHA256
 from pipeline.errors import UserError
 from pipeline.storage.beton import Beton, open_beton
+from train.run_data import dataset_sha256
 
 LISTS = Path(__file__).resolve().parent / "splits"
 
@@ -35,6 +36,10 @@ class Dataset:
     @property
     def classes(self) -> list[str]:
         return self.train.classes
+
+    def sha256(self) -> dict[str, str]:
+        """The digests of both files, as results and kept features name a dataset."""
+        return {"train": dataset_sha256(self.train), "val": dataset_sha256(self.val)}
 
 
 @dataclass(frozen=True)

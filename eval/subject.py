@@ -1,10 +1,6 @@
 """What every evaluation begins and ends with: the encoder and dataset its flags name, and the line it leaves.
 
-A result is one JSON line in `<run folder>/results.jsonl`, and on stdout. Every line carries its protocol's name;
-with any of the protocol's settings changed the name ends in "-modified" and `changed` says which. Two settings belong
-to every protocol: views of 224 px and features kept as float32. So a number of CIFAR-10, at 32 px, is a modified one.
-(The decoder is recorded as `loader` and not compared: no published protocol names one, and the CPU's agree bit for
-bit. Normalization is the encoder's own. The share of labels is a value of its own, `fraction`.)
+A result is one JSON line in `<run folder>/results.jsonl`, and on stdout; eval/README.md lists what it holds.
 """
 
 import json
@@ -17,17 +13,16 @@ from typing import Literal
 
 import torch
 
-from eval.features import KINDS, Encoder, centre_loader_config, features_of, open_encoder
+from eval.features import KINDS, Encoder, FeatureSet, open_encoder
+from eval.protocols import ON_FEATURES, Protocol
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from pipeline.command import DATA, RUNS
 from pipeline.disk import append_line, followed_once, read_lines
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
-from pipeline.spec import SUPERVISED_VIEW, LoaderConfig
-from train.run_data import dataset_sha256
+from pipeline.spec import SUPERVISED_VIEW
 
 RESULTS = "results.jsonl"
-SHARED_SETTINGS = {"resolution_px": 224, "feature_type": "float32"}  # of every published protocol
 # What this program reads of a result's line, and of which type it is.
 TEXTS = ("protocol", "metric", "encoder", "arch", "checkpoint", "checkpoint_sha256", "time", "dataset", "split")
 NEEDED = {
@@ -40,8 +35,8 @@ NEEDED = {
 
 
 @dataclass(frozen=True)
-class SubjectConfig:
-    """The flags that all evaluations share."""
+class EncoderConfig:
+    """Which network is evaluated."""
 
     checkpoint: Path = RUNS / "latest"
     """A run folder, or a file: checkpoint.pt, backbone.safetensors, Barlow Twins' published resnet50.pth or
@@ -49,8 +44,16 @@ class SubjectConfig:
     key: str = ""
     """Which network of a file that holds several: its place in it, such as state_dict.module.encoder_q, or whole
     names out of that, such as encoder_q. Empty: the one that the rule in train/foreign.py chooses."""
+
+
+@dataclass(frozen=True)
+class SubjectConfig(EncoderConfig):
+    """The flags that all evaluations of features share."""
+
     data: Path | None = None
     """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
+    fraction: float = 1.0
+    """Share of the training labels to use: 0.01, 0.1 or 1.0 (eval/splits.py says which images)."""
     shots: int = 0
     """Labelled images of each class, chosen by the seed, in place of --fraction; 0: --fraction decides."""
     features: Literal["encoder", "random", "pixels"] = "encoder"
@@ -91,10 +94,10 @@ class Subject:
         """The same evaluation on other training images."""
         return replace(self, subset=subset)
 
-    def with_seed(self, seed: int, fraction: float) -> "Subject":
+    def with_seed(self, seed: int) -> "Subject":
         """The same encoder and dataset with another seed, which may choose other training images."""
         config = replace(self.config, seed=seed)
-        return replace(self, config=config, subset=chosen_subset(config, self.dataset, fraction))
+        return replace(self, config=config, subset=chosen_subset(config, self.dataset))
 
     def train_labels(self) -> torch.Tensor:
         """Labels of the labelled share, (n,) int64, on the encoder's device."""
@@ -105,75 +108,63 @@ class Subject:
         """Labels of the validation images, (M,) int64, counted as train counts classes, on the encoder's device."""
         return torch.from_numpy(self.dataset.val_labels).to(self.encoder.device)
 
+    def feature_set(self, split: Literal["train", "val"]) -> FeatureSet:
+        """Features of the labelled share, or of the validation images, as they are kept in the run folder."""
+        beton, ids = (self.dataset.train, self.subset.ids) if split == "train" else (self.dataset.val, None)
+        config, dtype = self.config, getattr(torch, self.config.feature_type)
+        return FeatureSet(self.encoder, beton, self.run / "features", ids, config.loader, config.workers, dtype)
+
     def train_features(self) -> torch.Tensor:
         """(n, D) float32, on the encoder's device."""
-        return self._features(self.dataset.train, self.subset.ids)
+        return self.feature_set("train").read().to(self.encoder.device).float()
 
     def val_features(self) -> torch.Tensor:
         """(M, D) float32, on the encoder's device."""
-        return self._features(self.dataset.val, None)
+        return self.feature_set("val").read().to(self.encoder.device).float()
 
     def augmented_loader(self, batch: int) -> Loader:
         """Shuffled full batches of random crops and flips of the labelled share."""
-        config, info = self.config, self.encoder.info
-        return make_loader(
-            LoaderConfig(
-                data=self.dataset.train.path,
-                views=(SUPERVISED_VIEW,),
-                resolution_px=info.resolution_px,
-                global_batch=batch,
-                seed=config.seed,
-                ids=self.subset.ids,
-                normalization=info.normalization,
-                backend=config.loader,
-                workers=config.workers,
-                device=self.encoder.device,
-            )
-        )
+        centre = self.feature_set("train").loading
+        views = {"views": (SUPERVISED_VIEW,), "shuffle": True, "seed": self.config.seed}
+        return make_loader(replace(centre, global_batch=batch, **views))
 
     def val_loader(self) -> Loader:
         """The validation images' centre views, once each a pass, in order."""
-        c = self.config
-        return make_loader(centre_loader_config(self.encoder, self.dataset.val.path, None, c.loader, c.workers))
-
-    def _features(self, beton, ids) -> torch.Tensor:
-        c, dtype = self.config, getattr(torch, self.config.feature_type)
-        features = features_of(self.encoder, beton, self.run / "features", ids, c.loader, c.workers, dtype)
-        return features.to(self.encoder.device).float()
+        return make_loader(self.feature_set("val").loading)
 
 
-def open_subject(config: SubjectConfig, fraction: float) -> Subject:
-    """Everything the flags name, opened and checked. Raises UserError."""
-    started = time.monotonic()
-    config, encoder, run = open_encoder_and_run(config)
-    dataset = open_dataset(config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet"))
-    return Subject(config, encoder, dataset, chosen_subset(config, dataset, fraction), run, started)
+def open_subject(config: SubjectConfig, *, dataset: Dataset | None = None) -> Subject:
+    """Everything the flags name, opened and checked, and the folder that gets the result. Raises UserError.
 
-
-def chosen_subset(config: SubjectConfig, dataset: Dataset, fraction: float) -> Subset:
-    """The labelled share that the flags name. Raises UserError."""
-    if config.shots:
-        return shot_subset(dataset.train, config.shots, config.seed)
-    return labelled_subset(dataset.train, fraction, config.seed)
-
-
-def open_encoder_and_run(config: SubjectConfig) -> tuple[SubjectConfig, Encoder, Path]:
-    """What the flags say is evaluated, and the folder that gets the result.
-
-    A link such as runs/latest is followed once, here: it may name another run before this evaluation ends.
+    `dataset` replaces the one that the flags name. A link such as runs/latest is followed once, here: it may name
+    another run before this evaluation ends.
     """
+    started = time.monotonic()
     if config.resolution is not None:
         require_positive("resolution", config.resolution)
     config = replace(config, checkpoint=followed_once(config.checkpoint))
-    random_seed = config.seed if config.features == "random" else None
-    pixels = config.features == "pixels"
-    encoder = open_encoder(config.checkpoint, pixels, random_seed, config.resolution, config.key)
+    encoder = open_encoder(
+        config.checkpoint,
+        pixels=config.features == "pixels",
+        random_seed=config.seed if config.features == "random" else None,
+        resolution_px=config.resolution,
+        key=config.key,
+    )
     run = config.out.expanduser() if config.out else result_folder(config.checkpoint)
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {run} cannot be made ({error.strerror}); name a folder that can be written") from None
-    return config, encoder, run
+    data = config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet")
+    dataset = dataset or open_dataset(data)
+    return Subject(config, encoder, dataset, chosen_subset(config, dataset), run, started)
+
+
+def chosen_subset(config: SubjectConfig, dataset: Dataset) -> Subset:
+    """The labelled share that the flags name. Raises UserError."""
+    if config.shots:
+        return shot_subset(dataset.train, config.shots, config.seed)
+    return labelled_subset(dataset.train, config.fraction, config.seed)
 
 
 def result_folder(checkpoint: Path) -> Path:
@@ -183,65 +174,58 @@ def result_folder(checkpoint: Path) -> Path:
 
 
 def require_positive(flag: str, value: int) -> None:
+    """Raises UserError for a flag below 1."""
     if value < 1:
         raise UserError(f"--{flag} {value} was given, at least 1 is expected")
 
 
-def images_per_step(subject: Subject, settings: dict) -> int:
-    """The batch, or all images where there are fewer. Raises UserError for settings that cannot train."""
+def images_per_step(subject: Subject, settings: dict, least: int = 1) -> int:
+    """The batch, or all images where there are fewer. Raises UserError for settings that cannot train.
+
+    `least` is 2 where a batch norm trains, which needs two images.
+    """
     for flag in ("epochs", "batch"):
         require_positive(flag, settings[flag])
-    return min(settings["batch"], subject.subset.images)
-
-
-def protocol_name(name: str, published: dict, settings: dict) -> tuple[str, dict]:
-    """The protocol's name, marked where a setting differs from the published one, and those that do."""
-    changed = {key: settings[key] for key in published if settings[key] != published[key]}
-    return name + ("-modified" if changed else ""), changed
+    batch = min(settings["batch"], subject.subset.images)
+    if batch < least:
+        raise UserError(
+            f"--batch {settings['batch']} leaves {batch} image a step, at least {least} are needed for batch norm"
+        )
+    return batch
 
 
 def record_result(
-    subject: Subject,
-    protocol: str,
-    published: dict,
-    settings: dict,
-    metric: str,
-    values: dict,
-    fraction: float,
-    details: dict | None = None,
+    subject: Subject, protocol: Protocol, *, settings: dict, values: dict, details: dict | None = None
 ) -> dict:
-    """Prints the result and appends it to the run folder's results.jsonl in one write; returns it.
+    """Prints a result and appends it to the run folder's results.jsonl; returns it. Raises UserError as `write_result`.
 
-    `published` and `settings` are this protocol's own; those of SHARED_SETTINGS come from the subject. `metric` names
-    the one of `values` (plain numbers) that is the headline; `details` is what else there is to say, such as every
-    point of a sweep. Raises UserError where the folder cannot be written.
+    `settings` are those that were used, by the names of the protocol's; `values` are plain numbers by name. `details`
+    is what else there is to say, such as every point of a sweep.
     """
-    info, dataset = subject.encoder.info, subject.dataset
-    settings = settings | {"resolution_px": info.resolution_px, "feature_type": subject.config.feature_type}
-    protocol, changed = protocol_name(protocol, published | SHARED_SETTINGS, settings)
-    result = {
-        "protocol": protocol,
-        "metric": metric,
-        "value": values[metric],
-        "values": values,
-        "details": details or {},
-        **encoder_facts(subject.encoder, subject.config.checkpoint),
+    info, dataset, config = subject.encoder.info, subject.dataset, subject.config
+    about = {
+        **encoder_facts(subject.encoder, config.checkpoint),
         "dataset": dataset.name,
         "data": str(dataset.train.path),
-        "dataset_sha256": {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)},
-        "fraction": None if subject.config.shots else fraction,
+        "dataset_sha256": dataset.sha256(),
+        "fraction": None if config.shots else config.fraction,
         "split": subject.subset.name,
         "train_images": subject.subset.images,
         "val_images": len(dataset.val),
         "classes": subject.classes,
-        "seed": subject.config.seed,
-        "settings": settings,
-        "changed": changed,
-        "loader": subject.config.loader,
-        "feature_type": subject.config.feature_type,
-        "seconds": round(time.monotonic() - subject.started, 2),
+        "seed": config.seed,
     }
-    return write_result(subject.run, result)
+    return write_result(
+        subject.run,
+        protocol,
+        settings=settings | {"resolution_px": info.resolution_px, "feature_type": config.feature_type},
+        values=values,
+        details=details or {},
+        about=about,
+        loader=config.loader,
+        feature_type=config.feature_type,
+        seconds=round(time.monotonic() - subject.started, 2),
+    )
 
 
 def encoder_facts(encoder: Encoder, checkpoint: Path) -> dict:
@@ -249,10 +233,7 @@ def encoder_facts(encoder: Encoder, checkpoint: Path) -> dict:
     info = encoder.info
     return {
         "encoder": encoder.kind,
-        "arch": info.arch,
-        "step": info.step,
-        "epochs": info.epochs,
-        "resolution_px": info.resolution_px,
+        **{name: getattr(info, name) for name in ("arch", "step", "epochs", "resolution_px")},
         "checkpoint": str(checkpoint),
         "checkpoint_sha256": info.sha256,
         "key": info.key,
@@ -261,12 +242,27 @@ def encoder_facts(encoder: Encoder, checkpoint: Path) -> dict:
     }
 
 
-def write_result(run: Path, result: dict) -> dict:
+def write_result(
+    run: Path, protocol: Protocol, *, settings: dict, values: dict, details: dict, about: dict, **ending
+) -> dict:
     """Appends a result, with the time before it, to the run folder's results.jsonl, and prints it; returns it.
 
-    It is printed even where the folder does not take it, which raises UserError.
+    `about` says what was measured on what; `ending` is what the line ends with. It is printed even where the folder
+    does not take it, which raises UserError.
     """
-    result = {"time": datetime.now(UTC).isoformat(timespec="seconds"), **result}
+    name, changed = protocol.compared(settings)
+    result = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "protocol": name,
+        "metric": protocol.metric,
+        "value": values[protocol.metric],
+        "values": values,
+        "details": details,
+        **about,
+        "settings": settings,
+        "changed": changed,
+        **ending,
+    }
     line = json.dumps(result, allow_nan=False)
     advice = "the result printed above was not kept: make room there and run again, or keep the printed line"
     try:
@@ -297,10 +293,10 @@ def read_results(run: Path) -> list[dict]:
 
 
 def with_shared_settings(result: dict) -> dict:
-    """A line from before SHARED_SETTINGS were compared, as it would be written today."""
+    """A line from before the settings ON_FEATURES were compared, as it would be written today."""
     if "feature_type" not in result or "resolution_px" in result["settings"]:
         return result  # detection has none of them
-    shared = {name: result[name] for name in SHARED_SETTINGS}
-    changed = result["changed"] | {name: value for name, value in shared.items() if value != SHARED_SETTINGS[name]}
+    shared = {name: result[name] for name in ON_FEATURES}
+    changed = result["changed"] | {name: value for name, value in shared.items() if value != ON_FEATURES[name]}
     name = result["protocol"].removesuffix("-modified") + "-modified" * bool(changed)
     return result | {"protocol": name, "changed": changed, "settings": result["settings"] | shared}

@@ -16,6 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,23 +25,26 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from eval.metrics import Accuracy, rank_accuracy
+from eval.subject import Subject, images_per_step
 from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
+from pipeline.spec import Batch
 from train.knn_vote import label_ranks
 
 MOMENTUM = 0.9  # every published protocol here trains with this
+VALIDATION_CHUNK = 8192
 LINE_HEADS = 6  # named in an epoch's line
 SMALL_STEP = 1 << 25  # multiplications of one forward pass that a single core does in a millisecond
 
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate. `milestones` None: cosine to zero; else × 0.1 at each of these epochs."""
+    """Parameters that share a learning rate. `milestones` (): cosine to zero; else × 0.1 at each of these epochs."""
 
     params: list[nn.Parameter]
     lr: float
     weight_decay: float = 0.0
-    milestones: tuple[int, ...] | None = None
+    milestones: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,14 +59,9 @@ class Epoch:
 
 def scheduled_lr(group: Group, epoch: int, epochs: int) -> float:
     """The learning rate of an epoch (counted from 0): constant within it, as the published evaluations have it."""
-    if group.milestones is None:
+    if not group.milestones:
         return group.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     return group.lr * 0.1 ** sum(epoch >= milestone for milestone in group.milestones)
-
-
-def milestones_for(published: tuple[int, ...], published_epochs: int, epochs: int) -> tuple[int, ...]:
-    """The published epochs of the rate's steps, at the same shares of a run of another length."""
-    return tuple(round(milestone * epochs / published_epochs) for milestone in published)
 
 
 def make_head(features: int, classes: int, seed: int) -> nn.Linear:
@@ -108,6 +107,26 @@ def threads_for(multiplications: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def inputs_of(
+    batches: Iterable[Batch], extract: Callable | None = None, labels: torch.Tensor | None = None
+) -> Iterator[tuple]:
+    """(images, or what a frozen `extract` makes of them without a gradient; labels) of a loader's batches.
+
+    `labels` (M,), by position in the loader's file, replace those of the file.
+    """
+    for batch in batches:
+        inputs = batch.views[0]
+        if extract:
+            with torch.no_grad():
+                inputs = extract(inputs)
+        yield inputs, batch.label if labels is None else labels[batch.sample]
+
+
+def in_chunks(features: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Features (M, D) and labels (M,) held in memory, as `validate` takes them."""
+    return zip(features.split(VALIDATION_CHUNK), labels.split(VALIDATION_CHUNK), strict=True)
+
+
 @torch.no_grad()
 def validate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Accuracy]:
     """Accuracy of every head over (inputs, labels) batches, in evaluation mode."""
@@ -143,7 +162,7 @@ def train_epoch(model: nn.Module, optimizer, stream: Iterator, steps: int) -> di
 
 
 def mean_loss(totals: dict[str, torch.Tensor], steps: int, may_diverge: bool) -> float:
-    """The heads' mean losses, summed. With `may_diverge` those that are no number are left out while one is left."""
+    """The heads' mean losses, summed. With `may_diverge` those that are not finite are left out while one is left."""
     losses = [total.item() / steps for total in totals.values()]
     finite = [loss for loss in losses if math.isfinite(loss)]
     return sum(finite if finite and may_diverge else losses)
@@ -153,14 +172,15 @@ def fit(
     model: nn.Module,
     groups: list[Group],
     stream: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    *,
     validation: Callable[[], dict[str, Accuracy]],
     epochs: int,
-    steps_per_epoch: int,
+    steps: int,
     nesterov: bool = False,
     validate_every: int = 1,
     may_diverge: bool = False,
 ) -> list[Epoch]:
-    """Trains `model` (inputs → {head: logits}) for `epochs` epochs of `steps_per_epoch` batches of the stream.
+    """Trains `model` (inputs → {head: logits}) for `epochs` epochs of `steps` batches of the stream.
 
     One stream for all epochs, so that a loader can prepare the next batches while this one validates. Validates
     every `validate_every` epochs and after the last. One line an epoch goes to stderr. Raises UserError where
@@ -172,7 +192,7 @@ def fit(
         started = time.monotonic()
         for target, group in zip(optimizer.param_groups, groups, strict=True):
             target["lr"] = scheduled_lr(group, epoch, epochs)
-        loss = mean_loss(train_epoch(model, optimizer, stream, steps_per_epoch), steps_per_epoch, may_diverge)
+        loss = mean_loss(train_epoch(model, optimizer, stream, steps), steps, may_diverge)
         if not math.isfinite(loss):
             rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(group.lr for group in groups))
             raise UserError(
@@ -184,6 +204,20 @@ def fit(
         history.append(Epoch(epoch + 1, loss, accuracy, time.monotonic() - started))
         print(epoch_line(history[-1], epochs), file=sys.stderr, flush=True)
     return history
+
+
+def fit_on_crops(
+    subject: Subject, model: nn.Module, groups: list[Group], *, settings: dict, extract: Callable | None = None, **how
+) -> list[Epoch]:
+    """`fit` on new random crops and flips of the labelled share each epoch, or on what `extract` makes of them.
+
+    `settings` has the epochs and the batch; `how` is the rest of what `fit` takes.
+    """
+    batch, epochs = images_per_step(subject, settings), settings["epochs"]
+    steps = subject.subset.images // batch
+    with closing(subject.augmented_loader(batch)) as loader:
+        stream = inputs_of(loader.batches(0, epochs * steps), extract)
+        return fit(model, groups, stream, epochs=epochs, steps=steps, **how)
 
 
 def epoch_line(epoch: Epoch, epochs: int) -> str:

@@ -15,10 +15,10 @@ Low-shot (`map_k1` … `map_k96`): k positives and 19·k negatives of each class
 for all classes, is the one of 1, 10, 100 that reads best on test, as published. `details` has all of them.
 """
 
+import itertools
 import os
-import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -31,35 +31,32 @@ from sklearn.utils.parallel import Parallel, delayed
 from tqdm import tqdm
 
 from eval.metrics import average_precision_11, average_precision_area
+from eval.protocols import SVM
 from eval.splits import Dataset, Subset, open_dataset
-from eval.subject import Subject, SubjectConfig, open_encoder_and_run, record_result
+from eval.subject import SubjectConfig, open_subject, record_result
 from eval.voc import ABSENT, CLASSES, IGNORED, PRESENT, voc_targets
 from pipeline.command import DATA, run_command
 from pipeline.errors import UserError
 
-COSTS = (0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0)
 LOW_SHOT_COSTS = (1.0, 10.0, 100.0)
-LOW_SHOT_K = (1, 2, 4, 8, 16, 32, 64, 96)
-FOLDS = 3
+FOLDS = SVM.settings["folds"]
 
 
 @dataclass(frozen=True)
 class SvmConfig(SubjectConfig):
-    """VOC 2007 classification by linear SVMs. --data None is data/voc07; --shots is not used."""
+    """VOC 2007 classification by linear SVMs. Without --data it is data/voc07; --shots is not used."""
 
     voc: Path = DATA / "VOCdevkit"
     """The folder that VOC2007 lies in, for its annotations."""
-    costs: tuple[float, ...] = COSTS
+    costs: tuple[float, ...] = tuple(SVM.settings["costs"])
     """Costs that are cross-validated."""
     low_shot: bool = True
     """Whether to train on k images a class as well."""
-    low_shot_k: tuple[int, ...] = LOW_SHOT_K
+    low_shot_k: tuple[int, ...] = tuple(SVM.settings["low_shot_k"])
     """The numbers of positives; those that a class has not are left out."""
-    samples: Annotated[int, tyro.conf.arg(name="low-shot-samples")] = 5
+    samples: Annotated[int, tyro.conf.arg(name="low-shot-samples")] = SVM.settings["low_shot_samples"]
     """Independent samples of each k."""
-
-
-PUBLISHED = {"costs": list(COSTS), "folds": FOLDS, "low_shot_k": list(LOW_SHOT_K), "low_shot_samples": 5}
+    fraction: Annotated[float, tyro.conf.Fixed, tyro.conf.Suppress] = 1.0  # no flag: the low-shot part has its own
 
 
 @dataclass(frozen=True)
@@ -103,6 +100,7 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
 
 
 def make_svm(cost: float, seed: int) -> LinearSVC:
+    """The classifier of one class; positives count twice."""
     return LinearSVC(
         C=cost,
         penalty="l2",
@@ -121,20 +119,18 @@ def svm_labels(targets: np.ndarray) -> np.ndarray:
 
 
 def cross_validated(features: np.ndarray, targets: np.ndarray, cost: float, seed: int) -> float:
-    """Mean average precision of three folds, one class."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 2000 iterations are the protocol's
-        svm = make_svm(cost, seed)
-        return cross_val_score(svm, features, svm_labels(targets), cv=FOLDS, scoring="average_precision").mean()
+    """Mean average precision of three folds, one class: (N, D), (N,) → a share."""
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # 2000 iterations are the protocol's
+        svm, labels = make_svm(cost, seed), svm_labels(targets)
+        return cross_val_score(svm, features, labels, cv=FOLDS, scoring="average_precision").mean()
 
 
 def test_scores(
-    features: np.ndarray, labels: np.ndarray, test: np.ndarray, cost: float, seed: int
+    features: np.ndarray, targets: np.ndarray, test: np.ndarray, cost: float, seed: int, rows=slice(None)
 ) -> tuple[np.ndarray, bool]:
-    """Decision values (M,) of the test images, of an SVM trained on labels 1 and -1, and whether it converged."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        svm = make_svm(cost, seed).fit(features, labels)
+    """Decision values (M,) of the test images, of an SVM trained on some rows, and whether it converged; one class."""
+    with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):
+        svm = make_svm(cost, seed).fit(features[rows], svm_labels(targets[rows]))
     return svm.decision_function(test), bool(np.max(svm.n_iter_) < svm.max_iter)
 
 
@@ -163,77 +159,61 @@ def in_parallel(config: SvmConfig, task, arguments: list[tuple], what: str) -> l
     return list(tqdm(made, what, len(arguments), unit="SVM", disable=None))
 
 
-def full_svm(config: SvmConfig, features, targets, test, test_targets) -> tuple[dict, dict]:
+def full_svm(config: SvmConfig, features, targets, test, test_targets) -> tuple[dict, list[dict]]:
     """Every class at its cross-validated cost: the values, and per class what there is to say."""
     classes = range(len(CLASSES))
-    grid = [(c, cost) for c in classes for cost in config.costs]
-    found = in_parallel(
-        config, cross_validated, [(features, targets[:, c], cost, config.seed) for c, cost in grid], "3 folds"
-    )
-    validated = np.array(found).reshape(len(CLASSES), len(config.costs))
+    grid = [(features, targets[:, c], cost, config.seed) for c in classes for cost in config.costs]
+    validated = np.array(in_parallel(config, cross_validated, grid, "3 folds")).reshape(len(CLASSES), -1)
     costs = [config.costs[i] for i in validated.argmax(1)]
-    fitted = in_parallel(
-        config,
-        test_scores,
-        [(features, svm_labels(targets[:, c]), test, costs[c], config.seed) for c in classes],
-        "all labels",
-    )
+    chosen = [(features, targets[:, c], test, costs[c], config.seed) for c in classes]
+    fitted = in_parallel(config, test_scores, chosen, "all labels")
     precision = 100 * np.array([judged(scores, test_targets[:, c]) for c, (scores, _) in enumerate(fitted)])
     by_class = [
         {"class": CLASSES[c], "cost": costs[c], "ap": precision[c, 0], "converged": fitted[c][1]} for c in classes
     ]
-    return {"map": precision[:, 0].mean(), "map_area": precision[:, 1].mean()}, {"classes": by_class}
+    return {"map": precision[:, 0].mean(), "map_area": precision[:, 1].mean()}, by_class
 
 
 def low_shot_svm(config: SvmConfig, features, targets, test, test_targets) -> tuple[dict, list[dict]]:
     """Few labels: the mean over samples of the best cost's mAP for every k, and all of them."""
     most = min((targets == PRESENT).sum(0).min(), (targets == ABSENT).sum(0).min() // (len(CLASSES) - 1))
     ks = [k for k in config.low_shot_k if k <= most]
-    cases, arguments = [], []
-    for sample in range(config.samples):
-        for k in ks:
-            random = np.random.default_rng((config.seed, sample, k))
-            rows = [low_shot_rows(targets[:, c], k, random) for c in range(len(CLASSES))]
-            for cost in LOW_SHOT_COSTS:
-                cases += [(sample, k, cost, c) for c in range(len(CLASSES))]
-                arguments += [(features, targets, rows[c], c, test, cost, config.seed) for c in range(len(CLASSES))]
-    found = in_parallel(config, _low_shot_scores, arguments, "few labels")
-    precision: dict[tuple, list] = {}
-    for (sample, k, cost, c), scores in zip(cases, found, strict=True):
-        precision.setdefault((k, cost, sample), []).append(judged(scores, test_targets[:, c])[0])
+    arguments = []
+    for k, cost, sample in itertools.product(ks, LOW_SHOT_COSTS, range(config.samples)):
+        random = np.random.default_rng((config.seed, sample, k))  # every cost trains on the same images
+        for c in range(len(CLASSES)):
+            rows = low_shot_rows(targets[:, c], k, random)
+            arguments.append((features, targets[:, c], test, cost, config.seed, rows))
+    found = in_parallel(config, test_scores, arguments, "few labels")
+    precision = [judged(scores, test_targets[:, i % len(CLASSES)])[0] for i, (scores, _) in enumerate(found)]
+    by_sample = 100 * np.reshape(precision, (len(ks), len(LOW_SHOT_COSTS), config.samples, len(CLASSES))).mean(-1)
     values, details = {}, []
-    for k in ks:
-        means = {
-            cost: [100 * float(np.mean(precision[k, cost, sample])) for sample in range(config.samples)]
-            for cost in LOW_SHOT_COSTS
-        }
-        best = max(means, key=lambda cost: np.mean(means[cost]))
-        values |= {f"map_k{k}": float(np.mean(means[best])), f"map_k{k}_std": float(np.std(means[best]))}
-        details += [{"k": k, "cost": cost, "map_by_sample": found} for cost, found in means.items()]
+    for k, means in zip(ks, by_sample, strict=True):
+        best = means[means.mean(1).argmax()]
+        values |= {f"map_k{k}": float(best.mean()), f"map_k{k}_std": float(best.std())}
+        details += [
+            {"k": k, "cost": cost, "map_by_sample": maps.tolist()}
+            for cost, maps in zip(LOW_SHOT_COSTS, means, strict=True)
+        ]
     return values, details
 
 
-def _low_shot_scores(features, targets, rows, c, test, cost, seed) -> np.ndarray:
-    return test_scores(features[rows], svm_labels(targets[rows, c]), test, cost, seed)[0]
-
-
 def main(config: SvmConfig) -> dict:
+    """Trains, judges and records; returns the result's line. Raises UserError."""
     if not config.costs or min(config.costs) <= 0 or config.samples < 1:
         raise UserError(f"--costs {config.costs}, --low-shot-samples {config.samples}: give positive numbers")
-    started = time.monotonic()
     dataset = open_voc(config)
-    config, encoder, run = open_encoder_and_run(config)
-    subject = Subject(config, encoder, dataset, Subset(None, "trainval", len(dataset.train)), run, started)
+    whole = Subset(None, "trainval", len(dataset.train))
+    subject = open_subject(replace(config, shots=0), dataset=dataset).with_subset(whole)
     features, test = (unit_rows(x.cpu().numpy()) for x in (subject.train_features(), subject.val_features()))
     split = (features, dataset.train_targets, test, dataset.val_targets)
-    values, details = full_svm(config, *split)
-    settings = {"costs": list(config.costs), "folds": FOLDS}
+    values, by_class = full_svm(config, *split)
+    settings, details = {"costs": list(config.costs), "folds": FOLDS}, {"classes": by_class}
     if config.low_shot:
         few, details["low_shot"] = low_shot_svm(config, *split)
         values |= few
         settings |= {"low_shot_k": list(config.low_shot_k), "low_shot_samples": config.samples}
-    published = {key: PUBLISHED[key] for key in settings}
-    return record_result(subject, "svm-voc07", published, settings, "map", values, 1.0, details)
+    return record_result(subject, SVM, settings=settings, values=values, details=details)
 
 
 if __name__ == "__main__":

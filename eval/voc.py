@@ -1,13 +1,15 @@
-"""Which of PASCAL VOC 2007's 20 classes an image shows, from the annotation beside it.
+"""PASCAL VOC's annotations: which of its 20 classes an image shows, and where.
 
     VOCdevkit/VOC2007/Annotations/000005.xml         <object><name>chair</name><difficult>0</difficult>…
 
-A class of an image is present where one of its objects is not difficult, ignored where all of them are, else absent:
-the 1, 0 and -1 of VOC's own <class>_<split>.txt, by which the classification task is judged.
+For classification (eval/svm.py) a class of an image is present where one of its objects is not difficult, ignored
+where all of them are, else absent: the 1, 0 and -1 of VOC's own <class>_<split>.txt, by which the task is judged.
+Detection (eval/detector/data.py) reads the boxes from the same objects.
 """
 
-import xml.etree.ElementTree
+import xml.etree.ElementTree as ET
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,34 @@ CLASSES = (
     *("horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
 PRESENT, ABSENT, IGNORED = 1, 0, -1
+
+
+class VocObject(NamedTuple):
+    """One object: its class's position in CLASSES, whether VOC calls it difficult, and its element."""
+
+    label: int
+    difficult: bool
+    element: ET.Element
+
+
+def read_annotation(path: Path) -> tuple[ET.Element, list[VocObject]]:
+    """The root element of an annotation, and its objects. Raises UserError for one that cannot be used."""
+    again = f"unpack the annotations of {path.parent.parent.name} again"
+    try:
+        root = ET.parse(path).getroot()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; {again}") from None
+    except (OSError, ET.ParseError) as error:
+        raise UserError(f"{path} is not an annotation of PASCAL VOC ({error}); {again}") from None
+    objects = []
+    for element in root.findall("object"):
+        name, difficult = (element.findtext(tag, "").strip() for tag in ("name", "difficult"))
+        if name not in CLASSES:
+            raise UserError(f"{path} has an object of class {name!r}, none of VOC's 20; is it VOC's file?")
+        objects.append(VocObject(CLASSES.index(name), difficult == "1", element))
+    if not objects:
+        raise UserError(f"{path} has no object, every image of VOC has at least one; {again}")
+    return root, objects
 
 
 def voc_targets(folder: Path, file_names: list[str]) -> np.ndarray:
@@ -37,20 +67,11 @@ def voc_targets(folder: Path, file_names: list[str]) -> np.ndarray:
 
 def image_targets(path: Path) -> np.ndarray:
     """The (20,) int8 targets of one annotation. Raises UserError for one that cannot be used."""
-    try:
-        objects = xml.etree.ElementTree.parse(path).findall("object")
-    except (OSError, xml.etree.ElementTree.ParseError) as error:
-        raise UserError(f"{path} cannot be read as a VOC annotation ({error}); unpack the archive again") from None
-    if not objects:
-        raise UserError(f"{path} has no <object>, at least one is expected; unpack the archive again")
     targets = np.full(len(CLASSES), ABSENT, np.int8)
-    for entry in objects:
-        name, difficult = (entry.findtext(tag, "").strip() for tag in ("name", "difficult"))
-        if name not in CLASSES:
-            raise UserError(f"{path} has an object of class {name!r}, which is none of VOC2007's 20; is it VOC2007?")
-        c = CLASSES.index(name)
-        if difficult != "1":
-            targets[c] = PRESENT
-        elif targets[c] == ABSENT:
-            targets[c] = IGNORED
+    _, objects = read_annotation(path)
+    for found in objects:
+        if not found.difficult:
+            targets[found.label] = PRESENT
+        elif targets[found.label] == ABSENT:
+            targets[found.label] = IGNORED
     return targets

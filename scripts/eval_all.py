@@ -26,7 +26,6 @@ from pipeline.disk import followed_once
 from pipeline.errors import UserError
 from pipeline.storage.sources.voc2007 import voc_root
 from train.checkpoint import BackboneInfo
-from train.run_data import dataset_sha256
 
 # Dataset under --data-root → what to fetch and where it goes.
 WANTED = {
@@ -110,7 +109,7 @@ def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
         few = {"iterations": 1, "batch": 1, "precise_bn": 1} if config.small else {}
         where = {"checkpoint": run, "key": config.key, "data": folder, "workers": config.workers}
         settings = detection.DetectionConfig(task=task, **where, **few)
-        return Job(f"detection-{task}", detection.main, settings, detection.NAMES[task], needs, few)
+        return Job(f"detection-{task}", detection.main, settings, detection.PROTOCOLS[task].name, needs, few)
 
     def svm_job() -> Job:
         fewer = {"costs": (1.0,), "low_shot_k": (1,), "samples": 1} if config.small else {}
@@ -168,8 +167,7 @@ def digests_now(job: Job) -> dict | None:
         if job.needs in DETECTION:
             train, val = detection.open_splits(job.config)
             return {"train": train.sha256(), "val": val.sha256()}
-        dataset = open_dataset(job.config.data)
-        return {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)}
+        return open_dataset(job.config.data).sha256()
     except UserError:
         return None
 

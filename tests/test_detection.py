@@ -105,11 +105,11 @@ def test_overfits_eight_images_and_agrees_with_pycocotools(eight, tmp_path):
     """From random weights; the test's images are the training's. Seeds 0 and 1 were seen to reach 97."""
     split = open_voc(eight, [("VOC2007", "trainval")])
     torch.manual_seed(0)
-    detector = make_detector(tiny_resnet(), Normalization(), 20, False, (128,), rois=16)
+    detector = make_detector(tiny_resnet(), Normalization(), classes=20, masks=False, sizes_px=(128,), rois=16)
     detector.rpn._pre_nms_top_n.update(training=300, testing=300)  # non-maximum suppression is slow on a CPU
     schedule = Schedule(250, 8, 0.1, 25, (187, 230), precise_bn=20, seed=0)
     training = Training(detector, schedule, ALONE, 0, tmp_path / "checkpoint.pt", {})
-    images = DetectionImages(split.records, False, True, 0)
+    images = DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)
     assert train(training, images, checkpoint_every=1000) == 0
     take_precise_statistics(training, images)
     found = detect(training, split, False)
@@ -200,9 +200,13 @@ def test_bad_input_is_named(eight, coco, tmp_path):
     refused(r"000404\.jpg is missing, one of 1 of the 8 images")
     Image.new("RGB", (50, 40)).save(voc07 / "JPEGImages" / "000404.jpg")
     split, _ = open_splits(DetectionConfig(data=eight))
-    assert "has 50×40 px, its annotation says" in str(DetectionImages(split.records, False, True, 0)[0, 2])
+    assert "has 50×40 px, its annotation says" in str(
+        DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)[0, 2]
+    )
     (voc07 / "JPEGImages" / "000404.jpg").write_bytes(b"no image")
-    assert "000404.jpg cannot be read" in str(DetectionImages(split.records, False, True, 0)[0, 2])
+    assert "000404.jpg cannot be read" in str(
+        DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)[0, 2]
+    )
     (voc07 / "ImageSets" / "Main" / "test.txt").write_text("")
     refused("lists no image")
     with pytest.raises(UserError, match=r"--data expects the folder VOCdevkit with VOC2007 inside"):
@@ -295,8 +299,8 @@ def test_voc_scores_against_plain_python(voc):
 
 def test_published_settings_of_the_detector():
     backbone, _ = make_backbone("resnet18")
-    sizes = PROTOCOLS["voc"]["sizes_px"]
-    detector = make_detector(backbone, Normalization(), 20, True, sizes, 512)
+    sizes = PROTOCOLS["voc"].settings["sizes_px"]
+    detector = make_detector(backbone, Normalization(), classes=20, masks=True, sizes_px=sizes, rois=512)
     assert sizes == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
     assert detector.backbone.stride == 16 and detector.transform.max_size == 1333
     assert detector.rpn.anchor_generator.sizes == ((32, 64, 128, 256, 512),)
@@ -312,8 +316,10 @@ def test_masks_share_the_features_of_boxes(coco):
     """One pass of layer4 in training: batch norm counts one batch, and the mask's loss reaches layer4."""
     split, _ = open_splits(DetectionConfig(task="coco", data=coco))
     torch.manual_seed(0)
-    detector = make_detector(tiny_resnet(), Normalization(), 80, True, (96,), rois=16)
-    images, targets = zip(*(DetectionImages(split.records, True, False, 0)[-1, i] for i in range(2)), strict=True)
+    detector = make_detector(tiny_resnet(), Normalization(), classes=80, masks=True, sizes_px=(96,), rois=16)
+    images, targets = zip(
+        *(DetectionImages(split.records, masks=True, keep_ignored=False, seed=0)[-1, i] for i in range(2)), strict=True
+    )
     losses = detector(list(images), list(targets))
     assert set(losses) == {"loss_class", "loss_box", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
     assert detector.roi_heads.norm.num_batches_tracked == 1
@@ -333,7 +339,7 @@ def test_learning_rate_schedule():
 
 def test_settings(voc):
     split, _ = open_splits(DetectionConfig(data=voc))
-    assert chosen_settings(DetectionConfig(), split) == PROTOCOLS["voc"] | {"train": "VOC2007 trainval"}
+    assert chosen_settings(DetectionConfig(), split) == PROTOCOLS["voc"].settings | {"train": "VOC2007 trainval"}
     assert chosen_settings(DetectionConfig(task="coco"), split)["iterations"] == 90_000
     assert chosen_settings(DetectionConfig(sizes=(96, 128), lr=0.5), split)["sizes_px"] == [96, 128]
     for wrong, message in (

@@ -15,11 +15,10 @@ from eval import extract
 from eval import features as features_module
 from eval.extract import ExtractConfig
 from eval.features import (
+    FeatureSet,
     centre_loader_config,
     centre_view,
-    describe_features,
     extract_features,
-    features_of,
     open_encoder,
 )
 from eval.kept import FEATURES_VERSION, find_features, keep_features, read_features
@@ -55,23 +54,23 @@ def no_extraction(*_):
 def test_features_are_the_encoders_output_on_the_pixels(encoder, val, tmp_path):
     with torch.no_grad():
         expected = encoder.module(normalized_pixels(val.labels))
-    found = features_of(encoder, val, tmp_path)
+    found = FeatureSet(encoder, val, tmp_path).read()
     assert found.shape == (60, 96)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_follow_the_ids(encoder, val, tmp_path):
-    everything = features_of(encoder, val, tmp_path)
+    everything = FeatureSet(encoder, val, tmp_path).read()
     ids = np.array([7, 3, 50, 4])
-    assert torch.allclose(features_of(encoder, val, tmp_path, ids), everything[ids], atol=1e-5)
+    assert torch.allclose(FeatureSet(encoder, val, tmp_path, ids).read(), everything[ids], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kept_features_equal_fresh_ones_bit_for_bit(encoder, val, tmp_path, monkeypatch, dtype):
-    first = features_of(encoder, val, tmp_path, dtype=dtype)
+    first = FeatureSet(encoder, val, tmp_path, dtype=dtype).read()
     fresh = extract_features(encoder, centre_loader_config(encoder, val.path, None, "fast", 1), dtype)
     monkeypatch.setattr(features_module, "extract_features", no_extraction)
-    kept = features_of(encoder, val, tmp_path, dtype=dtype)
+    kept = FeatureSet(encoder, val, tmp_path, dtype=dtype).read()
     assert kept.dtype == first.dtype == dtype
     assert torch.equal(kept, first) and torch.equal(kept, fresh)
 
@@ -95,7 +94,7 @@ def in_parts(monkeypatch) -> list[int]:
 
 
 def test_parts_do_not_change_a_bit(encoder, val, tmp_path, in_parts):
-    found = features_of(encoder, val, tmp_path)
+    found = FeatureSet(encoder, val, tmp_path).read()
     assert in_parts == [16, 16, 16, 12]
     whole = extract_features(encoder, centre_loader_config(encoder, val.path, None, "fast", 1), torch.float32)
     assert torch.equal(found, whole)
@@ -103,7 +102,7 @@ def test_parts_do_not_change_a_bit(encoder, val, tmp_path, in_parts):
 
 
 def test_an_interrupted_extraction_goes_on(encoder, val, tmp_path, in_parts, monkeypatch, capsys):
-    expected = features_of(encoder, val, tmp_path / "whole")
+    expected = FeatureSet(encoder, val, tmp_path / "whole").read()
     in_parts.clear()
     counted = features_module.extract_features
 
@@ -114,12 +113,12 @@ def test_an_interrupted_extraction_goes_on(encoder, val, tmp_path, in_parts, mon
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(features_module, "extract_features", interrupted)
-        features_of(encoder, val, tmp_path / "kept")
+        FeatureSet(encoder, val, tmp_path / "kept").read()
     parts = sorted((tmp_path / "kept").iterdir())
     assert len(parts) == 2
     parts[0].write_bytes(parts[0].read_bytes()[:100])
     in_parts.clear()
-    assert torch.equal(features_of(encoder, val, tmp_path / "kept"), expected)
+    assert torch.equal(FeatureSet(encoder, val, tmp_path / "kept").read(), expected)
     assert in_parts == [16, 16, 12], "the damaged part and the missing ones"
     assert "is damaged" in capsys.readouterr().err
 
@@ -135,7 +134,7 @@ def test_ranks_share_the_parts(encoder, val, data, in_parts, monkeypatch, tmp_pa
         in_parts.clear()
     assert made == [[16, 16, 16], [12, 14, 16]]
     monkeypatch.setenv("WORLD_SIZE", "1")
-    subject = open_subject(ExtractConfig(checkpoint=run, fraction=0.16), 0.16)
+    subject = open_subject(ExtractConfig(checkpoint=run, fraction=0.16))
     subject.val_features(), subject.train_features()
     assert in_parts == [], "every part was there"
     extract.main(ExtractConfig(checkpoint=run, fraction=0.1))
@@ -143,22 +142,22 @@ def test_ranks_share_the_parts(encoder, val, data, in_parts, monkeypatch, tmp_pa
 
 
 def test_half_precision_is_the_rounding_of_full(encoder, val, tmp_path):
-    full = features_of(encoder, val, tmp_path)
-    assert torch.equal(features_of(encoder, val, tmp_path, dtype=torch.float16), full.half())
+    full = FeatureSet(encoder, val, tmp_path).read()
+    assert torch.equal(FeatureSet(encoder, val, tmp_path, dtype=torch.float16).read(), full.half())
 
 
 def test_another_checkpoint_never_gets_these_features(encoder, val, data, tmp_path):
-    features_of(encoder, val, tmp_path / "kept")
+    FeatureSet(encoder, val, tmp_path / "kept").read()
     other = open_encoder(write_run(tmp_path / "other", data, seed=1))
-    found = features_of(other, val, tmp_path / "kept")
-    assert torch.equal(found, features_of(other, val, tmp_path / "nothing kept"))
-    assert not torch.allclose(found, features_of(encoder, val, tmp_path / "kept"))
+    found = FeatureSet(other, val, tmp_path / "kept").read()
+    assert torch.equal(found, FeatureSet(other, val, tmp_path / "nothing kept").read())
+    assert not torch.allclose(found, FeatureSet(encoder, val, tmp_path / "kept").read())
     assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_everything_that_decides_the_numbers_is_in_the_description(encoder, val, data, tmp_path):
     def describe(encoder=encoder, beton=val, ids=None, backend="fast", dtype=torch.float32):
-        return str(describe_features(encoder, beton, centre_loader_config(encoder, beton.path, ids, backend, 1), dtype))
+        return FeatureSet(encoder, beton, tmp_path, ids, backend, 1, dtype).description
 
     other_run = open_encoder(write_run(tmp_path, data, seed=1))
     others = [
@@ -214,12 +213,12 @@ def test_every_changed_bit_is_noticed(tmp_path, dtype):
 
 def test_damaged_features_are_extracted_again(encoder, val, tmp_path, capsys):
     """One bit of one value: it was read before, and changed every number that came of it."""
-    first = features_of(encoder, val, tmp_path)
+    first = FeatureSet(encoder, val, tmp_path).read()
     (path,) = tmp_path.iterdir()
     whole = bytearray(path.read_bytes())
     whole[-7] ^= 0x40
     path.write_bytes(whole)
-    assert torch.equal(features_of(encoder, val, tmp_path), first)
+    assert torch.equal(FeatureSet(encoder, val, tmp_path).read(), first)
     assert "is damaged" in capsys.readouterr().err
 
 
@@ -253,10 +252,10 @@ def test_weights_and_digest_are_of_one_file(data, tmp_path):
 
 
 def test_a_damaged_file_is_replaced(encoder, val, tmp_path, capsys):
-    first = features_of(encoder, val, tmp_path)
+    first = FeatureSet(encoder, val, tmp_path).read()
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:1000])
-    assert torch.equal(features_of(encoder, val, tmp_path), first)
+    assert torch.equal(FeatureSet(encoder, val, tmp_path).read(), first)
     assert "is damaged" in capsys.readouterr().err
     assert torch.equal(read_features(path, safetensors.safe_open(path, "pt").metadata()["description"]), first)
 
@@ -273,7 +272,7 @@ def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch, capsys):
 
 def test_raw_pixels_are_the_normalized_pixels(val, data, tmp_path):
     pixels = open_encoder(write_run(tmp_path / "run", data), pixels=True)
-    found = features_of(pixels, val, tmp_path / "kept")
+    found = FeatureSet(pixels, val, tmp_path / "kept").read()
     assert (pixels.kind, pixels.info.arch, found.shape) == ("raw pixels", "pixels", (60, 3072))
     assert torch.allclose(found, normalized_pixels(val.labels).flatten(1), atol=1e-5)
     assert not (tmp_path / "kept").exists()
@@ -289,7 +288,7 @@ def test_random_weights_are_a_control_of_their_own(data, val, tmp_path):
     run = write_run(tmp_path / "run", data)
     encoders = [open_encoder(run), *(open_encoder(run, random_seed=seed) for seed in (3, 3, 4))]
     assert [encoder.kind for encoder in encoders] == ["trained", "untrained", "untrained", "untrained"]
-    first, second, again, other = (features_of(encoder, val, tmp_path / "kept") for encoder in encoders)
+    first, second, again, other = (FeatureSet(encoder, val, tmp_path / "kept").read() for encoder in encoders)
     assert torch.equal(second, again)
     assert not torch.allclose(second, other) and not torch.allclose(second, first)
     assert open_encoder(run, resolution_px=16).info.resolution_px == 16
@@ -304,7 +303,7 @@ def test_features_that_are_not_finite_are_refused(data, val, tmp_path):
     encoder = open_encoder(write_run(tmp_path, data))
     next(encoder.module.parameters()).data.fill_(torch.nan)
     with pytest.raises(UserError, match="not all finite numbers"):
-        features_of(encoder, val, tmp_path / "kept")
+        FeatureSet(encoder, val, tmp_path / "kept").read()
     assert not (tmp_path / "kept").exists()
 
 
@@ -316,7 +315,7 @@ def test_a_corrupt_image_is_named(encoder, small_beton, tmp_path):
         file.seek(int(sound.offsets[5] + sound.sizes_bytes[5] // 2))
         file.write(bytes(2000))
     with pytest.raises(UserError, match=f"image 5 of .*{sound.file_names()[5]}"):
-        features_of(encoder, sound, tmp_path / "kept")
+        FeatureSet(encoder, sound, tmp_path / "kept").read()
     assert not (tmp_path / "kept").exists()
 
 

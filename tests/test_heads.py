@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import heads
+from eval import heads, supervised
 from eval.features import open_encoder
 from eval.frozen import POOLS, NormalizedHeads, StageFeatures, pool_map
 from eval.heads import HeadsConfig, main
@@ -96,7 +96,7 @@ def test_untouched_settings_are_the_published_ones(run, monkeypatch):
         seen.update(groups=groups, epochs=epochs, steps=steps, nesterov=nesterov)
         return []
 
-    monkeypatch.setattr(heads, "fit", watch)
+    monkeypatch.setattr(supervised, "fit", watch)
     monkeypatch.setattr(heads, "final_scores", lambda *_: {"top1": 0.0, "top5": 0.0})
     result = main(HeadsConfig(checkpoint=run, resolution=224))
     (group,) = seen["groups"]

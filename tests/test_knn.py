@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import torch
 
 from eval import features as features_module
 from eval import subject as subject_module
-from eval.features import features_of, open_encoder
+from eval.features import FeatureSet, open_encoder
 from eval.knn import KnnConfig, main
 from eval.subject import open_subject, read_results
 from pipeline.disk import append_line
@@ -31,7 +33,7 @@ def brute_force_top1(run, data, k) -> float:
     """Share of validation images whose class wins the vote: float64, one image at a time."""
     encoder = open_encoder(run)
     train, val = (open_beton(data / f"{split}.beton") for split in ("train", "val"))
-    bank, queries = (features_of(encoder, b, run / "oracle").double().numpy() for b in (train, val))
+    bank, queries = (FeatureSet(encoder, b, run / "oracle").read().double().numpy() for b in (train, val))
     bank /= np.linalg.norm(bank, axis=1, keepdims=True)
     hits = 0
     for query, label in zip(queries, val.labels, strict=True):
@@ -97,7 +99,7 @@ def test_another_place_and_resolution(run, tmp_path):
 def test_without_flags_the_newest_run_and_its_data(run, tmp_path, monkeypatch):
     assert KnnConfig().checkpoint == REPO / "runs" / "latest"
     (tmp_path / "latest").symlink_to(run, target_is_directory=True)
-    subject = open_subject(KnnConfig(checkpoint=tmp_path / "latest"), 1.0)
+    subject = open_subject(KnnConfig(checkpoint=tmp_path / "latest"))
     assert subject.run == subject.config.checkpoint == run.resolve(), "followed once: the link may change"
     assert subject.dataset.name.startswith("coloured")
     weights = open_encoder(run).module.state_dict()
@@ -105,7 +107,7 @@ def test_without_flags_the_newest_run_and_its_data(run, tmp_path, monkeypatch):
     monkeypatch.setattr(subject_module, "DATA", tmp_path)
     write_resnet(tmp_path / "resnet18.pth")
     with pytest.raises(UserError, match=f"{tmp_path}/imagenet/train.beton is missing"):
-        open_subject(KnnConfig(checkpoint=tmp_path / "resnet18.pth"), 1.0)
+        open_subject(KnnConfig(checkpoint=tmp_path / "resnet18.pth"))
 
 
 def write_resnet(path):
@@ -203,3 +205,24 @@ def test_a_moved_dataset_says_so(run, data, tmp_path):
     (moved / "train.manifest.json").unlink()
     with pytest.raises(UserError, match=r"train\.manifest\.json"):
         main(KnnConfig(checkpoint=run, data=moved))
+
+
+def test_the_protocol_of_the_readme(run, data, tmp_path):
+    """eval/README.md's own example, as it stands there; its published settings, and another one."""
+    (code,) = re.findall("```python\n(.*?)```", (REPO / "eval" / "README.md").read_text(), re.DOTALL)
+    names = {"eval.metrics": ["rank_accuracy"], "eval.protocols": ["ON_FEATURES", "Protocol"]}
+    names |= {"eval.subject": ["SubjectConfig", "open_subject", "record_result"], "train.knn_vote": ["label_ranks"]}
+    names |= {"dataclasses": ["dataclass"]}
+    imports = "".join(f"from {module} import {', '.join(own)}\n" for module, own in names.items())
+    (tmp_path / "means.py").write_text(f"import torch\n{imports}\n{code}")
+    means = runpy.run_path(str(tmp_path / "means.py"))
+    result = means["main"](means["MeansConfig"](checkpoint=run))
+    assert (result["protocol"], result["changed"]) == ("class-means-modified", AT_SIDE)
+    encoder = open_encoder(run)
+    train, val = (open_beton(data / f"{split}.beton") for split in ("train", "val"))
+    x, v = (FeatureSet(encoder, b, run / "features").read().double().numpy() for b in (train, val))
+    centres = np.stack([x[train.labels == c].mean(0) for c in range(5)])
+    nearest = ((v[:, None] - centres) ** 2).sum(2).argmin(1)
+    assert result["value"] == pytest.approx(100 * (nearest == val.labels).mean())
+    result = means["main"](means["MeansConfig"](checkpoint=run, power=1.0))
+    assert result["changed"] == {"power": 1.0} | AT_SIDE and len(read_results(run)) == 2

@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -74,13 +77,29 @@ def test_no_imports_in_a_circle():
 
 def test_no_file_shadows_a_module():
     dependencies = {"torch", "torchvision", "timm", "numba", "numpy", "ffcv", "nvidia", "triton", "PIL", "tyro", "tqdm"}
-    dependencies |= {"safetensors", "tensorboard", "sklearn", "matplotlib", "scipy", "pytest", "pycocotools"}
+    dependencies |= {"safetensors", "tensorboard", "sklearn", "matplotlib", "scipy", "pytest", "pycocotools", "jinja2"}
     taken = set(sys.stdlib_module_names) | dependencies | set(PACKAGES)
     scripts = [p for package in (*PACKAGES, "scripts") for p in (REPO / package).rglob("*.py")]
     folders = {p.parent for p in scripts if '__name__ == "__main__"' in p.read_text()}  # first on sys.path, then
     assert {REPO / package for package in (*PACKAGES, "scripts")} <= folders
     files = [p for folder in folders for p in folder.glob("*.py")]
     assert [str(p) for p in files if p.stem in taken] == []
+
+
+def test_every_file_is_in_the_wheel():
+    """By setuptools' own search for packages, and pyproject.toml's patterns of data files."""
+    settings = tomllib.loads((REPO / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = find_namespace_packages(str(REPO), **settings["packages"]["find"])
+    patterns = ["*.py", *settings["package-data"]["*"]]
+    files = [p.relative_to(REPO) for package in PACKAGES for p in (REPO / package).rglob("*") if p.is_file()]
+    files = [p for p in files if "__pycache__" not in p.parts]
+    assert Path("eval/splits/imagenet_1percent.txt") in files
+    left_out = [
+        str(p)
+        for p in files
+        if ".".join(p.parent.parts) not in packages or not any(fnmatch(p.name, pattern) for pattern in patterns)
+    ]
+    assert left_out == []
 
 
 def test_no_utils():

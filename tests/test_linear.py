@@ -7,8 +7,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from eval import linear
-from eval.features import features_of, open_encoder
+from eval import linear, supervised
+from eval.features import FeatureSet, open_encoder
 from eval.linear import LinearConfig, main, standardize_
 from eval.subject import open_subject, read_results
 from pipeline.errors import UserError
@@ -57,7 +57,7 @@ def test_cached_protocol_agrees_with_a_solver(run, data):
     assert (result["protocol"], result["changed"]) == ("linear-cached-modified", AT_SIDE)
     encoder = open_encoder(run)
     train, val = (open_beton(data / f"{split}.beton") for split in ("train", "val"))
-    x, v = (features_of(encoder, b, run / "features").double().numpy() for b in (train, val))
+    x, v = (FeatureSet(encoder, b, run / "features").read().double().numpy() for b in (train, val))
     alive = x.std(0) > 0
     x, v = x[:, alive], v[:, alive]
     mean, deviation = x.mean(0), x.std(0)
@@ -86,13 +86,13 @@ def test_untouched_settings_are_the_published_ones(run, monkeypatch):
         seen.update(epochs=epochs, steps=steps, groups=groups, weights=copy.deepcopy(model.state_dict()))
         return []
 
-    monkeypatch.setattr(linear, "fit", watch)
+    monkeypatch.setattr(supervised, "fit", watch)
     monkeypatch.setattr(linear, "final_scores", lambda *_: {"top1": 0.0})
     result = main(LinearConfig(checkpoint=run, resolution=224))
     assert (result["protocol"], result["changed"]) == ("linear-bt", {})
     assert (seen["epochs"], seen["steps"]) == (100, 1)  # 200 images are one batch
     (group,) = seen["groups"]
-    assert (group.lr, group.weight_decay, group.milestones) == (0.3, 1e-6, None)
+    assert (group.lr, group.weight_decay, group.milestones) == (0.3, 1e-6, ())
     assert len(group.params) == 2
     assert 0.008 < seen["weights"]["heads.linear.weight"].std() < 0.012
 
@@ -149,7 +149,7 @@ def test_avgpool_is_the_published_protocol(run, monkeypatch):
         seen.update(epochs=epochs, groups=groups)
         return []
 
-    monkeypatch.setattr(linear, "fit", watch)
+    monkeypatch.setattr(supervised, "fit", watch)
     monkeypatch.setattr(linear, "final_scores", lambda *_: {"top1": 0.0})
     result = main(LinearConfig(checkpoint=run, protocol="avgpool", feature_type="float16"))
     assert result["protocol"] == "linear-avgpool-modified"
@@ -189,7 +189,7 @@ def test_a_head_that_diverges_leaves_the_others_alone(run, cached, opened):
 
 
 def test_held_out_images_train_nothing(run, data):
-    subject = open_subject(LinearConfig(checkpoint=run, fraction=0.5), 0.5)
+    subject = open_subject(LinearConfig(checkpoint=run, fraction=0.5))
     training, choosing = linear.held_out(subject)
     assert set(training.ids) | set(choosing.ids) == set(subject.subset.ids)
     assert not set(training.ids) & set(choosing.ids)

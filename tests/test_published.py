@@ -2,8 +2,9 @@
 
 import pytest
 
+from eval import protocols
+from eval.protocols import Protocol, published_rows
 from eval.reporting.comparison import comparison_markdown, comparisons, duration
-from eval.reporting.published import PUBLISHED, published_text
 
 # Copied by hand from the papers' and model cards' tables.
 NUMBERS = """
@@ -37,10 +38,25 @@ ONE_PERCENT = ("Semi-supervised, ImageNet", "barlow_twins", "1 % labels, top-1/t
 
 
 def test_every_published_number_is_there():
-    assert sorted(v for p in PUBLISHED for v in p.values.values()) == sorted(map(float, NUMBERS.split()))
+    assert sorted(v for p in published_rows() for v in p.values.values()) == sorted(map(float, NUMBERS.split()))
     text = comparison_markdown([])
-    assert text.count("not measured") == len(PUBLISHED) and text.count("###") == 6
-    assert published_text(PUBLISHED[0]) == "73.2 / 91.0"
+    assert text.count("not measured") == len(published_rows()) and text.count("###") == 6
+    assert published_rows()[0].text == "73.2 / 91.0"
+
+
+def test_every_row_with_a_protocol_names_one_of_ours():
+    ours = [p for p in vars(protocols).values() if isinstance(p, Protocol)]
+    ours += [*protocols.TRANSFER.values(), *protocols.DETECTION.values()]
+    assert len({p.name for p in ours}) == len(ours) == 12
+    by_protocol = [row for p in ours for row in p.published]
+    assert len(by_protocol) == sum(bool(row.protocol) for row in published_rows()) == len(published_rows()) - 2
+
+
+def test_a_result_is_the_protocols_own_only_with_its_settings():
+    protocol = Protocol("of-four", {"epochs": 90, "lr": 0.1}, milestones=(60, 80))
+    assert protocol.compared({"epochs": 90, "lr": 0.1}) == ("of-four", {})
+    assert protocol.compared({"epochs": 9, "lr": 0.1}) == ("of-four-modified", {"epochs": 9})
+    assert protocol.milestones_at(9) == (6, 8) and protocol.milestones_at(90) == (60, 80)
 
 
 def test_difference_of_the_same_protocol():

@@ -17,12 +17,12 @@ from PIL import Image
 
 from eval.knn import KnnConfig
 from eval.knn import main as knn
-from eval.report import ReportConfig, coloured, curves, main, method_of
+from eval.report import ReportConfig, main, method_of
 from eval.reporting import correlation, neighbours
-from eval.reporting.charts import MOST_POINTS, line_chart, nice_ticks, thinned
+from eval.reporting.charts import MOST_POINTS, curves, line_chart, nice_ticks, thinned
 from eval.reporting.correlation import correlate, load_method
 from eval.reporting.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
-from eval.reporting.page import matrix_picture
+from eval.reporting.page import PARTS, matrix_picture
 from eval.subject import read_results
 from pipeline.choices.draws import draw_views
 from pipeline.choices.order import shuffled_batches
@@ -203,7 +203,7 @@ def test_curves_of_what_the_trainer_writes(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 100, "epoch": 5, "loss": 3.0}']) + "\n")
     made = curves(tmp_path)
     titles = re.findall('class="t" x="2" y="16">(.*?)<', made)
-    assert titles == ["loss", "grad", "knn_top1"] and "last 3<" in made
+    assert titles == ["loss", "grad", "kNN top-1, %"] and "last 3<" in made
     assert "to step 100. Nowhere finite: lost." in made
     (tmp_path / "metrics.jsonl").write_text('{"step": 80, "epo')
     with pytest.raises(UserError, match="has no line"):
@@ -329,6 +329,7 @@ def test_matrix_picture_is_clear_at_zero():
 
 
 def test_differences_are_coloured_by_their_sign():
+    coloured = PARTS.difference
     assert coloured("+1.00 / +0.20") == '<span class="plus">+1.00 / +0.20</span>'
     assert coloured("-1.00") == '<span class="minus">−1.00</span>'
     assert coloured("-1.00 / +0.20") == '<span class="">−1.00 / +0.20</span>' and coloured("") == "–"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval import semisup
+from eval import semisup, supervised
 from eval.features import open_encoder
 from eval.semisup import SemisupConfig, main
 from eval.splits import labelled_subset
@@ -20,10 +20,10 @@ def watched(monkeypatch):
     """What `main` hands to the loop, while the loop runs as ever."""
     seen = {}
 
-    def watch(model, groups, stream, validation, epochs, steps, validate_every):
-        seen.update(model=model, groups=groups, epochs=epochs, steps=steps, validate_every=validate_every)
+    def watch(model, groups, stream, **given):
+        seen.update(given, model=model, groups=groups)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        history = fit(model, groups, tee(stream), validation, epochs, steps, validate_every=validate_every)
+        history = fit(model, groups, tee(stream), **given)
         seen.update(before=before, after=dict(model.named_parameters()), history=history)
         return history
 
@@ -33,7 +33,7 @@ def watched(monkeypatch):
             seen["batches"].append((images, labels))
             yield images, labels
 
-    monkeypatch.setattr(semisup, "fit", watch)
+    monkeypatch.setattr(supervised, "fit", watch)
     return seen
 
 
@@ -130,7 +130,7 @@ def test_every_seed_begins_with_the_same_weights(run, data, monkeypatch):
         write_run(run, data, seed=1, step=21)
         return history
 
-    monkeypatch.setattr(semisup, "fit", replaced)
+    monkeypatch.setattr(supervised, "fit", replaced)
     result = main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1, batch=20, lr_backbone=0.02, seeds=2))
     assert result["checkpoint_sha256"] == before.info.sha256 != open_encoder(run).info.sha256 and result["step"] == 9
     for start in starts:

@@ -37,14 +37,14 @@ def train_clouds(heads: Heads, lr=0.1, epochs=3, seed=0, **settings):
     groups = [Group(list(heads.parameters()), lr)]
     stream = feature_stream(points, labels, seed, 32, epochs)
     held_out = [two_clouds(200, 2)]
-    return fit(heads, groups, stream, lambda: validate(heads, held_out), epochs, 8, **settings)
+    return fit(heads, groups, stream, validation=lambda: validate(heads, held_out), epochs=epochs, steps=8, **settings)
 
 
-@pytest.mark.parametrize("milestones", [None, (3, 5)])
+@pytest.mark.parametrize("milestones", [(), (3, 5)])
 def test_schedule_is_torchs(milestones):
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], 0.3)
-    if milestones is None:
+    if not milestones:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 7)
     else:
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
@@ -64,7 +64,7 @@ def test_updates_are_sgd_with_momentum_and_decay_per_group():
     w, b = linear.weight.detach().numpy().copy(), linear.bias.detach().numpy().copy()
     groups = [Group([linear.weight], 0.7, 0.01), Group([linear.bias], 0.2, 0.0, milestones=(2,))]
     stream = iter([(torch.from_numpy(x), torch.from_numpy(y))] * 4)
-    history = fit(heads, groups, stream, lambda: {"a": Accuracy(0.0, 0.0)}, 4, 1)
+    history = fit(heads, groups, stream, validation=lambda: {"a": Accuracy(0.0, 0.0)}, epochs=4, steps=1)
 
     momentum_w, momentum_b = np.zeros_like(w), np.zeros_like(b)
     for epoch in range(4):
@@ -159,7 +159,7 @@ def test_a_loss_that_is_not_finite_stops():
     points, labels = two_clouds(8, 0)
     points[3, 2] = torch.inf
     with pytest.raises(UserError, match=r"loss is nan after epoch 1.*learning rates \(0\.5\)"):
-        fit(heads, [Group(list(heads.parameters()), 0.5)], iter([(points, labels)]), dict, 2, 1)
+        fit(heads, [Group(list(heads.parameters()), 0.5)], iter([(points, labels)]), validation=dict, epochs=2, steps=1)
 
 
 def test_small_steps_use_one_thread_and_give_the_others_back():

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import average_precision_score
 
 from eval import svm
-from eval.features import features_of, open_encoder
+from eval.features import FeatureSet, open_encoder
 from eval.metrics import average_precision_11, average_precision_area
 from eval.svm import SvmConfig, judged, low_shot_rows, main, svm_labels, unit_rows
 from eval.voc import ABSENT, CLASSES, PRESENT, voc_targets
@@ -109,7 +109,7 @@ def test_every_class_at_its_validated_cost(run, voc):
 
     encoder = open_encoder(run)
     train, test = (open_beton(voc / f"{split}.beton") for split in ("train", "val"))
-    x, t = (unit_rows(features_of(encoder, b, run / "features").numpy()) for b in (train, test))
+    x, t = (unit_rows(FeatureSet(encoder, b, run / "features").read().numpy()) for b in (train, test))
     targets, test_targets = (voc_targets(voc, b.file_names()) for b in (train, test))
     c = CLASSES.index("person")
     fitted = svm.make_svm(by_class[c]["cost"], 0).fit(x, svm_labels(targets[:, c]))

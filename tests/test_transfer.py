@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval import transfer
+from eval import supervised, transfer
 from eval.features import open_encoder
 from eval.subject import open_subject
 from eval.transfer import TransferConfig, main
@@ -32,7 +32,7 @@ def test_untouched_settings_are_the_published_ones(run, data, monkeypatch, datas
         seen.update(groups=groups, epochs=epochs, nesterov=nesterov)
         return []
 
-    monkeypatch.setattr(transfer, "fit", watch)
+    monkeypatch.setattr(supervised, "fit", watch)
     monkeypatch.setattr(transfer, "final_scores", lambda *_: {"top1": 0.0})
     result = main(TransferConfig(checkpoint=run, dataset=dataset, data=data))
     assert (result["protocol"], result["changed"]) == (f"transfer-{dataset}-modified", AT_SIDE)

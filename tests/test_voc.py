@@ -59,9 +59,9 @@ def test_the_source_lists_trainval_and_test(tmp_path):
 @pytest.mark.parametrize(
     ("xml", "message"),
     [
-        (annotation(), r"101\.xml has no <object>"),
-        (annotation(("zebra", "0")), "'zebra', which is none of VOC2007's 20"),
-        ("<annotation><object>", "cannot be read as a VOC annotation"),
+        (annotation(), r"101\.xml has no object"),
+        (annotation(("zebra", "0")), "'zebra', none of VOC's 20"),
+        ("<annotation><object>", "is not an annotation of PASCAL VOC"),
     ],
 )
 def test_annotations_that_cannot_be_used(tmp_path, xml, message):
@@ -78,5 +78,5 @@ def test_missing_parts(tmp_path):
     with pytest.raises(UserError, match=r"lists 1 images, 1 of them are missing \(JPEGImages/201\.jpg first\)"):
         open_source(tmp_path, "val")
     (voc / "Annotations" / "101.xml").unlink()
-    with pytest.raises(UserError, match=r"101\.xml cannot be read"):
+    with pytest.raises(UserError, match=r"101\.xml is missing; unpack the annotations of VOC2007"):
         voc_targets(tmp_path, ["JPEGImages/101.jpg"])

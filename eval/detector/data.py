@@ -9,8 +9,6 @@ without images that have no object, and judged with all of its images, as Detect
 
 import hashlib
 import json
-import xml.etree.ElementTree as ET
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch.utils.data
 from PIL import Image
 
 from eval.voc import CLASSES as VOC_CLASSES
-from pipeline.choices.order import shuffled_batches
+from eval.voc import read_annotation
 from pipeline.errors import UserError
 
 
@@ -78,6 +76,7 @@ class Split:
 
 
 def require_images(records: list[Record], where: Path) -> None:
+    """Raises UserError where a record's image is not there; `where` is what lists them."""
     missing = [r.path for r in records if not r.path.is_file()]
     if missing:
         raise UserError(
@@ -108,25 +107,24 @@ def open_voc(root: Path, years_and_sets: list[tuple[str, str]]) -> Split:
 
 def _voc_record(folder: Path, name: str, image_id: int) -> Record:
     path = folder / "Annotations" / f"{name}.xml"
+    root, objects = read_annotation(path)
     try:
-        tree = ET.parse(path)
-        height, width = (int(tree.findtext(f"size/{side}")) for side in ("height", "width"))
-        objects = tree.findall("object")
-        boxes = [[float(o.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax")] for o in objects]
-        names = [o.findtext("name") for o in objects]
-        difficult = [o.findtext("difficult", "0").strip() == "1" for o in objects]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; unpack the annotations of {folder.name} again") from None
-    except (ET.ParseError, TypeError, ValueError) as error:
+        height, width = (int(root.findtext(f"size/{side}")) for side in ("height", "width"))
+        corners = [
+            [float(found.element.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax")]
+            for found in objects
+        ]
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path} is not an annotation of PASCAL VOC ({error}); unpack {folder.name} again") from None
-    if not objects:
-        raise UserError(f"{path} has no object, every image of VOC has at least one; unpack {folder.name} again")
-    if unknown := set(names) - set(VOC_CLASSES):
-        raise UserError(f"{path} has an object of class {min(unknown, key=str)!r}, none of VOC's 20; is it VOC's file?")
-    labels = [VOC_CLASSES.index(name) + 1 for name in names]
-    corners = np.array(boxes, np.float32) - np.array([1, 1, 0, 0], np.float32)  # pixels count from 1, ends inclusive
-    image = folder / "JPEGImages" / f"{name}.jpg"
-    return Record(image, image_id, height, width, corners, np.array(labels, np.int64), np.array(difficult))
+    return Record(
+        path=folder / "JPEGImages" / f"{name}.jpg",
+        image_id=image_id,
+        height=height,
+        width=width,
+        boxes=np.array(corners, np.float32) - np.array([1, 1, 0, 0], np.float32),  # VOC counts from 1, ends inclusive
+        labels=np.array([1 + found.label for found in objects], np.int64),
+        ignored=np.array([found.difficult for found in objects]),
+    )
 
 
 # ---- COCO ----
@@ -190,7 +188,7 @@ class DetectionImages(torch.utils.data.Dataset):
     why: raised in a DataLoader's process it would reach the user as a traceback.
     """
 
-    def __init__(self, records: list[Record], masks: bool, keep_ignored: bool, seed: int):
+    def __init__(self, records: list[Record], *, masks: bool, keep_ignored: bool, seed: int):
         self.records, self.masks, self.keep_ignored, self.seed = records, masks, keep_ignored, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | UserError:
@@ -228,11 +226,3 @@ def read_image(record: Record) -> np.ndarray:
             f"{record.width}×{record.height}; unpack the dataset again"
         )
     return pixels
-
-
-def training_keys(
-    images: int, batch: int, seed: int, rank: int, world_size: int, start: int, stop: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Of iterations start … stop − 1: this rank's (epoch, position) pairs."""
-    for _, epoch, positions in shuffled_batches(seed, np.arange(images), batch, rank, world_size, start, stop):
-        yield [(epoch, int(position)) for position in positions]

@@ -84,6 +84,7 @@ class C4Heads(RoIHeads):
             nn.init.zeros_(layer.bias)
 
     def has_mask(self) -> bool:
+        """As RoIHeads asks it."""
         return self.mask_predictor is not None
 
     def region_features(self, features, proposals):
@@ -107,6 +108,7 @@ class C4Heads(RoIHeads):
         return [], losses
 
     def detect(self, features, proposals, image_shapes) -> list[dict[str, torch.Tensor]]:
+        """Each image's boxes, scores and labels, and masks where there is a predictor of them."""
         logits, regression = self.box_predictor(self.region_features(features, proposals).mean((2, 3)))
         found = zip(*self.postprocess_detections(logits, regression, proposals, image_shapes), strict=True)
         results = [{"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in found]
@@ -118,7 +120,13 @@ class C4Heads(RoIHeads):
 
 
 def make_detector(
-    backbone: nn.Module, normalization: Normalization, classes: int, masks: bool, sizes_px: Iterable[int], rois: int
+    backbone: nn.Module,
+    normalization: Normalization,
+    *,
+    classes: int,
+    masks: bool,
+    sizes_px: Iterable[int],
+    rois: int,
 ) -> GeneralizedRCNN:
     """Faster R-CNN, with `masks` Mask R-CNN, for `classes` classes beside the background, on a pretrained ResNet.
 

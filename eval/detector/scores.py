@@ -12,6 +12,7 @@ from torch import from_numpy
 from torchvision.ops import box_iou
 
 from eval.detector.data import Split
+from eval.metrics import eleven_point_mean
 
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
 
@@ -82,7 +83,4 @@ def _average(detections, records, best, nearest, threshold, positives) -> float:
             right[i] = 1
             taken.add((image, own))
     hits = np.cumsum(right)
-    precision = hits / np.maximum(hits + np.cumsum(wrong), 1)
-    # Recall ≥ point / 10, in whole numbers: rounding would decide where they are equal.
-    points = [precision[10 * hits >= point * positives].max(initial=0.0) for point in range(11)]
-    return float(np.mean(points))
+    return eleven_point_mean(hits, hits + np.cumsum(wrong), positives)

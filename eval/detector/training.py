@@ -1,4 +1,4 @@
-"""A detector on its way through a schedule: train, take batch norm's statistics anew, detect; from any checkpoint.
+"""A detector on its way through a schedule: train, compute batch norm's statistics again, detect.
 
 The state is the model, the optimizer and the number of iterations done. Order, flips, sizes and sampled regions are
 functions of the seed, the iteration and the rank, so an interrupted training ends with the weights of one that
@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from eval.detector.data import DetectionImages, Split, training_keys
+from eval.detector.data import DetectionImages, Split
+from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
 from train.content import DamagedFile, read_state, write_state
@@ -51,6 +52,7 @@ class Schedule:
 
 
 def make_optimizer(detector: nn.Module) -> torch.optim.SGD:
+    """SGD whose weight decay leaves batch norm's weights out; `Schedule.rate` sets its learning rate."""
     norms = [p for m in detector.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
     known = set(map(id, norms))
     others = [p for p in detector.parameters() if id(p) not in known]
@@ -69,31 +71,33 @@ def decoded(images: DetectionImages, keys: Iterable[list], workers: int) -> Iter
 
 
 def moved(images: list, targets: list, device: torch.device) -> tuple[list, list]:
+    """The same on a device."""
     return (
         [image.to(device, non_blocking=True) for image in images],
         [{name: tensor.to(device, non_blocking=True) for name, tensor in target.items()} for target in targets],
     )
 
 
+@dataclass
 class Training:
-    """A detector and its optimizer after `iteration` updates. `about` is what a checkpoint must share with its run.
+    """A detector and its optimizer after `iteration` updates.
 
-    `writer` is rank 0's right to write the checkpoint; without one nobody else is expected to.
+    path     of its checkpoint
+    about    what a checkpoint must share with its run
+    writer   rank 0's right to write the checkpoint; without one nobody else is expected to
     """
 
-    def __init__(
-        self,
-        detector: nn.Module,
-        schedule: Schedule,
-        ranks: Ranks,
-        workers: int,
-        path: Path,
-        about: dict,
-        writer: OneWriter | None = None,
-    ):
-        self.detector, self.schedule, self.ranks, self.workers = detector, schedule, ranks, workers
-        self.path, self.about, self.writer = path, about, writer
-        self.optimizer, self.iteration = make_optimizer(detector), 0
+    detector: nn.Module
+    schedule: Schedule
+    ranks: Ranks
+    workers: int
+    path: Path
+    about: dict
+    writer: OneWriter | None = None
+    iteration: int = 0
+
+    def __post_init__(self):
+        self.optimizer = make_optimizer(self.detector)
 
     def save(self) -> None:
         """Writes the checkpoint, on rank 0, whole or not at all."""
@@ -127,8 +131,9 @@ class Training:
     def samples(self, images: DetectionImages, start: int, stop: int) -> Iterator[tuple[list, list]]:
         """This rank's (images, targets) of iterations start … stop − 1, and torch's seed set for each."""
         schedule, ranks = self.schedule, self.ranks
-        shares = (schedule.batch, schedule.seed, ranks.rank, ranks.world_size)
-        keys = training_keys(len(images.records), *shares, start, stop)
+        positions = np.arange(len(images.records))
+        shares = (positions, schedule.batch, ranks.rank, ranks.world_size, start, stop)
+        keys = ([(epoch, int(p)) for p in own] for _, epoch, own in shuffled_batches(schedule.seed, *shares))
         for iteration, batch in enumerate(decoded(images, keys, self.workers), start):
             torch.manual_seed(hash((schedule.seed, iteration, ranks.rank)))  # sizes, sampled anchors and regions
             yield moved(*batch, ranks.device)
@@ -167,6 +172,7 @@ def train(training: Training, images: DetectionImages, checkpoint_every: int) ->
 
 
 def refuse_lost_loss(losses: dict[str, torch.Tensor], iteration: int) -> None:
+    """Raises UserError where a loss is not finite: such weights are not written."""
     lost = [name for name, value in losses.items() if not math.isfinite(value.item())]
     if lost:
         raise UserError(
@@ -177,7 +183,7 @@ def refuse_lost_loss(losses: dict[str, torch.Tensor], iteration: int) -> None:
 
 @torch.no_grad()
 def take_precise_statistics(training: Training, images: DetectionImages) -> None:
-    """Batch norm's running statistics anew: plain means over the batches that would come next (Wu 2021, section 3)."""
+    """Computes batch norm's running statistics again: plain means over the next batches (Wu 2021, section 3)."""
     norms = [m for m in training.detector.modules() if isinstance(m, _BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     training.detector.train()
@@ -194,7 +200,7 @@ def take_precise_statistics(training: Training, images: DetectionImages) -> None
 def detect(training: Training, split: Split, masks: bool) -> list[dict]:
     """All ranks' detections of a split, in COCO's results form, on every rank, in the order of image ids."""
     ranks, detector = training.ranks, training.detector.eval()
-    images = DetectionImages(split.records, False, True, 0)
+    images = DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)
     positions = range(ranks.rank, len(split), ranks.world_size)
     samples = decoded(images, [[(-1, position)] for position in positions], training.workers)
     found = []

@@ -7,8 +7,21 @@ the published architecture. Everything else is shown with a remark that says wha
 import statistics
 from dataclasses import dataclass
 
-from eval.reporting.published import NAMED_BY_PROTOCOL, PUBLISHED, SIZES, Published, method_title, published_text
+from eval.protocols import Published, published_rows
+from eval.reporting.page import TABLES
 from pipeline.constants import IMAGENET_LIST_IMAGES
+
+NAMED_BY_PROTOCOL = ("VOC07", "VOC07+12", "COCO")  # whose protocols use all labels, too
+
+
+def duration(seconds: float | None) -> str:
+    """12 s, 3.4 min, 2.1 h."""
+    if seconds is None:
+        return ""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 @dataclass(frozen=True)
@@ -23,15 +36,21 @@ class Comparison:
     seconds: float | None = None
     remark: str = ""
 
+    @property
+    def time(self) -> str:
+        """How long ours took, for a person."""
+        return duration(self.seconds)
 
-def on_dataset(result: dict, dataset: str) -> bool:
-    """Whether a result was measured on a published dataset, or on a part of it with all of its validation images."""
-    return dataset in NAMED_BY_PROTOCOL or (result["classes"], result["val_images"]) == SIZES[dataset][:2]
+
+def on_dataset(result: dict, published: Published) -> bool:
+    """Whether a result was measured on a row's dataset, or on a part of it with all of its validation images."""
+    known = published.dataset in NAMED_BY_PROTOCOL
+    return known or [result["classes"], result["val_images"]] == published.images[:2]
 
 
 def other_images(published: Published, result: dict) -> list[str]:
     """What is not the published choice of images."""
-    _, val_images, train_images = SIZES[published.dataset]
+    _, val_images, train_images = published.images
     remarks = []
     if published.fraction in (0.01, 0.1):
         percent = round(100 * published.fraction)
@@ -53,11 +72,11 @@ def matching(published: Published, results: list[dict]) -> list[dict]:
     def fits(r: dict) -> bool:
         name = r["protocol"].removesuffix("-modified")
         return (
-            (name == published.protocol or name.startswith(published.similar))
+            (name == published.protocol or (published.similar and name.startswith(published.similar)))
             and r["encoder"] == "trained"
             and r["method"] == published.method
-            and (published.fraction is None or r["fraction"] == published.fraction)
-            and on_dataset(r, published.dataset)
+            and (published.dataset in NAMED_BY_PROTOCOL or r["fraction"] == published.fraction)
+            and on_dataset(r, published)
             and all(key in r["values"] for key in published.values)
         )
 
@@ -107,9 +126,12 @@ def compare(published: Published, found: list[dict], name_checkpoint: bool) -> C
 
 
 def comparisons(results: list[dict]) -> dict[str, list[Comparison]]:
-    """Every published row with ours, by table, in the order above. `results`: the lines of some runs' results.jsonl,
-    oldest first, each with the `method` that made its encoder. Rows of several checkpoints name theirs."""
-    found = [(published, matching(published, results)) for published in PUBLISHED]
+    """Every published row with ours, by table, in the order of published.toml.
+
+    `results` are the lines of some runs' results.jsonl, oldest first, each with the `method` that made its encoder.
+    Rows of several checkpoints name theirs.
+    """
+    found = [(published, matching(published, results)) for published in published_rows()]
     checkpoints = {r["checkpoint_sha256"] for _, ours in found for r in ours}
     tables: dict[str, list[Comparison]] = {}
     for published, ours in found:
@@ -117,26 +139,6 @@ def comparisons(results: list[dict]) -> dict[str, list[Comparison]]:
     return tables
 
 
-def duration(seconds: float | None) -> str:
-    """12 s, 3.4 min, 2.1 h."""
-    if seconds is None:
-        return ""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
-
-
 def comparison_markdown(results: list[dict]) -> str:
     """Every published table as Markdown, one row a published number, ours beside it."""
-    head = "| method | evaluation | ours | published | difference | protocol | seeds | time | remark |"
-    parts = []
-    for table, rows in comparisons(results).items():
-        lines = [f"### {table}", "", head, "|" + "---|" * 9]
-        for c in rows:
-            p = c.published
-            first = (method_title(p), p.what, c.ours or "not measured", published_text(p), c.difference or "–")
-            lines.append("| " + " | ".join((*first, c.protocol, c.seeds, duration(c.seconds), c.remark)) + " |")
-        sources = "; ".join(dict.fromkeys(c.published.source for c in rows))
-        parts.append("\n".join([*lines, "", f"Published: {sources}."]))
-    return "\n\n".join(parts)
+    return TABLES.beside_published(comparisons(results)).strip()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from eval.reporting.page import PARTS, left_out, matrix_picture, picture, whose
 from pipeline.choices.order import steps_per_epoch
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
@@ -29,6 +30,7 @@ IMAGES, IMAGES_LARGE_ON_CPU = 1024, 128  # a ResNet-50 at 224 px takes a second 
 LARGE_PX = 96
 BATCH = 128
 SHOWN_VIEWS = 8
+SHOWN_DIMENSIONS = 256  # of the matrix
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,6 @@ class Correlation:
     checkpoint_sha256, step     of the network
     """
 
-    method: str
     checkpoint_sha256: str
     step: int
     pairs: list[tuple[np.ndarray, np.ndarray]]
@@ -47,10 +48,12 @@ class Correlation:
 
     @property
     def diagonal_mean(self) -> float:
+        """1 where both views' embeddings agree in every dimension."""
         return float(self.matrix.diagonal().mean())
 
     @property
     def off_diagonal_rms(self) -> float:
+        """0 where the dimensions are uncorrelated."""
         d = len(self.matrix)
         squares = np.square(self.matrix, dtype=np.float64).sum() - np.square(self.matrix.diagonal(), dtype=float).sum()
         return float(np.sqrt(squares / max(1, d * (d - 1))))
@@ -126,4 +129,20 @@ def correlate(run: Path) -> Correlation:
         raise UserError("the embeddings are not all finite numbers: the run has diverged")
     # A dimension that never varies has no correlation: it stays 0 instead of being divided by 0.
     z1, z2 = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-6) for z in (z1, z2))
-    return Correlation(config.method, sha256, state["step"], pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))
+    return Correlation(sha256, state["step"], pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))
+
+
+def of_correlation(run: Path, shown: dict) -> list[str]:
+    """The sections about what the loss saw; one that says why where that cannot be made."""
+    try:
+        c = correlate(run)
+    except UserError as error:
+        return [left_out("Views and correlation matrix", error)]
+    pairs = [[picture(pair[v], f"image {i}, view {v + 1}") for v in (0, 1)] for i, pair in enumerate(c.pairs, 1)]
+    named = whose(shown, (c.checkpoint_sha256, c.step))
+    d = min(SHOWN_DIMENSIONS, len(c.matrix))
+    drawn = matrix_picture(c.matrix[:d, :d], "cross-correlation matrix")
+    return [
+        PARTS.section("Both views", PARTS.views(pairs, named)),
+        PARTS.section("Correlation matrix", PARTS.matrix(drawn, c, d, named)),
+    ]

@@ -13,11 +13,14 @@ import torch
 from torch.nn.functional import normalize
 
 from eval.kept import find_features
+from eval.reporting.charts import scatter
+from eval.reporting.page import PARTS, left_out, or_sentence, picture, whose
 from eval.reporting.summary import newest_of_encoder
 from eval.splits import Dataset, open_dataset
 from pipeline.command import DATA
 from pipeline.errors import UserError
 from pipeline.storage.beton import Beton
+from pipeline.storage.decode_pil import decode_pil
 from train.knn_vote import inverse_lengths, knn_votes, label_ranks, nearest
 from train.run_data import dataset_sha256
 
@@ -27,6 +30,7 @@ VOTERS = 20  # the k of the headline nearest-neighbour accuracy
 MULTIPLICATIONS = {"cpu": 6e10, "cuda": 5e13}  # a few seconds' worth of similarities
 CHUNK = 256
 FEWEST_A_CLASS = 5
+MOST_CLASSES = 40  # that are listed one by one; of more, the best and the worst
 EQUAL = 1e-10  # a mean squared distance of unit-length features below this is float32's rounding
 
 
@@ -52,8 +56,7 @@ def kept_features(run: Path, results: list[dict], data: Path | None = None) -> K
         raise UserError("there is no kNN or linear result, whose features are shown; `python eval/knn.py` measures one")
     result = own[-1]
     dataset = open_dataset(data or data_of(run, result))
-    digests = {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)}
-    if data is None and digests != result["dataset_sha256"]:
+    if data is None and dataset.sha256() != result["dataset_sha256"]:
         raise UserError(
             f"{dataset.train.path.parent} has other images than {result['protocol']} was measured on; "
             "name those with --data, or measure again"
@@ -182,3 +185,50 @@ def shown_queries(kept: KeptFeatures, found: Vote) -> list[int]:
     firsts = np.sort(np.unique(labels, return_index=True)[1])
     firsts = firsts[np.argsort(labels[firsts])]
     return [int(firsts[i]) for i in np.unique(np.linspace(0, len(firsts) - 1, QUERIES).round().astype(int))]
+
+
+def feature_map(kept: KeptFeatures) -> str:
+    """A point for each of some validation images, near to those with like features."""
+    places, labels, names = embedding_map(kept)
+    drawn = scatter(places.tolist(), labels.tolist(), names)
+    return PARTS.feature_map(drawn, len(places), names, len(kept.dataset.train.classes), whose(kept.result))
+
+
+def shown_neighbours(kept: KeptFeatures, found: Vote) -> str:
+    """Rows of pictures: a validation image, then its nearest training images."""
+    train, val, classes = kept.dataset.train, kept.dataset.val, kept.dataset.train.classes
+
+    def shown(kind: str, beton: Beton, sample: int, caption: str) -> tuple:
+        return kind, picture(decode_pil(beton, sample), caption, 160), caption
+
+    rows = []
+    for query in shown_queries(kept, found):
+        sample = int(found.queries[query])
+        label = kept.dataset.val_labels[sample]
+        row = [shown("query", val, sample, classes[label])]
+        for near, similarity in zip(found.rows[query, :SHOWN], found.similarity[query, :SHOWN], strict=True):
+            kind = "hit" if train.labels[near] == label else "miss"
+            row.append(shown(kind, train, int(near), f"{classes[train.labels[near]]} {similarity:.2f}"))
+        rows.append(row)
+    return PARTS.neighbours(rows, whose(kept.result))
+
+
+def classes_accuracy(kept: KeptFeatures, found: Vote) -> str:
+    """A bar for each class, or for the best and the worst of many."""
+    accuracy = list(class_accuracy(kept, found).items())
+    return PARTS.bars(accuracy, MOST_CLASSES, VOTERS, len(found.queries), len(kept.val), whose(kept.result))
+
+
+def of_kept_features(run: Path, own: list[dict], data: Path | None) -> list[str]:
+    """The sections made of kept features; one that says why where there are none."""
+    try:
+        kept = kept_features(run, own, data)
+    except UserError as error:
+        return [left_out("Features", error)]
+    parts = [or_sentence("Map of the features", lambda: feature_map(kept))]
+    try:
+        found = vote(kept)
+    except UserError as error:
+        return [*parts, left_out("Nearest neighbours", error)]
+    parts.append(or_sentence("Nearest neighbours", lambda: shown_neighbours(kept, found)))
+    return [*parts, or_sentence("Accuracy of each class", lambda: classes_accuracy(kept, found))]

@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 
 from eval.features import KINDS
+from eval.reporting.page import PARTS, TABLES, with_code
+from pipeline.errors import UserError
 
 # Column title → (beginning of the protocol's name, fraction of the labels).
 COLUMNS = {
@@ -115,7 +117,12 @@ def protocol_notes(rows: Rows) -> list[str]:
 
 def summary_markdown(rows: Rows) -> str:
     """The table and the notes below it."""
+    return TABLES.summary(*table_cells(rows), EXPLANATION, protocol_notes(rows)).strip()
+
+
+def measured(rows: Rows) -> str:
+    """The table of results as HTML."""
+    if not rows:
+        raise UserError("no kNN, linear or semi-supervised result; `python eval/knn.py` measures the first")
     head, body = table_cells(rows)
-    lines = [f"|{head[0]} | {' | '.join(head[1:])} |", "|---|" + "---|" * (len(head) - 1)]
-    lines += [f"| {' | '.join(texts)} |" for texts in body]
-    return "\n".join([*lines, "", EXPLANATION, "", *(f"- {note}" for note in protocol_notes(rows))])
+    return PARTS.measured(head, [[row[0], *map(with_code, row[1:])] for row in body], EXPLANATION, protocol_notes(rows))

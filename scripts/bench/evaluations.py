@@ -87,7 +87,7 @@ def bench_neighbours(config: BenchConfig) -> dict:
 
 def bench_probe(config: BenchConfig) -> list[dict]:
     """An epoch with the features extracted again and one on kept features, in turn."""
-    subject = open_subject(config, 1.0)
+    subject = open_subject(config)
     loading = centre_loader_config(subject.encoder, subject.dataset.train.path, None, config.loader, config.workers)
     batch, dimensions = min(256, subject.subset.images), subject.encoder.info.features
     heads = Heads({"linear": make_head(dimensions, subject.classes, 0)}).to(subject.encoder.device)

@@ -8,7 +8,7 @@ Each stage runs alone on real images of the dataset, the CPU's on one core:
     decode         libjpeg-turbo                                  crop    both crop-resizes
     views          both views whole, as the CPU makes them
     to_device      decoded pixels into GPU memory                 views_gpu    both views, as the GPU makes them
-    train          forward and backward, on the GPU where there is one
+    train          one update of the network, not compiled, on the GPU where there is one
 
 The answer takes it that cores add up and that stages overlap, as they do in the loaders. Close other programs.
 """
@@ -30,10 +30,11 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization, ViewSpec
 from pipeline.storage.beton import Beton, open_beton
 from pipeline.storage.decode import OK, decode_rgb, make_handle
 from pipeline.views.augment_cpu import make_scratch, normalization_table, views_of_images
+from train.cards import resolved
 from train.config import PretrainConfig
-from train.methods.barlow_twins import BarlowTwins
-from train.model import make_backbone
+from train.distributed import Ranks
 from train.run_data import train_beton
+from train.update import make_update
 
 CHUNK = 32  # images a call of a stage gets
 CROPS = (ViewSpec(p_jitter=0, p_grey=0), ViewSpec(p_jitter=0, p_grey=0))
@@ -111,7 +112,7 @@ class Stages:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.views = np.empty((2, CHUNK, config.resolution, config.resolution, 3), np.float32)
         self.ids, self.pixels, self.starts = np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0, np.int64)
-        self.train_step = make_train_step(config, self.device)
+        self.train_step = make_train_step(config, Ranks(0, 1, self.device, None))
         self.run: dict[str, Callable[[np.ndarray], None]] = {
             "read": lambda ids: _read(beton, ids),
             "decode": self.decode,
@@ -169,20 +170,18 @@ class Stages:
         torch.cuda.synchronize()
 
 
-def make_train_step(config: DoctorConfig, device: torch.device) -> Callable[[], None]:
-    """Forward and backward of one batch of noise, in bf16 as the trainer does it by default."""
-    backbone, features = make_backbone(config.arch, "imagenet")
-    recipe = PretrainConfig(arch=config.arch, projector=config.projector, global_batch=config.rank_batch)
-    method = BarlowTwins(backbone, features, recipe).to(device, memory_format=torch.channels_last)
-    shape = (config.rank_batch, 3, config.resolution, config.resolution)
-    views = [torch.rand(shape, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+def make_train_step(config: DoctorConfig, ranks: Ranks) -> Callable[[], None]:
+    """One update with a batch of noise, as the trainer makes it by default, but not compiled: that takes minutes."""
+    card = PretrainConfig(
+        arch=config.arch, projector=config.projector, resolution=config.resolution, global_batch=config.rank_batch,
+        activations="all", compile=False,
+    )  # fmt: skip
+    update, shape = make_update(resolved(card), ranks), (config.rank_batch, 3, config.resolution, config.resolution)
+    views = [torch.rand(shape, device=ranks.device).to(memory_format=torch.channels_last) for _ in range(2)]
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss, _ = method(views)
-        loss.backward()
-        method.zero_grad(set_to_none=True)
-        if device.type == "cuda":
+        update(views)
+        if ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
     return step

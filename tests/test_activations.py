@@ -40,7 +40,6 @@ def small_network() -> torch.nn.Module:
         (GPU, "cifar10", {"on_nan": "skip"}, True, False),
         (GPU, "cifar10", {"deterministic": True}, False, False),
         (GPU, "cifar10", {"activations": "blocks"}, False, False),
-        (GPU, "cifar10", {"accumulate": 2}, False, False),
         (GPU, "cifar10", {"compile": False, "cuda_graph": False}, False, False),
     ],
 )

@@ -152,7 +152,7 @@ def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
     log = run_log(tmp_path, log_every=2, on_nan="skip")
     kept = [True, False, False, False, True, True, True, False]
     for step, keep in enumerate(kept):
-        log.record(step, metrics(float(step) if keep else float("nan")), {}, 0.0, keep)
+        log.record(step, metrics(float(step)) if keep else None, {}, 0.0)
     log.close()
     found = [(line["step"], line["loss"], line["skipped_steps"]) for line in lines(tmp_path)]
     assert found == [(2, 0.0, 1), (6, 4.5, 0), (8, 6.0, 1)]

@@ -6,7 +6,6 @@ flags over that preset, so `--preset cifar10 --help` shows CIFAR-10's values.
 """
 
 import hashlib
-import itertools
 import json
 import os
 from dataclasses import replace
@@ -152,7 +151,6 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
     bounds = {"epochs": 0, "global_batch": 2, "resolution": 1, "warmup_epochs": 0, "paper_world_size": 1, "seed": 0}
     bounds |= {"workers": 0, "log_every": 1, "checkpoint_every_steps": 0, "checkpoint_every_minutes": 0, "keep": 1}
     bounds |= {"timeout_minutes": 0, "block_images": 1, "window_blocks": 1, "knn_every": 0, "knn_images": 100}
-    bounds |= {"accumulate": 1}
     for name, least in bounds.items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} is too small; give at least {least}")
@@ -188,13 +186,11 @@ def resolved(config: PretrainConfig) -> PretrainConfig:
         )
     if config.cuda_graph and (config.amp == "fp16" or config.on_nan == "skip"):
         raise UserError("--cuda-graph cannot look at numbers within a step, as --amp fp16 and --on-nan skip do")
-    again = {"--activations blocks": config.activations == "blocks", "--accumulate": config.accumulate > 1}
-    recorded = {"--compile": config.compile, "--cuda-graph": config.cuda_graph}
-    for one, other in itertools.product(again, recorded):
-        if again[one] and recorded[other]:
-            raise UserError(f"{one} and {other} do not go together; leave one of them out")
-    if config.activations == "half" and (config.compile is False or config.accumulate > 1):
-        raise UserError("--activations half is the compiler's work; leave --compile False and --accumulate out")
+    for flag, given in {"--compile": config.compile, "--cuda-graph": config.cuda_graph}.items():
+        if given and config.activations == "blocks":
+            raise UserError(f"--activations blocks and {flag} do not go together; leave one of them out")
+    if config.activations == "half" and config.compile is False:
+        raise UserError("--activations half is the compiler's work; leave --compile False out")
     if config.lr_weights is None:
         config = replace(config, lr_weights=lr_weights_for(config.global_batch))
     if config.lr_biases is None:

@@ -31,10 +31,10 @@ CARDS = tuple(
 
 # Flags that change where a run lives or how fast it goes, not which weights come out of it.
 NOT_RECIPE = ("preset", "data", "run", "loader", "workers", "views_on", "resume", "compile", "log_every")
-NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "activations", "accumulate")
+NOT_RECIPE += ("checkpoint_every_steps", "checkpoint_every_minutes", "keep", "activations")
 # Substitution is among them: up to the first bad image, where a run that stops ends, it changes nothing.
 NOT_RECIPE += ("on_nan", "on_bad_image", "timeout_minutes", "wandb", "cuda_graph", "deterministic")
-NOT_RECIPE += ("views_together", "checkpoint_activations")  # the latter in older checkpoints: --activations blocks
+NOT_RECIPE += ("views_together", "checkpoint_activations", "accumulate")  # the last two in older checkpoints only
 NOT_RECIPE += ("knn_every", "knn_images")
 
 # A flag that may be left out (None: the device decides), given alone, or given with True or False.
@@ -159,13 +159,9 @@ class PretrainConfig:
     """What a step keeps for its backward pass; the rest is computed again. all: everything, the fastest. half: half of
     it, with --compile. blocks: the input of each block alone, not compiled: the same bits, the least memory, about a
     third more work. auto: the first of these that fits the GPU; on a CPU all."""
-    accumulate: int = 1
-    """Parts of each rank's batch that the backbone takes one after another, keeping the activations of one: the same
-    update, about a third more work. Only for a backbone without batch norm (a vision transformer): with it, parts
-    would be another method, which is refused."""
     compile: Switch = None
     """torch.compile backbone and projector: minutes at the start, faster steps on a GPU. Left out: on a GPU, but not
-    with --deterministic, --accumulate or --activations blocks."""
+    with --deterministic or --activations blocks."""
     cuda_graph: Switch = None
     """Record a whole step once and replay it: for steps so small that starting their kernels takes longer than running
     them (CIFAR-10). One GPU, bf16 or no autocast. The update is the same up to rounding. Left out: on the CIFAR-10

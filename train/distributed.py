@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(minutes=30)
 FAILED = 1000  # above every signal's number: a failure outranks them
@@ -139,6 +141,16 @@ def total(ranks: Ranks, value: int) -> int:
     message = torch.tensor([value])
     dist.all_reduce(message, group=ranks.control)
     return int(message)
+
+
+def averaging_gradients(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """`module` in a DistributedDataParallel, whose backward pass averages the gradients; itself at world size 1."""
+    if ranks.world_size == 1:
+        return module
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # batch norm's are equal on all ranks
+    return wrapped
 
 
 class StopRequest:

@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from train.config import AMP, PretrainConfig, resolution_rows
 from train.distributed import Ranks, largest, say
 from train.recompute import blocks_of, recompute_blocks
+from train.recorded import require_one_gpu
 from train.run_data import view_type
 
 GB = 1e9
@@ -57,23 +58,25 @@ class Saved(NamedTuple):
 def with_device_defaults(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
     """--compile, --cuda-graph and --views-together where they were not said: what is fast on this device.
 
-    Raises UserError for --compile, or what needs it, without a C compiler.
+    Raises UserError for --compile, or what needs it, without a C compiler, and for --cuda-graph on other than one GPU.
     """
     cuda = ranks.device.type == "cuda"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if config.compile is None:
         # The bits of --deterministic come before speed; what recomputes otherwise is not compiled.
-        wanted = cuda and config.activations != "blocks" and config.accumulate == 1 and not config.deterministic
+        wanted = cuda and config.activations != "blocks" and not config.deterministic
         if wanted and not compiler:
             say(ranks, "note: no C compiler (gcc or clang) here, so the network is not compiled: slower steps")
         config = replace(config, compile=config.activations == "half" or bool(wanted and compiler))
     if config.compile and cuda and not compiler:
         raise UserError("--compile: no C compiler here, gcc or clang is expected; install one, or leave --compile out")
     if config.cuda_graph is None:
-        again = config.activations == "blocks" or config.accumulate > 1 or config.deterministic
+        again = config.activations == "blocks" or config.deterministic
         reads = config.amp == "fp16" or config.on_nan == "skip"
         small = config.preset.startswith("cifar10") and cuda and ranks.world_size == 1
         config = replace(config, cuda_graph=small and not again and not reads)
+    if config.cuda_graph:
+        require_one_gpu(ranks)
     if config.views_together is None:  # faster by 7 % there, slower where batch norm's outputs are joined by a copy
         config = replace(config, views_together=bool(config.compile and config.cuda_graph))
     return config
@@ -164,8 +167,7 @@ def free_bytes(ranks: Ranks) -> float:
 
 def ways_allowed(config: PretrainConfig) -> list[str]:
     """What auto may choose, the fastest first."""
-    half = ["half"] if config.compile and config.accumulate == 1 else []
-    return ["all", *half, "blocks"]
+    return ["all", "half", "blocks"] if config.compile else ["all", "blocks"]
 
 
 def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) -> PretrainConfig:
@@ -175,9 +177,7 @@ def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) ->
     """
     if config.activations != "auto":
         return config
-    if ranks.device.type == "cuda" and config.accumulate > 1:
-        say(ranks, "note: with --accumulate nobody counts beforehand what memory a step needs")
-    if ranks.device.type != "cuda" or config.accumulate > 1:
+    if ranks.device.type != "cuda":
         return replace(config, activations="all")
     needed, own = needed_bytes(method, config, ranks), sum(p.nbytes for p in method.parameters())
     usable, asked = free_bytes(ranks) + own, config

@@ -109,15 +109,14 @@ class RunLog:
     def record(
         self,
         step: int,
-        metrics: dict,
+        metrics: dict[str, torch.Tensor] | None,
         rates: dict[str, float],
         waited_s: float,
-        kept: bool = True,
         substituted: int = 0,
     ) -> None:
         """Takes in one step: 0-d tensors on the device by name, learning rates by group, seconds of waiting for data.
 
-        `kept` is False for a step without an update: only its number is recorded. `substituted` counts the images of
+        `metrics` is None for a step without an update: only its number is recorded. `substituted` counts the images of
         this rank that stand in for others; every rank calls this, and a line has the sum of all.
         """
         self.substituted += substituted
@@ -128,11 +127,11 @@ class RunLog:
             if due:
                 self.substituted = 0
             return
-        self.names = list(metrics)
-        if kept:
+        if metrics is not None:
+            self.names = list(metrics)
             self.rows[step] = torch.stack(list(metrics.values()))
         self.steps += 1
-        self.skipped += not kept
+        self.skipped += metrics is None
         self.waited_s += waited_s
         self.bar.update()
         if due:

@@ -30,9 +30,9 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, Normalization, ViewSpec
 from pipeline.storage.beton import Beton, open_beton
 from pipeline.storage.decode import OK, decode_rgb, make_handle
 from pipeline.views.augment_cpu import make_scratch, normalization_table, views_of_images
-from train.cards import resolved
 from train.config import PretrainConfig
 from train.distributed import Ranks
+from train.flags import resolved
 from train.run_data import train_beton
 from train.update import make_update
 

@@ -10,9 +10,10 @@ import torch
 
 from pipeline.errors import UserError
 from train import memory
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.config import PretrainConfig
 from train.distributed import Ranks
+from train.flags import resolved
 from train.memory import needed_bytes, saved_bytes, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.model import make_backbone

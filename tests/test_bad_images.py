@@ -27,9 +27,9 @@ from pipeline.storage.beton import open_beton
 from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, decode_status
 from pipeline.storage.shards import pack_shards
 from train import runlog
-from train.cards import resolved
 from train.config import PretrainConfig
 from train.distributed import Ranks, start_ranks, stop_ranks
+from train.flags import resolved
 from train.pretrain import train
 from train.run_data import loader_config
 

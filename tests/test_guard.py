@@ -11,8 +11,8 @@ from pipeline.choices.order import epoch_order
 from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, TINY, bits, run
-from train.cards import resolved
 from train.checkpoint import read_checkpoint
+from train.flags import resolved
 from train.guard import MOST_IN_A_ROW, UpdateGuard
 
 

@@ -8,7 +8,8 @@ import torch
 
 from pipeline.errors import UserError
 from tests.test_resume import bits, end_of, run
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
+from train.flags import resolved
 from train.model import make_backbone
 from train.recompute import recompute_blocks
 

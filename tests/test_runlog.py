@@ -177,7 +177,7 @@ def test_description_and_latest(tmp_path, monkeypatch):
 
 def test_an_impossible_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--run"):
+    with pytest.raises(UserError, match="--name"):
         open_run_folder(tmp_path / "file" / "run")
 
 

@@ -19,9 +19,9 @@ from pipeline.storage.shards import open_stored
 from tests.evaluation import write_split
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, STEPS, TINY, Killed, StoppingLoader, bits, end_of, run
-from train.cards import resolved
 from train.checkpoint import earlier_checkpoints, load_backbone, newest_checkpoint, read_checkpoint, save_checkpoint
 from train.config import as_plain
+from train.flags import resolved
 from train.pretrain import main
 from train.run_data import dataset_sha256
 from train.runstate import RunState, on_cpu

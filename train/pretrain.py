@@ -23,10 +23,10 @@ from pipeline.disk import OneWriter
 from pipeline.loader import make_loader
 from pipeline.storage.shards import open_stored
 from train.agreement import only_writer, require_same_start
-from train.cards import chosen_preset, resolved
 from train.checkpoint import export_backbone
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
+from train.flags import chosen_preset, resolved
 from train.memory import with_device_defaults
 from train.online_knn import OnlineKnn
 from train.plots import plot_loss

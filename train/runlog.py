@@ -42,7 +42,7 @@ def open_run_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the run folder {folder}: {error.strerror}; choose another place with --run"
+            f"cannot make the run folder {folder}: {error.strerror}; choose another place with --name"
         ) from error
 
 

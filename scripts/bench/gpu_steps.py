@@ -23,9 +23,10 @@ from step import PEAK, SYNTHETIC, Bench, BenchConfig
 
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.config import PretrainConfig
 from train.distributed import Ranks, start_ranks
+from train.flags import resolved
 from train.recorded import Metrics
 from train.run_data import loader_config
 from train.update import Update, make_update

@@ -41,9 +41,9 @@ from pipeline.command import run_command
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from train.cards import chosen_preset, resolved
 from train.config import AMP, PretrainConfig, as_plain
 from train.distributed import Ranks, say, start_ranks, stop_ranks
+from train.flags import chosen_preset, resolved
 from train.methods.choose import make_method
 from train.model import make_backbone
 from train.run_data import loader_config, view_type

@@ -15,16 +15,17 @@ from pipeline.errors import UserError
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks
 from train.plots import plot_loss
-from train.runlog import RunLog, describe_run, installed_version, keep_lines_before, open_run_folder
+from train.runlog import QuietLog, describe_run, installed_version, keep_lines_before, make_log, open_run_folder
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 IMAGES = 40
 IDS = np.arange(IMAGES)
 
 
-def run_log(folder, ranks=CPU, stop_step=8, **flags) -> RunLog:
+def run_log(folder, ranks=CPU, stop_step=8, **flags) -> QuietLog:
     """Of a run of four steps an epoch."""
-    return RunLog(PretrainConfig(run=str(folder), **{"global_batch": 10} | flags), ranks, 0, stop_step, 4, IDS)
+    config = PretrainConfig(run=str(folder), **{"global_batch": 10} | flags)
+    return make_log(config, ranks, start_step=0, stop_step=stop_step, steps_per_epoch=4, ids=IDS)
 
 
 def metrics(loss: float) -> dict[str, torch.Tensor]:
@@ -122,7 +123,8 @@ def test_pictures_reach_tensorboard(tmp_path):
 def test_other_ranks_write_nothing(tmp_path):
     log = run_log(tmp_path, Ranks(1, 2, torch.device("cpu"), None), log_every=1)
     log.record(0, metrics(1.0), {}, 0.0)
-    log.flush()
+    log.before_checkpoint()
+    log.pictures(4, (torch.zeros(1, 3, 2, 2),), SimpleNamespace(pictures=dict))
     log.close()
     assert not list(tmp_path.iterdir())
 

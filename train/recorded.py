@@ -21,10 +21,9 @@ import torch
 from pipeline.errors import UserError
 from train.distributed import Ranks
 from train.lars import LARS
+from train.methods.contract import Metrics
 
 ORDINARY = 3
-
-Metrics = dict[str, torch.Tensor]
 
 
 def require_one_gpu(ranks: Ranks) -> None:

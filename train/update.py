@@ -22,7 +22,8 @@ from train.initial import initial_network, start_heads_
 from train.lars import LARS, gradient_norm
 from train.memory import apply_activations, compile_parts, with_activations, with_device_defaults
 from train.methods.choose import make_method
-from train.recorded import Metrics, RecordedStep
+from train.methods.contract import Method, Metrics
+from train.recorded import RecordedStep
 from train.schedule import lr_share
 from train.together import keep_views_apart
 
@@ -40,7 +41,7 @@ class Update:
 
     config: PretrainConfig
     ranks: Ranks
-    method: nn.Module
+    method: Method
     features: int
     model: nn.Module
     optimizer: torch.optim.Optimizer

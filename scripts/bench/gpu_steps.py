@@ -27,7 +27,7 @@ from train.cards import PRESETS
 from train.config import PretrainConfig
 from train.distributed import Ranks, start_ranks
 from train.flags import resolved
-from train.recorded import Metrics
+from train.methods.contract import Metrics
 from train.run_data import loader_config
 from train.update import Update, make_update
 

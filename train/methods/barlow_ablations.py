@@ -57,7 +57,7 @@ class AblatedBarlowTwins(BarlowTwins):
         return F.normalize(z, dim=1) if self.config.embedding_norm == "feature" else z
 
     def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The embeddings: the first view's through the predictor, the second's without gradient, where so configured."""
+        """The embeddings: with --predictor the first view's prediction, with --stop-gradient the second's detached."""
         z1, z2 = super().outputs(views)
         return self.predictor(z1) if self.config.predictor else z1, z2.detach() if self.config.stop_gradient else z2
 

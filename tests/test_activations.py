@@ -70,11 +70,11 @@ def test_half_needs_the_compiler():
 
 
 def test_what_is_saved_grows_in_a_line():
-    network, cpu = small_network(), torch.device("cpu")
-    few, more, most = (saved_bytes(network, images, SMALL, cpu) for images in (4, 8, 16))
+    network = small_network()
+    few, more, most = (saved_bytes(network, images, SMALL) for images in (4, 8, 16))
     assert most.total - more.total == pytest.approx(2 * (more.total - few.total), rel=0.01)
     assert len(few.at_blocks) == 2 * 8  # two views through eight blocks
-    assert memory.at_batch(network, 16, SMALL, cpu).total == pytest.approx(most.total, rel=0.01)
+    assert memory.at_batch(network, 16, SMALL).total == pytest.approx(most.total, rel=0.01)
 
 
 def test_counting_leaves_no_trace():

@@ -10,8 +10,8 @@ from pipeline.errors import UserError
 from tests.test_resume import bits, end_of, run
 from train.cards import PRESETS
 from train.flags import resolved
+from train.memory import recompute_blocks
 from train.model import make_backbone
-from train.recompute import recompute_blocks
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,7 @@ class Network(NamedTuple):
     heads: dict[str, torch.Tensor]
 
 
-def save_checkpoint(folder: Path, state: dict, before: int | None = None, keep: int = 1) -> None:
+def save_checkpoint(folder: Path, state: dict, *, before: int | None = None, keep: int = 1) -> None:
     """Writes `checkpoint.pt`; the one that was there, if it is that of step `before`, is kept under that step.
 
     Of all checkpoints the `keep` newest stay. Raises UserError like `write_whole`.

@@ -1,11 +1,11 @@
-"""Pretrains an encoder with Barlow Twins, or one of its rivals, and leaves it in a run folder.
+"""Pretrains an encoder with Barlow Twins or another method, and leaves it in a run folder.
 
     torchrun train/pretrain.py                              one process; the published recipe on data/imagenet
     torchrun --nproc-per-node=8 train/pretrain.py           eight GPUs, the same update
     python train/pretrain.py --preset cifar10 --help        another experiment card, and its values
     python train/pretrain.py --preset cifar10-byol          another method; imagenet-simclr, …-simsiam, …-vicreg
 
-Started again, the same command goes on where the run stopped, to the step. SIGTERM and SIGUSR1 write a checkpoint
+Started again, the same command continues where the run stopped, to the step. SIGTERM and SIGUSR1 write a checkpoint
 at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 130; a second Ctrl-C ends at once.
 """
 
@@ -40,6 +40,7 @@ EXIT_FINISHED, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 75, 130  # 75 is sysexits' EX
 
 
 def main(config: PretrainConfig) -> None:
+    """Trains on every rank that torchrun started, and ends the process with the exit code."""
     config = resolved(config)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -51,7 +52,7 @@ def main(config: PretrainConfig) -> None:
         require_same_start(ranks, config, images)
         loader = make_loader(loader_config(config, ranks))
         try:
-            code = train(config, ranks, loader, images)
+            code = train(config, ranks, loader, images_sha256=images)
         finally:
             loader.close()
     finally:
@@ -59,7 +60,7 @@ def main(config: PretrainConfig) -> None:
     sys.exit(code)
 
 
-def train(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str = "") -> int:
+def train(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: str = "") -> int:
     """Trains from wherever the run stands to its end, or to a signal; returns the exit code.
 
     `images_sha256` is the digest of the loader's dataset, "" where there is none to compare.
@@ -68,20 +69,21 @@ def train(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str = "")
     folder = Path(config.run)
     open_run_folder(folder)
     with only_writer(folder, ranks, "the run") as writer:
-        return train_alone(config, ranks, loader, images_sha256, writer)
+        return train_alone(config, ranks, loader, images_sha256=images_sha256, writer=writer)
 
 
-def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str, writer: OneWriter | None) -> int:
+def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: str, writer: OneWriter | None) -> int:
     """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
     update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids)
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
-    state = RunState(config, ranks, update.state, update.features, loader, dataset_sha256=images_sha256, writer=writer)
+    about = {"features": update.features, "dataset_sha256": images_sha256}
+    state = RunState(config, ranks, loader, parts=update.state, writer=writer, **about)
     start_step = state.resume()
     if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
         state.save(0)
         state.finish()
     if ranks.rank == 0:
-        describe_run(folder, as_plain(config), ranks, start_step)
+        describe_run(folder, as_plain(config), ranks, start_step=start_step)
     where = f"{ranks.world_size} × {ranks.device.type}"
     where += ", compiled: the first step takes a minute or more" if config.compile else ""
     where += ", then replayed as one CUDA graph" if config.cuda_graph else ""
@@ -99,7 +101,7 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str
             waited_s = time.perf_counter() - asked
             watchdog.step(step)
             metrics = update(batch.views, step)
-            log.record(step, metrics, update.rates, waited_s, batch.substituted)
+            log.record(step, metrics, update.rates, waited_s=waited_s, substituted=batch.substituted)
 
             knn.report(log)
             if knn.due(step + 1, stop_step):
@@ -112,7 +114,7 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, images_sha256: str
             if stopping or step + 1 == stop_step:
                 state.finish()
             if stopping and step + 1 < stop_step:
-                say(ranks, f"stopped after step {step + 1}; the same command goes on from there")
+                say(ranks, f"stopped after step {step + 1}; the same command continues from there")
                 return EXIT_INTERRUPTED if stopping == signal.SIGINT else EXIT_REQUEUE
         knn.report(log, wait=True)
 

@@ -47,7 +47,7 @@ def open_run_folder(folder: Path) -> None:
         ) from error
 
 
-def describe_run(folder: Path, config: dict, ranks: Ranks, start_step: int) -> None:
+def describe_run(folder: Path, config: dict, ranks: Ranks, *, start_step: int) -> None:
     """Writes config.json and env.json, and points runs/latest here."""
     write_whole(folder / "config.json", json.dumps(config, indent=2))
     write_whole(folder / "env.json", json.dumps(environment(ranks, start_step), indent=2))
@@ -98,7 +98,8 @@ class QuietLog:
         step: int,
         metrics: Metrics | None,
         rates: dict[str, float],
-        waited_s: float,
+        *,
+        waited_s: float = 0.0,
         substituted: int = 0,
     ) -> None:
         """Takes in one step: 0-d tensors on the device by name, learning rates by group, seconds of waiting for data.

@@ -143,7 +143,7 @@ def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 
         model=averaging_gradients(method, ranks),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16"),
-        guard=UpdateGuard(method, config, ranks, ids),
+        guard=UpdateGuard(method, config, ranks, ids=ids),
         steps_per_epoch=steps_per_epoch,
     )
     if config.cuda_graph:

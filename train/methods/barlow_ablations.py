@@ -41,6 +41,8 @@ def ablated_loss(c: torch.Tensor, config: PretrainConfig) -> torch.Tensor:
 
 
 class AblatedBarlowTwins(BarlowTwins):
+    """Barlow Twins with what the flags above take out or put in."""
+
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__(backbone, features, config)
         widths = projector_widths(config.projector)

@@ -66,6 +66,8 @@ class BarlowTwinsLoss(torch.autograd.Function):
 
 
 class BarlowTwins(Method):
+    """Backbone, projector, and a batch norm without weights for the embeddings."""
+
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}  # noqa: RUF012 (never changed)
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):

@@ -25,6 +25,8 @@ def momentum_at(step: int, stop_step: int, start: float) -> float:
 
 
 class BYOL(Method):
+    """Backbone, projector and predictor, and the target that follows the first two."""
+
     # Barlow Twins took its two views from here.
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}  # noqa: RUF012 (never changed)
     TOGETHER = ("backbone", "projector", "predictor", "target")

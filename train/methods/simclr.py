@@ -30,6 +30,8 @@ def nt_xent(z1: torch.Tensor, z2: torch.Tensor, temperature: float) -> tuple[tor
 
 
 class SimCLR(Method):
+    """Backbone and projector."""
+
     VIEWS = {"imagenet": (_VIEW, _VIEW), "cifar10": (_VIEW, _VIEW)}  # noqa: RUF012 (never changed)
     TOGETHER = ()  # its batch norms see both views anyway, as published
 

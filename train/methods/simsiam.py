@@ -21,6 +21,8 @@ _CIFAR_VIEW = ViewSpec(saturation=0.4, p_blur=0.5)  # solo-learn's for CIFAR-10
 
 
 class SimSiam(Method):
+    """Backbone, projector and predictor."""
+
     VIEWS = {"imagenet": (_VIEW, _VIEW), "cifar10": (_CIFAR_VIEW, _CIFAR_VIEW)}  # noqa: RUF012 (never changed)
     TOGETHER = ("backbone", "projector", "predictor")
 

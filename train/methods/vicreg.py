@@ -29,6 +29,8 @@ def variance_and_covariance(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
 
 
 class VICReg(Method):
+    """Backbone and projector."""
+
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": (_CIFAR_VIEW, _CIFAR_VIEW)}  # noqa: RUF012 (never changed)
 
     def loss(self, z1: torch.Tensor, z2: torch.Tensor) -> tuple[torch.Tensor, Metrics]:

@@ -15,17 +15,17 @@ from pipeline.errors import UserError
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks
 from train.plots import plot_loss
-from train.runlog import QuietLog, describe_run, installed_version, keep_lines_before, make_log, open_run_folder
+from train.runlog import RunLog, describe_run, installed_version, keep_lines_before, open_run_folder
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 IMAGES = 40
 IDS = np.arange(IMAGES)
 
 
-def run_log(folder, ranks=CPU, stop_step=8, **flags) -> QuietLog:
+def run_log(folder, ranks=CPU, stop_step=8, **flags) -> RunLog:
     """Of a run of four steps an epoch."""
     config = PretrainConfig(run=str(folder), **{"global_batch": 10} | flags)
-    return make_log(config, ranks, start_step=0, stop_step=stop_step, steps_per_epoch=4, ids=IDS)
+    return RunLog(config, ranks, start_step=0, stop_step=stop_step, steps_per_epoch=4, ids=IDS)
 
 
 def metrics(loss: float) -> dict[str, torch.Tensor]:

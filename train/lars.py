@@ -45,7 +45,7 @@ class LARS(torch.optim.Optimizer):
     def send_rates(self) -> None:
         """From here on steps take the learning rates from tensors, which this sets to the groups' `lr`.
 
-        For a recorded step (recorded.py): its kernels would repeat a number, but read a tensor anew each time.
+        For a recorded step (recorded.py): its kernels would repeat a number for ever, but read a tensor each time.
         """
         if self.rates is None:
             self.rates = [group["params"][0].new_zeros(()) for group in self.param_groups]

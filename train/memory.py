@@ -256,7 +256,7 @@ def apply_activations(config: PretrainConfig, method: nn.Module) -> None:
 
 
 def compile_parts(config: PretrainConfig, method: nn.Module) -> None:
-    """torch.compile of every part, in place, so that parameter names stay; anew for each size of views."""
+    """torch.compile of every part, in place, so that parameter names stay; again for each size of views."""
     # Read when a part is compiled, at its first step.
     torch._functorch.config.activation_memory_budget = HALF if config.activations == "half" else 1.0
     for part in method.children():

@@ -31,7 +31,7 @@ from train.memory import with_device_defaults
 from train.online_knn import OnlineKnn
 from train.plots import plot_loss
 from train.run_data import dataset_sha256, loader_config, train_beton
-from train.runlog import describe_run, make_log, open_run_folder
+from train.runlog import RunLog, describe_run, open_run_folder
 from train.runstate import RunState
 from train.update import make_update
 from train.watchdog import Watchdog
@@ -91,7 +91,7 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: 
 
     knn = OnlineKnn(config, ranks, update.method.backbone, loader.steps_per_epoch)
     steps = {"start_step": start_step, "stop_step": stop_step, "steps_per_epoch": loader.steps_per_epoch}
-    log = make_log(config, ranks, ids=loader.ids, **steps)
+    log = RunLog(config, ranks, ids=loader.ids, **steps)
     watchdog = Watchdog(ranks, config.timeout_minutes)
     with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state, knn:
         batches = iter(loader.batches(start_step, stop_step))

@@ -83,14 +83,25 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-class QuietLog:
-    """The log of the ranks other than 0: it writes nothing, and takes part in the sum of substituted images."""
+class RunLog:
+    """Writes metrics.jsonl on rank 0, and gives the same numbers to the sinks, which the other ranks have none of."""
 
     def __init__(
         self, config: PretrainConfig, ranks: Ranks, *, start_step: int, stop_step: int, steps_per_epoch: int, ids
     ):
         self.config, self.ranks, self.ids = config, ranks, ids
-        self.steps_per_epoch, self.start_step, self.stop_step = steps_per_epoch, start_step, stop_step
+        self.steps_per_epoch, self.stop_step = steps_per_epoch, stop_step
+        self.pending, self.said_collapse, self.sinks = None, False, []
+        self._start_interval()
+        if ranks.rank == 0:
+            folder = Path(config.run)
+            self.lines = folder / METRICS
+            keep_lines_before(self.lines, start_step)
+            self.board, self.bar = TensorBoard(folder, start_step), Bar(start_step, stop_step)
+            self.sinks = [self.board, self.bar, *([Wandb(config)] if config.wandb else [])]
+
+    def _start_interval(self) -> None:
+        self.rows, self.steps, self.skipped, self.waited_s, self.since = {}, 0, 0, 0.0, time.perf_counter()
         self.substituted = 0
 
     def record(
@@ -107,43 +118,18 @@ class QuietLog:
         `metrics` is None for a step without an update: only its number is recorded. `substituted` counts the images of
         this rank that stand in for others; every rank calls this, and a line has the sum of all.
         """
-        self.substituted += substituted
         due = (step + 1) % self.config.log_every == 0 or step + 1 == self.stop_step
+        self.substituted += substituted
         if due and self.config.on_bad_image == "substitute":
             self.substituted = total(self.ranks, self.substituted)
-        self._take(step, metrics, waited_s)
-        if due:
+        if self.sinks:
+            self._take(metrics, step, waited_s)
+        if due and self.sinks:
             self._send(step + 1, rates)
-            self.substituted = 0
+        elif due:
+            self._start_interval()
 
-    def _take(self, step: int, metrics: Metrics | None, waited_s: float) -> None: ...
-
-    def _send(self, step: int, rates: dict[str, float]) -> None: ...
-
-    def pictures(self, step: int, views: tuple[torch.Tensor, ...], method) -> None: ...
-
-    def before_checkpoint(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class RunLog(QuietLog):
-    """The writer, on rank 0: metrics.jsonl, and the same numbers to every sink."""
-
-    def __init__(self, config: PretrainConfig, ranks: Ranks, **steps):
-        super().__init__(config, ranks, **steps)
-        folder = Path(config.run)
-        self.lines = folder / METRICS
-        keep_lines_before(self.lines, self.start_step)
-        self.board, self.bar = TensorBoard(folder, self.start_step), Bar(self.start_step, self.stop_step)
-        self.sinks = [self.board, self.bar, *([Wandb(config)] if config.wandb else [])]
-        self.pending, self.said_collapse = None, False
-        self._start_interval()
-
-    def _start_interval(self) -> None:
-        self.rows, self.steps, self.skipped, self.waited_s, self.since = {}, 0, 0, 0.0, time.perf_counter()
-
-    def _take(self, step: int, metrics: Metrics | None, waited_s: float) -> None:
+    def _take(self, metrics: Metrics | None, step: int, waited_s: float) -> None:
         if metrics is not None:
             self.names = list(metrics)
             self.rows[step] = torch.stack(list(metrics.values()))
@@ -214,7 +200,7 @@ class RunLog(QuietLog):
 
     def pictures(self, step: int, views: tuple[torch.Tensor, ...], method: Method) -> None:
         """To TensorBoard, after an epoch: the views (B, 3, H, W) of some images, and what the method has to show."""
-        if step % self.steps_per_epoch:
+        if not self.sinks or step % self.steps_per_epoch:
             return
         rows = [view[:PICTURED].detach().float().nan_to_num(0, 0, 0).cpu() for view in views]
         pixels = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # side by side, a row a view
@@ -247,13 +233,9 @@ class RunLog(QuietLog):
                 )
 
     def close(self) -> None:
+        """Ends the sinks."""
         for sink in self.sinks:
             sink.close()
-
-
-def make_log(config: PretrainConfig, ranks: Ranks, **steps) -> QuietLog:
-    """The writer on rank 0, the quiet one on the others. `steps`: start_step, stop_step, steps_per_epoch, ids."""
-    return (RunLog if ranks.rank == 0 else QuietLog)(config, ranks, **steps)
 
 
 def red_and_blue(matrix: torch.Tensor) -> torch.Tensor:

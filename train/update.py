@@ -112,10 +112,10 @@ class Update:
 
 
 def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1, ids: Sequence[int] = ()) -> Update:
-    """Builds the network as its seed (or --init-from) gives it, and everything that steps it.
+    """Builds the network with the weights of its seed or of --init-from, and everything that steps it.
 
-    `ids` are the samples in use, which a lost step is to be told by. With one step an epoch and a warm-up, step 0 has
-    the learning rate 0: so benchmarks step without end and the weights stay. Raises UserError for what cannot run here.
+    `ids` are the samples in use, to name those of a step that is lost. Benchmarks need neither: they repeat step 0,
+    which in a warm-up has the learning rate 0, so the weights stay. Raises UserError for what cannot run here.
     """
     config = with_device_defaults(config, ranks)
     torch.manual_seed(config.seed)

@@ -8,7 +8,7 @@ Each stage runs alone on real images of the dataset, the CPU's on one core:
     decode         libjpeg-turbo                                  crop    both crop-resizes
     views          both views whole, as the CPU makes them
     to_device      decoded pixels into GPU memory                 views_gpu    both views, as the GPU makes them
-    train          forward and backward, on the GPU where there is one
+    train          one update of the network, not compiled, on the GPU where there is one
 
 The answer takes it that cores add up and that stages overlap, as they do in the loaders. Close other programs.
 """
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +32,10 @@ from pipeline.storage.beton import Beton, open_beton
 from pipeline.storage.decode import OK, decode_rgb, make_handle
 from pipeline.views.augment_cpu import make_scratch, normalization_table, views_of_images
 from train.config import PretrainConfig
-from train.methods.barlow_twins import BarlowTwins
-from train.model import make_backbone
+from train.distributed import Ranks
+from train.flags import resolved
 from train.run_data import train_beton
+from train.update import make_update
 
 CHUNK = 32  # images a call of a stage gets
 CROPS = (ViewSpec(p_jitter=0, p_grey=0), ViewSpec(p_jitter=0, p_grey=0))
@@ -69,11 +71,11 @@ class Machine:
 
     @property
     def fits(self) -> bool:
+        """Whether the page cache can hold the file."""
         return self.file_bytes < self.memory_bytes
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What bounds the training, and by how much: images per second of each part of the machine."""
 
     bound: str
@@ -82,73 +84,70 @@ class Answer:
     words: list[str]
 
 
-# ---- stages: each a function of sample ids ----
-
-
-def _evict(beton: Beton, ids: np.ndarray) -> None:
-    """Drops these images' pages from the page cache, so that reading them means the disk."""
-    with open(beton.path, "rb") as file:
-        for sample in ids:
-            os.posix_fadvise(
-                file.fileno(), int(beton.offsets[sample]), int(beton.sizes_bytes[sample]), os.POSIX_FADV_DONTNEED
-            )
-
-
-def _read(beton: Beton, ids: np.ndarray) -> None:
-    with open(beton.path, "rb", buffering=0) as file:
-        for sample in ids:
-            os.pread(file.fileno(), int(beton.sizes_bytes[sample]), int(beton.offsets[sample]))
-
-
 class Stages:
-    """The stages of one dataset: a table of names and functions; `before` runs untimed before each call."""
+    """The stages of one dataset: a table of names and functions of sample ids; `before` runs untimed before each."""
 
     def __init__(self, beton: Beton, config: DoctorConfig) -> None:
         self.beton, self.config = beton, config
-        self.handle = make_handle()
+        self.handle, self.table = make_handle(), normalization_table(Normalization())
         self.scratch = make_scratch(int(beton.heights.max()), int(beton.widths.max()), config.resolution)
-        self.table = normalization_table(Normalization())
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.views = np.empty((2, CHUNK, config.resolution, config.resolution, 3), np.float32)
         self.ids, self.pixels, self.starts = np.zeros(0, np.int64), np.zeros(0, np.uint8), np.zeros(0, np.int64)
-        self.train_step = make_train_step(config, self.device)
+        train_step = make_train_step(config, Ranks(0, 1, self.device, None))
         self.run: dict[str, Callable[[np.ndarray], None]] = {
-            "read": lambda ids: _read(beton, ids),
+            "read": self.read,
             "decode": self.decode,
-            "crop": lambda ids: self.cpu_views(ids, CROPS),
-            "views": lambda ids: self.cpu_views(ids, BARLOW_TWINS_VIEWS),
-            "train": lambda ids: self.train_step(),
+            "crop": lambda ids: self.cpu_views(CROPS),
+            "views": lambda ids: self.cpu_views(BARLOW_TWINS_VIEWS),
+            "train": lambda ids: train_step(),
         }
         if self.device.type == "cuda":
             self.run |= {"to_device": self.to_device, "views_gpu": self.gpu_views}
-
-    def before(self, name: str, ids: np.ndarray) -> None:
-        if name == "read":
-            _evict(self.beton, ids)
-        elif name not in ("decode", "train") and not np.array_equal(ids, self.ids):
-            self.decode(ids)
 
     def images(self, name: str) -> int:
         """Images that one call of a stage works on."""
         return self.config.rank_batch if name == "train" else CHUNK
 
+    def before(self, name: str, ids: np.ndarray) -> None:
+        """What a stage finds: the disk's pages out of the page cache, or decoded pixels."""
+        if name == "read":
+            with open(self.beton.path, "rb") as file:
+                for start, size in self._places(ids):
+                    os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+        elif name not in ("decode", "train") and not np.array_equal(ids, self.ids):
+            self.decode(ids)
+
+    def _places(self, ids: np.ndarray) -> list[tuple[int, int]]:
+        """Where each image's bytes begin in the file, and how many there are."""
+        return [(int(self.beton.offsets[i]), int(self.beton.sizes_bytes[i])) for i in ids]
+
+    def read(self, ids: np.ndarray) -> None:
+        """The images' bytes, from the disk."""
+        with open(self.beton.path, "rb", buffering=0) as file:
+            for start, size in self._places(ids):
+                os.pread(file.fileno(), size, start)
+
     def decode(self, ids: np.ndarray) -> None:
+        """All pixels, one image behind the other in `pixels`, each from its place in `starts` on."""
         b = self.beton
-        ends = np.cumsum(b.heights[ids] * b.widths[ids] * 3)
-        self.ids, self.starts = ids, ends - b.heights[ids] * b.widths[ids] * 3
+        sizes = b.heights[ids] * b.widths[ids] * 3
+        ends = np.cumsum(sizes)
+        self.ids, self.starts = ids, ends - sizes
         if len(self.pixels) < ends[-1]:
             self.pixels = torch.empty(int(ends[-1]), dtype=torch.uint8, pin_memory=self.device.type == "cuda").numpy()
-        for sample, start, end in zip(ids, self.starts, ends, strict=True):
-            place = int(b.offsets[sample]), int(b.sizes_bytes[sample]), int(b.modes[sample])
+        for sample, start, end, place in zip(ids, self.starts, ends, self._places(ids), strict=True):
             size = int(b.heights[sample]), int(b.widths[sample])
-            if decode_rgb(self.handle, b.data, *place, *size, self.pixels[start:end]) != OK:
+            if decode_rgb(self.handle, b.data, *place, int(b.modes[sample]), *size, self.pixels[start:end]) != OK:
                 raise UserError(f"image {sample} of {b.path} cannot be decoded; see pipeline/convert.py --verify")
 
     def params(self, views: tuple[ViewSpec, ...]):
+        """The views' parameters of the decoded images, and the images' heights and widths."""
         heights, widths = self.beton.heights[self.ids], self.beton.widths[self.ids]
         return draw_views(0, 0, self.ids, heights, widths, views, self.config.resolution), heights, widths
 
-    def cpu_views(self, ids: np.ndarray, views: tuple[ViewSpec, ...]) -> None:
+    def cpu_views(self, views: tuple[ViewSpec, ...]) -> None:
+        """The views of the decoded images, by the CPU's kernels."""
         params, heights, widths = self.params(views)
         bicubic = np.ones(len(views), bool)
         views_of_images(
@@ -156,10 +155,12 @@ class Stages:
         )
 
     def to_device(self, ids: np.ndarray) -> None:
+        """The decoded pixels to the GPU."""
         self.on_device = torch.from_numpy(self.pixels).to(self.device, non_blocking=True)
         torch.cuda.synchronize()
 
     def gpu_views(self, ids: np.ndarray) -> None:
+        """Both views of the decoded images, by the GPU's kernels."""
         from pipeline.views.augment_gpu import make_views
         from pipeline.views.gpu_plan import plan_views
 
@@ -169,20 +170,18 @@ class Stages:
         torch.cuda.synchronize()
 
 
-def make_train_step(config: DoctorConfig, device: torch.device) -> Callable[[], None]:
-    """Forward and backward of one batch of noise, in bf16 as the trainer does it by default."""
-    backbone, features = make_backbone(config.arch, "imagenet")
-    recipe = PretrainConfig(arch=config.arch, projector=config.projector, global_batch=config.rank_batch)
-    method = BarlowTwins(backbone, features, recipe).to(device, memory_format=torch.channels_last)
-    shape = (config.rank_batch, 3, config.resolution, config.resolution)
-    views = [torch.rand(shape, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+def make_train_step(config: DoctorConfig, ranks: Ranks) -> Callable[[], None]:
+    """One update with a batch of noise, as the trainer makes it by default, but not compiled: that takes minutes."""
+    card = PretrainConfig(
+        arch=config.arch, projector=config.projector, resolution=config.resolution, global_batch=config.rank_batch,
+        activations="all", compile=False,
+    )  # fmt: skip
+    update, shape = make_update(resolved(card), ranks), (config.rank_batch, 3, config.resolution, config.resolution)
+    views = [torch.rand(shape, device=ranks.device).to(memory_format=torch.channels_last) for _ in range(2)]
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
-            loss, _ = method(views)
-        loss.backward()
-        method.zero_grad(set_to_none=True)
-        if device.type == "cuda":
+        update(views)
+        if ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
     return step
@@ -247,7 +246,7 @@ def answer(times: dict[str, float], machine: Machine) -> Answer:
 
 
 def _words(bound: str, rates: dict[str, float], needed: int, times: dict[str, float], machine: Machine) -> list[str]:
-    named = {"read": "the disk", "to_device": "the copy to the GPU", "train": "forward and backward"}
+    named = {"read": "the disk", "to_device": "the copy to the GPU", "train": "the network's updates"}
     named["views_gpu"] = "making the views on the GPU"
     what, rate = named.get(bound, bound), min(rates.values())
     if machine.gpu:
@@ -276,12 +275,14 @@ def _words(bound: str, rates: dict[str, float], needed: int, times: dict[str, fl
 
 
 def this_machine(path: Path) -> Machine:
+    """The cores, the GPU and the memory here, for a dataset in `path`."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(lines["MemAvailable"].split()[0]) * 1024  # what the page cache has now counts as available
     return Machine(len(os.sched_getaffinity(0)), torch.cuda.is_available(), path.stat().st_size, available)
 
 
 def main(config: DoctorConfig) -> None:
+    """Measures, and prints the times and the answer."""
     if config.seconds <= 0 or config.rank_batch < 2 or config.resolution < 1:
         raise UserError("--seconds must be above 0, --rank-batch at least 2, --resolution at least 1")
     beton = open_beton(train_beton(config.data.expanduser().resolve()))

@@ -19,9 +19,10 @@ import torch
 from pipeline.errors import UserError
 from pipeline.spec import Batch
 from train import runlog
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.config import AMP, METHOD_NAMES
 from train.distributed import Ranks
+from train.flags import resolved
 from train.lars import LARS
 from train.memory import apply_activations, compile_parts, needed_bytes, with_activations, with_device_defaults
 from train.methods.choose import make_method

@@ -10,7 +10,8 @@ from torch import nn
 from pipeline.spec import BARLOW_TWINS_VIEWS, views_without
 from tests.oracles_train import numeric_gradient
 from tests.test_methods import embeddings, method
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
+from train.flags import resolved
 from train.methods.barlow_ablations import AblatedBarlowTwins, ablated_loss, is_ablated
 from train.methods.barlow_twins import BarlowTwins
 from train.methods.choose import make_method, view_table

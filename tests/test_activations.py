@@ -10,9 +10,10 @@ import torch
 
 from pipeline.errors import UserError
 from train import memory
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.config import PretrainConfig
 from train.distributed import Ranks
+from train.flags import resolved
 from train.memory import needed_bytes, saved_bytes, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.model import make_backbone
@@ -40,7 +41,6 @@ def small_network() -> torch.nn.Module:
         (GPU, "cifar10", {"on_nan": "skip"}, True, False),
         (GPU, "cifar10", {"deterministic": True}, False, False),
         (GPU, "cifar10", {"activations": "blocks"}, False, False),
-        (GPU, "cifar10", {"accumulate": 2}, False, False),
         (GPU, "cifar10", {"compile": False, "cuda_graph": False}, False, False),
     ],
 )
@@ -70,11 +70,11 @@ def test_half_needs_the_compiler():
 
 
 def test_what_is_saved_grows_in_a_line():
-    network, cpu = small_network(), torch.device("cpu")
-    few, more, most = (saved_bytes(network, images, SMALL, cpu) for images in (4, 8, 16))
+    network = small_network()
+    few, more, most = (saved_bytes(network, images, SMALL) for images in (4, 8, 16))
     assert most.total - more.total == pytest.approx(2 * (more.total - few.total), rel=0.01)
     assert len(few.at_blocks) == 2 * 8  # two views through eight blocks
-    assert memory.at_batch(network, 16, SMALL, cpu).total == pytest.approx(most.total, rel=0.01)
+    assert memory.at_batch(network, 16, SMALL).total == pytest.approx(most.total, rel=0.01)
 
 
 def test_counting_leaves_no_trace():

@@ -29,9 +29,9 @@ from pipeline.storage.shards import pack_shards
 from pipeline.views.reference import apply_view_pil
 from tests.support import assert_same_batch
 from train import runlog
-from train.cards import resolved
 from train.config import PretrainConfig
 from train.distributed import Ranks, start_ranks, stop_ranks
+from train.flags import resolved
 from train.pretrain import train
 from train.run_data import loader_config
 

@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 from pipeline.errors import UserError
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.checkpoint import (
     BACKBONE,
     CHECKPOINT,
@@ -38,6 +38,7 @@ from train.content import (
     tensor_file,
     write_state,
 )
+from train.flags import resolved
 from train.initial import initial_network, start_heads_
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone

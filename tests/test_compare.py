@@ -12,8 +12,9 @@ import tyro
 from pipeline.errors import UserError
 from scripts import compare
 from scripts.compare import CompareConfig
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.config import METHOD_NAMES, PretrainConfig
+from train.flags import resolved
 
 DATA = {"train": "1" * 64, "val": "2" * 64}
 

@@ -1,5 +1,7 @@
-"""Presets, their precedence below the command line, and everything --run and --data can mean."""
+"""Presets, their precedence below the command line, and everything --name and --data can mean."""
 
+import hashlib
+import json
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -8,8 +10,9 @@ import tyro
 
 from pipeline.command import RUNS
 from pipeline.errors import UserError
-from train.cards import PRESETS, chosen_preset, lr_weights_for, resolved, run_folder
-from train.config import NOT_RECIPE, PretrainConfig, as_plain, projector_widths, recipe
+from train.cards import PRESETS
+from train.config import GONE, PretrainConfig, Recipe, Running, as_plain, projector_widths, recipe
+from train.flags import chosen_preset, lr_weights_for, resolved, run_folder
 from train.run_data import train_beton
 
 
@@ -67,11 +70,28 @@ def test_an_unnamed_run_is_named_by_its_recipe():
     assert len({base, *map(run_folder, others)}) == 6
 
 
+@pytest.mark.parametrize(
+    ("card", "digest", "name"),
+    [
+        ("imagenet", "0ed7877d8589c14d", "imagenet-resnet50-300ep-903380"),
+        ("cifar10", "a3c1b55f51230179", "cifar10-resnet18-1000ep-1ae99e"),
+        ("cifar10-demo-byol", "06721cd3689b9d27", "cifar10-demo-byol-resnet10_narrow-2ep-5ae3fa"),
+    ],
+)
+def test_cards_keep_their_recipes_and_names(card, digest, name):
+    """Computed before --accumulate was deleted: a run that somebody has finds its folder and its checkpoint again."""
+    config = resolved(replace(PRESETS[card], data=Path("/images")))
+    text = json.dumps(recipe(as_plain(config)), sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
+    assert Path(config.run).name == name
+
+
 def test_recipe_leaves_out_what_does_not_change_the_weights():
     plain = as_plain(PretrainConfig())
-    older = {"checkpoint_activations"}
-    assert set(plain) - set(recipe(plain)) == set(NOT_RECIPE) - older | {"key"}, "older runs have no key"
-    assert recipe(plain | {"checkpoint_activations": False}) == recipe(plain), "older runs are resumed"
+    assert set(recipe(plain)) == {field.name for field in fields(Recipe)} - {"key"}, "older runs have no key"
+    assert set(plain) - set(recipe(plain)) == {field.name for field in fields(Running)} | {"key"}
+    assert recipe(plain | dict.fromkeys(GONE, 1)) == recipe(plain), "older runs are resumed"
+    assert recipe(plain | {"unknown": 1}) != recipe(plain)
     assert recipe(plain | {"key": "encoder_k"})["key"] == "encoder_k"
     assert isinstance(plain["data"], str)
 

@@ -11,8 +11,8 @@ from pipeline.choices.order import epoch_order
 from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, TINY, bits, run
-from train.cards import resolved
 from train.checkpoint import read_checkpoint
+from train.flags import resolved
 from train.guard import MOST_IN_A_ROW, UpdateGuard
 
 
@@ -72,7 +72,7 @@ def test_many_in_a_row_end_the_run(tmp_path):
 def test_a_lost_gradient_of_a_finite_loss(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     config = resolved(replace(TINY, run=str(tmp_path), on_nan="skip"))
-    guard = UpdateGuard(model, config, CPU, np.arange(43))
+    guard = UpdateGuard(model, config, CPU, ids=np.arange(43))
     guard.before_step()
     before = bits(model.state_dict())
     loss = model(torch.randn(4, 2)).sum()

@@ -11,8 +11,9 @@ from torch import nn
 
 from pipeline.errors import UserError
 from tests.oracles_train import numeric_gradient
-from train.cards import PRESETS, chosen_preset, resolved
+from train.cards import PRESETS
 from train.config import METHOD_NAMES, PretrainConfig
+from train.flags import chosen_preset, resolved
 from train.methods.byol import momentum_at
 from train.methods.choose import METHODS, make_method
 from train.methods.contract import collapse_metrics

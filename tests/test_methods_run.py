@@ -13,10 +13,11 @@ from tests.oracles_train import SyntheticLoader
 from tests.test_ablations import ABLATIONS
 from tests.test_methods import WIDTH, embeddings, method
 from train.batchnorm import with_global_batch_norm
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.checkpoint import read_checkpoint
 from train.config import METHOD_NAMES
 from train.distributed import Ranks, mean_over_ranks, start_ranks, stop_ranks, world_size
+from train.flags import resolved
 from train.pretrain import train
 
 pytestmark = pytest.mark.slow

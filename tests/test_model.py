@@ -10,7 +10,8 @@ from torch import nn
 
 from pipeline.errors import UserError
 from train.batchnorm import CrossRankBatchNorm, with_global_batch_norm
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
+from train.flags import resolved
 from train.methods.choose import make_method
 from train.model import make_backbone, make_projector
 

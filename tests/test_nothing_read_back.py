@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.test_ablations import ABLATIONS
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.config import EMBEDDING_NORMS, LOSSES, METHOD_NAMES
+from train.flags import resolved
 from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method
 from train.model import make_backbone

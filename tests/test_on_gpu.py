@@ -20,9 +20,9 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig, Normalization
 from tests.evaluation import write_dataset
 from tests.test_recorded import TINY, GpuLoader
 from tests.test_resume import bits
-from train.cards import resolved
 from train.checkpoint import read_checkpoint
 from train.distributed import Ranks
+from train.flags import resolved
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
 from train.pretrain import EXIT_FINISHED, train

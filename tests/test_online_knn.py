@@ -16,9 +16,9 @@ from pipeline.spec import LoaderConfig, centre_view
 from pipeline.storage.beton import open_beton
 from tests.test_resume import CPU, TINY, end_of
 from train import online_knn
-from train.cards import resolved
 from train.checkpoint import load_backbone
 from train.config import NORMALIZATIONS
+from train.flags import resolved
 from train.online_knn import choose_images
 from train.pretrain import EXIT_FINISHED, EXIT_REQUEUE, train
 from train.run_data import loader_config

@@ -12,10 +12,10 @@ from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.storage.beton import open_beton
 from tests.oracles_train import SyntheticLoader, reference_run
-from train.cards import resolved
 from train.checkpoint import load_backbone, read_checkpoint
 from train.config import PretrainConfig
 from train.distributed import Ranks
+from train.flags import resolved
 from train.guard import samples_of_step
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone

@@ -1,4 +1,4 @@
-"""Activations computed anew, by block and by part of the batch: the same update, less memory, refused where not."""
+"""Activations computed again, block by block: the same update, less memory, refused where not."""
 
 import copy
 from dataclasses import replace
@@ -8,10 +8,10 @@ import torch
 
 from pipeline.errors import UserError
 from tests.test_resume import bits, end_of, run
-from train.cards import PRESETS, resolved
-from train.checkpoint import read_checkpoint
+from train.cards import PRESETS
+from train.flags import resolved
+from train.memory import recompute_blocks
 from train.model import make_backbone
-from train.recompute import recompute_blocks, run_in_parts
 
 
 @pytest.fixture(autouse=True)
@@ -88,64 +88,7 @@ def test_a_network_without_stages_is_refused():
         recompute_blocks(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("again", [{"activations": "blocks"}, {"accumulate": 2}])
 @pytest.mark.parametrize("recorded", ["compile", "cuda_graph"])
-def test_not_with_a_recorded_network(again, recorded):
+def test_not_with_a_recorded_network(recorded):
     with pytest.raises(UserError, match=f"--{recorded.replace('_', '-')} do not go together"):
-        resolved(replace(PRESETS["cifar10"], **again, **{recorded: True}))
-
-
-# ---- in parts of the batch ----
-
-
-def test_parts_make_the_gradients_of_the_whole(images=7):
-    plain = make_backbone("test_vit")[0].double()
-    thrifty = copy.deepcopy(plain)
-    run_in_parts(thrifty, 3)
-    x = torch.randn(images, 3, 160, 160, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    outs = []
-    for backbone in (plain, thrifty):
-        out = backbone(x)
-        out = out - out.mean(0)  # every image's gradient needs all the others, as the loss's do
-        (out.T @ out).square().sum().backward()
-        outs.append(out.detach())
-    torch.testing.assert_close(outs[1], outs[0], rtol=1e-12, atol=1e-12)
-    for (name, p), q in zip(plain.named_parameters(), thrifty.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, rtol=1e-9, atol=1e-12, msg=name)
-
-
-def test_a_copy_runs_its_own_weights():
-    """The network that nearest neighbours are measured with is a copy of the one in training."""
-    own = make_backbone("test_vit")[0]
-    run_in_parts(own, 2)
-    copied = copy.deepcopy(own)
-    x = torch.randn(2, 3, 160, 160)
-    before = copied(x)
-    with torch.no_grad():
-        own.patch_embed.proj.weight.zero_()
-    assert torch.equal(copied(x), before) and not torch.equal(own(x), before)
-
-
-def test_only_a_part_is_kept():
-    plain = make_backbone("test_vit")[0]
-    thrifty = copy.deepcopy(plain)
-    run_in_parts(thrifty, 4)
-    images = torch.randn(8, 3, 160, 160)
-    assert kept_bytes(thrifty, images) < 0.2 * kept_bytes(plain, images)
-
-
-def test_a_whole_run_in_parts(tmp_path):
-    flags = {"arch": "test_vit", "resolution": 160, "epochs": 2}
-    run(tmp_path / "whole", **flags)
-    run(tmp_path / "parts", **flags, accumulate=4)
-    whole, parts = (read_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts"))
-    assert whole["step"] == parts["step"] == 10
-    distance = sum((whole["model"][n] - w).square().sum() for n, w in parts["model"].items())
-    assert distance.sqrt() < 1e-5 * sum(w.square().sum() for w in whole["model"].values()).sqrt()
-
-
-def test_batch_norm_in_parts_is_refused():
-    with pytest.raises(UserError, match=r"--accumulate 2 is exact only without batch norm.*BatchNorm2d"):
-        run_in_parts(make_backbone("resnet18")[0], 2)
-    with pytest.raises(UserError, match="--accumulate 0 is too small"):
-        resolved(replace(PRESETS["cifar10"], accumulate=0))
+        resolved(replace(PRESETS["cifar10"], activations="blocks", **{recorded: True}))

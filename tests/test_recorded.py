@@ -8,10 +8,10 @@ import torch
 
 from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader
-from train.cards import resolved
 from train.checkpoint import read_checkpoint
 from train.config import PretrainConfig
 from train.distributed import Ranks
+from train.flags import resolved
 from train.pretrain import EXIT_FINISHED, train
 from train.recorded import ORDINARY, require_one_gpu
 

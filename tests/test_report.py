@@ -60,7 +60,7 @@ def write_state(
         backbone, features = make_backbone(ARCH)
         method = make_method(backbone, features, config)
     folder.mkdir(exist_ok=True)
-    info = asdict(backbone_info(config, features, step, images_sha256))
+    info = asdict(backbone_info(config, features, step, dataset_sha256=images_sha256))
     parts = {"model": method.state_dict(), "optimizer": {}, "scaler": {}}
     save_checkpoint(folder, {"config": as_plain(config), "backbone": info, "step": step, "images": IMAGES, **parts})
     return config

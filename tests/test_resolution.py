@@ -10,9 +10,9 @@ from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from tests.evaluation import write_dataset
 from tests.test_resume import CPU, TINY, Killed, end_of
-from train.cards import resolved
 from train.checkpoint import load_backbone
 from train.config import PretrainConfig, resolution_rows
+from train.flags import resolved
 from train.pretrain import EXIT_FINISHED, train
 from train.run_data import loader_config
 
@@ -24,7 +24,7 @@ def test_a_schedule_is_read():
 
 @pytest.mark.parametrize("text", ["128", "128@1", "128@0,160@0", "128@0,160@9,192@8", "0@0", "a@0", "128@0@1"])
 def test_a_schedule_that_makes_no_sense_is_refused(text):
-    with pytest.raises(UserError, match="is no list of px@epoch"):
+    with pytest.raises(UserError, match="is not a list of px@epoch"):
         resolution_rows(text)
 
 

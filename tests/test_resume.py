@@ -18,10 +18,10 @@ import torch
 
 from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader
-from train.cards import resolved
 from train.checkpoint import read_checkpoint
 from train.config import PretrainConfig
 from train.distributed import Ranks
+from train.flags import resolved
 from train.pretrain import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, train
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)

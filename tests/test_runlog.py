@@ -24,7 +24,8 @@ IDS = np.arange(IMAGES)
 
 def run_log(folder, ranks=CPU, stop_step=8, **flags) -> RunLog:
     """Of a run of four steps an epoch."""
-    return RunLog(PretrainConfig(run=str(folder), **{"global_batch": 10} | flags), ranks, 0, stop_step, 4, IDS)
+    config = PretrainConfig(run=str(folder), **{"global_batch": 10} | flags)
+    return RunLog(config, ranks, start_step=0, stop_step=stop_step, steps_per_epoch=4, ids=IDS)
 
 
 def metrics(loss: float) -> dict[str, torch.Tensor]:
@@ -84,7 +85,7 @@ def test_weights_and_biases_gets_the_same_lines(tmp_path, monkeypatch):
     (tmp_path / "r").mkdir()
     log = run_log(tmp_path / "r", log_every=2, stop_step=2, wandb="project")
     for step in range(2):
-        log.record(step, metrics(1.0), {}, 0.0)
+        log.record(step, metrics(1.0), {})
     log.flush()
     log.close()
     about, line, end = told
@@ -98,7 +99,7 @@ def test_a_collapse_is_named_once(tmp_path, capsys):
     log = run_log(tmp_path, log_every=2)
     for step in range(8):
         spread = {"embedding_spread": torch.tensor(1.0 if step < 2 else 0.02)}
-        log.record(step, metrics(1.0) | spread, {}, 0.0)
+        log.record(step, metrics(1.0) | spread, {})
         assert ("the embeddings collapse" in capsys.readouterr().err) == (step == 3)
     log.close()
 
@@ -121,8 +122,9 @@ def test_pictures_reach_tensorboard(tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path):
     log = run_log(tmp_path, Ranks(1, 2, torch.device("cpu"), None), log_every=1)
-    log.record(0, metrics(1.0), {}, 0.0)
-    log.flush()
+    log.record(0, metrics(1.0), {})
+    log.before_checkpoint()
+    log.pictures(4, (torch.zeros(1, 3, 2, 2),), SimpleNamespace(pictures=dict))
     log.close()
     assert not list(tmp_path.iterdir())
 
@@ -130,9 +132,9 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_a_lost_loss_names_its_step_and_images(tmp_path):
     log = run_log(tmp_path, log_every=4)
     for step, loss in enumerate([1.0, 2.0, float("nan")]):
-        log.record(step, metrics(loss), {}, 0.0)
+        log.record(step, metrics(loss), {})
     with pytest.raises(UserError, match=r"the loss became nan in step 3; its 10 images, \d+, .* listed in"):
-        log.record(3, metrics(4.0), {}, 0.0)
+        log.record(3, metrics(4.0), {})
     log.close()
     expected = epoch_order(0, 0, IDS)[20:30]
     assert (tmp_path / "lost-step-3.txt").read_text().split() == [str(i) for i in expected]
@@ -140,9 +142,9 @@ def test_a_lost_loss_names_its_step_and_images(tmp_path):
 
 def test_a_loss_lost_between_two_lines_stops_the_checkpoint(tmp_path):
     log = run_log(tmp_path, log_every=10)
-    log.record(0, metrics(1.0), {}, 0.0)
+    log.record(0, metrics(1.0), {})
     log.before_checkpoint()
-    log.record(1, metrics(float("inf")), {}, 0.0)
+    log.record(1, metrics(float("inf")), {})
     with pytest.raises(UserError, match="the loss became inf in step 2"):
         log.before_checkpoint()
     log.close()
@@ -152,7 +154,7 @@ def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
     log = run_log(tmp_path, log_every=2, on_nan="skip")
     kept = [True, False, False, False, True, True, True, False]
     for step, keep in enumerate(kept):
-        log.record(step, metrics(float(step) if keep else float("nan")), {}, 0.0, keep)
+        log.record(step, metrics(float(step)) if keep else None, {})
     log.close()
     found = [(line["step"], line["loss"], line["skipped_steps"]) for line in lines(tmp_path)]
     assert found == [(2, 0.0, 1), (6, 4.5, 0), (8, 6.0, 1)]
@@ -163,12 +165,12 @@ def test_description_and_latest(tmp_path, monkeypatch):
     for name in ("a", "b"):
         folder = tmp_path / "runs" / name
         open_run_folder(folder)
-        describe_run(folder, as_plain(PretrainConfig()), CPU, 5)
+        describe_run(folder, as_plain(PretrainConfig()), CPU, start_step=5)
         assert (tmp_path / "runs" / "latest").resolve() == folder
     assert not (tmp_path / "runs" / "latest").readlink().is_absolute()
     outside = tmp_path / "outside"
     open_run_folder(outside)
-    describe_run(outside, as_plain(PretrainConfig()), CPU, 5)
+    describe_run(outside, as_plain(PretrainConfig()), CPU, start_step=5)
     assert (tmp_path / "runs" / "latest").resolve() == outside
     assert json.loads((folder / "config.json").read_text()) == as_plain(PretrainConfig())
     env = json.loads((folder / "env.json").read_text())
@@ -177,7 +179,7 @@ def test_description_and_latest(tmp_path, monkeypatch):
 
 def test_an_impossible_folder(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--run"):
+    with pytest.raises(UserError, match="--name"):
         open_run_folder(tmp_path / "file" / "run")
 
 

@@ -19,9 +19,9 @@ from pipeline.storage.shards import open_stored
 from tests.evaluation import write_split
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, STEPS, TINY, Killed, StoppingLoader, bits, end_of, run
-from train.cards import resolved
 from train.checkpoint import earlier_checkpoints, load_backbone, newest_checkpoint, read_checkpoint, save_checkpoint
 from train.config import as_plain
+from train.flags import resolved
 from train.pretrain import main
 from train.run_data import dataset_sha256
 from train.runstate import RunState, on_cpu
@@ -36,9 +36,8 @@ def state_of(folder, **flags) -> tuple[RunState, torch.nn.Module]:
     """The state of a run whose whole model is one layer."""
     folder.mkdir(exist_ok=True)
     model = torch.nn.Linear(4, 3)
-    return RunState(
-        resolved(replace(TINY, run=str(folder), **flags)), CPU, {"model": model}, 3, StoppingLoader()
-    ), model
+    config = resolved(replace(TINY, run=str(folder), **flags))
+    return RunState(config, CPU, StoppingLoader(), parts={"model": model}, features=3), model
 
 
 def steps(folder) -> list[int]:
@@ -105,7 +104,7 @@ def test_a_damaged_newest_one_is_passed_over(tmp_path, capsys, share):
     capsys.readouterr()
     assert run(tmp_path / "cut") == 0
     said = capsys.readouterr().err
-    assert "checkpoint.pt is damaged or missing; going on from checkpoint-00000005.pt" in said
+    assert "checkpoint.pt is damaged or missing; continuing from checkpoint-00000005.pt" in said
     assert "steps 5 to 15" in said
     assert end_of(tmp_path / "cut") == end_of(tmp_path / "whole")
     assert steps(tmp_path / "cut") == [15, 10]
@@ -142,11 +141,11 @@ def test_what_is_written_is_the_moment_of_the_call(tmp_path, monkeypatch):
     """Training goes on while the disk is slow; a second checkpoint waits for the first."""
     disk, writing, most = threading.Event(), [], []
 
-    def slow(folder, content, *rest):
+    def slow(folder, content, **rest):
         writing.append(content["step"])
         most.append(len(writing))
         disk.wait(10)
-        save_checkpoint(folder, content, *rest)
+        save_checkpoint(folder, content, **rest)
         writing.remove(content["step"])
 
     monkeypatch.setattr(train.runstate, "save_checkpoint", slow)
@@ -166,9 +165,9 @@ def test_what_is_written_is_the_moment_of_the_call(tmp_path, monkeypatch):
 
 
 def test_the_signals_checkpoint_is_there_when_the_run_ends(tmp_path, monkeypatch):
-    def slow(*arguments):
+    def slow(*arguments, **keywords):
         time.sleep(0.1)
-        save_checkpoint(*arguments)
+        save_checkpoint(*arguments, **keywords)
 
     monkeypatch.setattr(train.runstate, "save_checkpoint", slow)
     assert run(tmp_path / "r", StoppingLoader(6, signal.SIGTERM), checkpoint_every_steps=1) == 75
@@ -215,7 +214,7 @@ def test_weights_that_are_no_numbers_are_not_written(tmp_path):
 
 
 def test_a_fault_of_ours_in_the_thread_is_not_lost(tmp_path, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise ZeroDivisionError
 
     monkeypatch.setattr(train.runstate, "save_checkpoint", broken)

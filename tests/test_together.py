@@ -10,9 +10,10 @@ from torch import nn
 from tests.test_ablations import ABLATIONS
 from tests.test_resume import run
 from train.batchnorm import CrossRankBatchNorm
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
 from train.checkpoint import read_checkpoint
 from train.config import METHOD_NAMES
+from train.flags import resolved
 from train.lars import LARS
 from train.methods.choose import make_method
 from train.model import make_backbone

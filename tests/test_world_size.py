@@ -21,10 +21,10 @@ from pipeline.one_writer import OneWriter
 from tests.oracles_train import SyntheticLoader, barlow_loss_torch
 from train.agreement import only_writer, require_same_start
 from train.batchnorm import CrossRankBatchNorm
-from train.cards import resolved
 from train.checkpoint import read_checkpoint
 from train.config import PretrainConfig
 from train.distributed import Ranks, largest, start_ranks, stop_ranks, sum_over_ranks
+from train.flags import resolved
 from train.methods.barlow_twins import BarlowTwinsLoss
 from train.pretrain import EXIT_REQUEUE, train
 

@@ -30,15 +30,16 @@ def require_same_start(ranks: Ranks, config: PretrainConfig, dataset_sha256: str
     """Ends all ranks where they differ in a flag, in the images, or in the program. One sentence says in what."""
     if ranks.control is None:
         return
-    own = {f"--{n.replace('_', '-')}": v for n, v in as_plain(config).items() if n not in MAY_DIFFER}
+    named = {"run": "name"}  # the field and its flag
+    own = {f"--{named.get(n, n).replace('_', '-')}": v for n, v in as_plain(config).items() if n not in MAY_DIFFER}
     own |= {"the digest of the images of --data": dataset_sha256[:12]}
     own |= {"the digest of the program": source_digest(REPO / "train") + source_digest(REPO / "pipeline")}
     own |= {"PyTorch": torch.__version__}
     found: list[dict] = [{}] * ranks.world_size
     dist.all_gather_object(found, own, group=ranks.control)
     other = [name for name in own if any(theirs.get(name) != found[0].get(name) for theirs in found)]
-    if "--run" in other and len(other) > 1:  # an unnamed run is named by its flags
-        other.remove("--run")
+    if "--name" in other and len(other) > 1:  # an unnamed run is named by its flags
+        other.remove("--name")
     if other or any(theirs.keys() != found[0].keys() for theirs in found):
         named = "; ".join(_by_rank(name, [theirs.get(name) for theirs in found]) for name in other)
         raise _end(

@@ -34,7 +34,7 @@ from train.model import make_backbone
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
 CHECKPOINT, BACKBONE = "checkpoint.pt", "backbone.safetensors"
 LOOKS = 5  # at a run folder whose files a training replaces meanwhile
-NO_ROOM = "make room there or put the run elsewhere with --run, then start the same command again"
+NO_ROOM = "make room there or put the run elsewhere with --name, then start the same command again"
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Network(NamedTuple):
     heads: dict[str, torch.Tensor]
 
 
-def save_checkpoint(folder: Path, state: dict, before: int | None = None, keep: int = 1) -> None:
+def save_checkpoint(folder: Path, state: dict, *, before: int | None = None, keep: int = 1) -> None:
     """Writes `checkpoint.pt`; the one that was there, if it is that of step `before`, is kept under that step.
 
     Of all checkpoints the `keep` newest stay. Raises UserError like `write_whole`.
@@ -164,7 +164,7 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
     if other:
         found = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in other)
         raise UserError(
-            f"{path} is of another recipe ({found}); give this run its own folder with --run, "
+            f"{path} is of another recipe ({found}); give this run its own folder with --name, "
             "make the flags equal, or start over with --resume never"
         )
 
@@ -179,7 +179,7 @@ def refuse_other_images(state: dict, data: Path, dataset_sha256: str, path: Path
         raise UserError(
             f"{path} was trained on the images of {state['config']['data']} (digest {theirs[:12]}), and --data {data} "
             f"holds other ones (digest {dataset_sha256[:12]}); point --data at the same images, give this run its own "
-            "folder with --run, or start over with --resume never"
+            "folder with --name, or start over with --resume never"
         )
     return bool(theirs) or not dataset_sha256
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(minutes=30)
 FAILED = 1000  # above every signal's number: a failure outranks them
@@ -58,15 +60,18 @@ def start_number() -> str:
 
 
 def stop_ranks() -> None:
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def world_size() -> int:
+    """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """This process's number among them."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -125,20 +130,30 @@ def mean_over_ranks(metrics: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def largest(ranks: Ranks, value: int) -> int:
     """The largest of the ranks' values, through the control group; waits for every rank."""
-    if ranks.control is None:
-        return value
-    message = torch.tensor([value])
-    dist.all_reduce(message, dist.ReduceOp.MAX, group=ranks.control)
-    return int(message)
+    return _reduced(ranks, value, dist.ReduceOp.MAX)
 
 
 def total(ranks: Ranks, value: int) -> int:
     """The sum of the ranks' values, through the control group; waits for every rank."""
+    return _reduced(ranks, value, dist.ReduceOp.SUM)
+
+
+def _reduced(ranks: Ranks, value: int, operation: dist.ReduceOp) -> int:
     if ranks.control is None:
         return value
     message = torch.tensor([value])
-    dist.all_reduce(message, group=ranks.control)
+    dist.all_reduce(message, operation, group=ranks.control)
     return int(message)
+
+
+def averaging_gradients(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """`module` in a DistributedDataParallel, whose backward pass averages the gradients; itself at world size 1."""
+    if ranks.world_size == 1:
+        return module
+    devices = [ranks.device] if ranks.device.type == "cuda" else None
+    wrapped = DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # batch norm's are equal on all ranks
+    return wrapped
 
 
 class StopRequest:

@@ -104,6 +104,7 @@ def _place(name: str, prefix: str, tensors: dict) -> Place | None:
 
 @functools.cache
 def expected_shapes(arch: str, stem: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every weight of an architecture, by name."""
     with torch.device("meta"):
         return {name: tuple(w.shape) for name, w in make_backbone(arch, stem)[0].state_dict().items()}
 

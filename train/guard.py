@@ -1,4 +1,4 @@
-"""Updates that are no numbers: what --on-nan skip leaves out, and which images a lost step had.
+"""Updates that are not finite: what --on-nan skip leaves out, and which images a lost step had.
 
 A loss or gradient that is not finite stays so in every weight it reaches. By default the run then ends
 (train/runlog.py, which reads the losses a few steps later, without waiting for the device). With --on-nan skip
@@ -43,7 +43,7 @@ def note_lost_step(config: PretrainConfig, ids: np.ndarray, step: int) -> str:
 class UpdateGuard:
     """Asked once a step on every rank; the answer is the same on all, since loss and gradients are."""
 
-    def __init__(self, method: nn.Module, config: PretrainConfig, ranks: Ranks, ids: np.ndarray):
+    def __init__(self, method: nn.Module, config: PretrainConfig, ranks: Ranks, *, ids: np.ndarray):
         self.active = config.on_nan == "skip"
         self.config, self.ranks, self.ids = config, ranks, ids
         self.parameters = [p for p in method.parameters() if p.requires_grad]
@@ -52,6 +52,7 @@ class UpdateGuard:
 
     @torch.no_grad()
     def before_step(self) -> None:
+        """Keeps a copy of the buffers, which a forward pass changes."""
         if self.active:
             self.kept = [buffer.clone() for buffer in self.buffers]
 
@@ -72,7 +73,7 @@ class UpdateGuard:
         for buffer, kept in zip(self.buffers, self.kept, strict=True):
             buffer.copy_(kept)
         self.in_a_row += 1
-        what = f"loss {loss.item():.4g}" if not loss.isfinite() else "a gradient that is no number"
+        what = f"loss {loss.item():.4g}" if not loss.isfinite() else "a gradient that is not finite"
         if self.ranks.rank == 0:
             print(file=sys.stderr)
             say(self.ranks, f"step {step + 1} left out: {what}; {note_lost_step(self.config, self.ids, step)}")

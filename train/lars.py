@@ -37,7 +37,7 @@ class LARS(torch.optim.Optimizer):
     `clip` makes q min(q / lr, 1), so that lr · q is never above lr: LARC's rule, as solo-learn trains on CIFAR-10.
     """
 
-    def __init__(self, groups, momentum: float = 0.9, eta: float = 0.001, clip: bool = False):
+    def __init__(self, groups, *, momentum: float = 0.9, eta: float = 0.001, clip: bool = False):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "adapt": True})
         self.momentum, self.eta, self.clip = momentum, eta, clip
         self.rates: list[torch.Tensor] | None = None
@@ -45,7 +45,7 @@ class LARS(torch.optim.Optimizer):
     def send_rates(self) -> None:
         """From here on steps take the learning rates from tensors, which this sets to the groups' `lr`.
 
-        For a recorded step (recorded.py): its kernels would repeat a number, but read a tensor anew each time.
+        For a recorded step (recorded.py): its kernels would repeat a number for ever, but read a tensor each time.
         """
         if self.rates is None:
             self.rates = [group["params"][0].new_zeros(()) for group in self.param_groups]
@@ -54,6 +54,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Updates every parameter that has a gradient."""
         assert closure is None, "the gradients are there already"
         rates = self.rates or [group["lr"] for group in self.param_groups]
         for group, lr in zip(self.param_groups, rates, strict=True):

@@ -2,10 +2,11 @@
 
     all      everything: the fastest
     half     a compiled network that keeps half of it and computes the rest again (the compiler chooses what)
-    blocks   each residual or transformer block's input alone; not compiled (recompute.py)
+    blocks   each residual or transformer block's input alone; not compiled, a third more work. Every bit of the update
+             stays: dropout draws the same masks again, and batch norm's running statistics move once
 
 auto takes the first of them that fits. How much each needs is not known from a table but counted: a forward pass of
-two small batches through a copy of the network shows what autograd saves, and that grows in a line with the batch.
+two small batches through a copy of the network shows what autograd saves, which grows linearly with the batch.
 
     all      weights, gradients, momentum + views in the making + what autograd saves
     half     the same with half of what grows with the batch
@@ -14,22 +15,27 @@ two small batches through a copy of the network shows what autograd saves, and t
 The counts are held against the memory that steps really took in tests/test_null_cuda.py and results/README.md.
 """
 
+import contextlib
 import copy
 import gc
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.choices.order import rank_batch
 from pipeline.errors import UserError
 from train.config import AMP, PretrainConfig, resolution_rows
 from train.distributed import Ranks, largest, say
-from train.recompute import blocks_of, recompute_blocks
+from train.recorded import require_one_gpu
 from train.run_data import view_type
 
 GB = 1e9
@@ -51,29 +57,76 @@ class Saved(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Bytes of all tensors together."""
         return float(self.tensors.sum())
+
+
+@contextlib.contextmanager
+def kept_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch norms inside update copies of their running statistics: their own have seen this batch already."""
+    norms = [(module, dict(module._buffers)) for module in block.modules() if isinstance(module, _BatchNorm)]
+    for norm, buffers in norms:
+        norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
+    try:
+        yield
+    finally:
+        for norm, buffers in norms:
+            norm._buffers.update(buffers)
+
+
+def first_and_second_time(block: nn.Module) -> tuple:
+    """The contexts in which a block runs in the forward pass and when it is computed again."""
+    return contextlib.nullcontext(), kept_statistics(block)
+
+
+def blocks_of(backbone: nn.Module) -> list[nn.Module]:
+    """The blocks of every stage, in order; none where a network is not built so.
+
+    A stage is a Sequential right inside the backbone, a block one of its parts that has parts itself: a residual
+    block of a ResNet, a transformer block.
+    """
+    stages = [stage for stage in backbone.children() if isinstance(stage, nn.Sequential)]
+    return [block for stage in stages for block in stage if list(block.children())]
+
+
+def recompute_blocks(backbone: nn.Module) -> None:
+    """Lets every block of every stage keep its input alone. In place; parameter names stay.
+
+    Raises UserError for a network without blocks.
+    """
+    blocks = blocks_of(backbone)
+    if not blocks:
+        raise UserError(
+            f"--activations blocks finds no stages of blocks in this {type(backbone).__name__}; "
+            "leave it out, or choose a ResNet or a vision transformer"
+        )
+    for block in blocks:
+        contexts = partial(first_and_second_time, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 def with_device_defaults(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
     """--compile, --cuda-graph and --views-together where they were not said: what is fast on this device.
 
-    Raises UserError for --compile, or what needs it, without a C compiler.
+    Raises UserError for --compile, or what needs it, without a C compiler, and for --cuda-graph on other than one GPU.
     """
     cuda = ranks.device.type == "cuda"
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if config.compile is None:
         # The bits of --deterministic come before speed; what recomputes otherwise is not compiled.
-        wanted = cuda and config.activations != "blocks" and config.accumulate == 1 and not config.deterministic
+        wanted = cuda and config.activations != "blocks" and not config.deterministic
         if wanted and not compiler:
             say(ranks, "note: no C compiler (gcc or clang) here, so the network is not compiled: slower steps")
         config = replace(config, compile=config.activations == "half" or bool(wanted and compiler))
     if config.compile and cuda and not compiler:
         raise UserError("--compile: no C compiler here, gcc or clang is expected; install one, or leave --compile out")
     if config.cuda_graph is None:
-        again = config.activations == "blocks" or config.accumulate > 1 or config.deterministic
+        again = config.activations == "blocks" or config.deterministic
         reads = config.amp == "fp16" or config.on_nan == "skip"
         small = config.preset.startswith("cifar10") and cuda and ranks.world_size == 1
         config = replace(config, cuda_graph=small and not again and not reads)
+    if config.cuda_graph:
+        require_one_gpu(ranks)
     if config.views_together is None:  # faster by 7 % there, slower where batch norm's outputs are joined by a copy
         config = replace(config, views_together=bool(config.compile and config.cuda_graph))
     return config
@@ -84,9 +137,10 @@ def largest_side(config: PretrainConfig) -> int:
     return max([config.resolution, *(side for _, side in resolution_rows(config.resolution_schedule))])
 
 
-def saved_bytes(method: nn.Module, images: int, config: PretrainConfig, device: torch.device) -> Saved:
+def saved_bytes(method: nn.Module, images: int, config: PretrainConfig) -> Saved:
     """What autograd saves of a forward pass of so many images, parameters left out."""
-    side, found, kept, at_blocks = largest_side(config), {}, [], []
+    side, device = largest_side(config), next(method.parameters()).device
+    found, kept, at_blocks = {}, [], []
     own = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -116,9 +170,9 @@ def saved_bytes(method: nn.Module, images: int, config: PretrainConfig, device: 
     return Saved(np.array(list(found.values()), float), np.array(at_blocks, float))
 
 
-def at_batch(method: nn.Module, batch: int, config: PretrainConfig, device: torch.device) -> Saved:
+def at_batch(method: nn.Module, batch: int, config: PretrainConfig) -> Saved:
     """What autograd saves of `batch` images: on the line through two small batches."""
-    few, more = (saved_bytes(method, images, config, device) for images in PROBES)
+    few, more = (saved_bytes(method, images, config) for images in PROBES)
     steps = (batch - PROBES[0]) / (PROBES[1] - PROBES[0])
     return Saved(*(a + steps * (b - a) for a, b in zip(few, more, strict=True)))
 
@@ -137,15 +191,15 @@ def needed_bytes(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> dic
     passing = 3 if trained < weights else 1
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         copied = copy.deepcopy(method)
-        plain = at_batch(copied, batch, config, device)
-        fixed = at_batch(copied, 0, config, device).total
+        plain = at_batch(copied, batch, config)
+        fixed = at_batch(copied, 0, config).total
         always += passing * float(plain.tensors.max())
         norm = NORM_TENSORS * float(plain.tensors.max()) * 4 / AMP[config.amp].itemsize if ranks.world_size > 1 else 0.0
         eager = 0.0 if config.compile else norm
         needed = {"all": always + eager + plain.total, "half": always + fixed + HALF * (plain.total - fixed)}
         if blocks_of(copied.backbone):
             recompute_blocks(copied.backbone)
-            thrifty = at_batch(copied, batch, config, device)
+            thrifty = at_batch(copied, batch, config)
             # The backward pass goes from the last block to the first: what lies behind a block is gone by then.
             inside = np.diff(plain.at_blocks, append=plain.total)
             worst = max(thrifty.total, float((thrifty.at_blocks + inside).max()))
@@ -164,8 +218,7 @@ def free_bytes(ranks: Ranks) -> float:
 
 def ways_allowed(config: PretrainConfig) -> list[str]:
     """What auto may choose, the fastest first."""
-    half = ["half"] if config.compile and config.accumulate == 1 else []
-    return ["all", *half, "blocks"]
+    return ["all", "half", "blocks"] if config.compile else ["all", "blocks"]
 
 
 def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) -> PretrainConfig:
@@ -175,9 +228,7 @@ def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) ->
     """
     if config.activations != "auto":
         return config
-    if ranks.device.type == "cuda" and config.accumulate > 1:
-        say(ranks, "note: with --accumulate nobody counts beforehand what memory a step needs")
-    if ranks.device.type != "cuda" or config.accumulate > 1:
+    if ranks.device.type != "cuda":
         return replace(config, activations="all")
     needed, own = needed_bytes(method, config, ranks), sum(p.nbytes for p in method.parameters())
     usable, asked = free_bytes(ranks) + own, config
@@ -205,7 +256,7 @@ def apply_activations(config: PretrainConfig, method: nn.Module) -> None:
 
 
 def compile_parts(config: PretrainConfig, method: nn.Module) -> None:
-    """torch.compile of every part, in place, so that parameter names stay; anew for each size of views."""
+    """torch.compile of every part, in place, so that parameter names stay; again for each size of views."""
     # Read when a part is compiled, at its first step.
     torch._functorch.config.activation_memory_budget = HALF if config.activations == "half" else 1.0
     for part in method.children():

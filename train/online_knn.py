@@ -101,7 +101,7 @@ class OnlineKnn:
         return [*module.parameters(), *module.buffers()]
 
     def report(self, log: RunLog, wait: bool = False) -> None:
-        """Writes the accuracy that is under way, if it is there. What stops it ends no training: it is told, once."""
+        """Writes the accuracy that is under way, if it is there. An error is noted once and ends no training."""
         if not self.active or self.running is None or not (wait or self.running[1].done()):
             return
         (step, future), self.running = self.running, None

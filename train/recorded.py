@@ -9,7 +9,7 @@ longer than running them takes the GPU. A graph replays them all: forward pass, 
 
 What differs between steps must reach the graph through memory: the views and the learning rates (LARS.send_rates) do,
 random numbers as well, since PyTorch gives the graph the generator's state. Views of another size start all over.
-Other threads (the loader's) may go on while a step is recorded.
+Other threads (the loader's) may continue while a step is recorded.
 
 tests/test_recorded.py holds it to the ordinary steps on a GPU.
 """
@@ -21,10 +21,9 @@ import torch
 from pipeline.errors import UserError
 from train.distributed import Ranks
 from train.lars import LARS
+from train.methods.contract import Metrics
 
 ORDINARY = 3
-
-Metrics = dict[str, torch.Tensor]
 
 
 def require_one_gpu(ranks: Ranks) -> None:

@@ -2,11 +2,12 @@
 
     config.json     the whole configuration         env.json      versions and devices of the last start
     metrics.jsonl   one line every --log-every steps, means over those steps; one with each nearest-neighbour accuracy
-    tensorboard/    the same numbers and pictures
+
+The same numbers go to TensorBoard, Weights & Biases and the progress bar (sinks.py).
 
 Reading a number from a GPU waits for it. So the metrics stay on the device, are copied out without waiting when a
-line is due, and are written once the copy has arrived, a step or two later. A loss that is no number shows then;
-the message names its own step.
+line is due, and are written once the copy has arrived, a step or two later. Only then does a loss that is not finite
+show; the message names its own step.
 """
 
 import importlib.metadata
@@ -14,20 +15,20 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from pipeline.command import RUNS
 from pipeline.disk import append_line, read_lines, write_whole
 from pipeline.errors import UserError
 from train.checkpoint import NO_ROOM
-from train.config import as_plain
+from train.config import PretrainConfig
 from train.distributed import Ranks, say, total
 from train.guard import note_lost_step
+from train.methods.contract import Method, Metrics
+from train.sinks import Bar, TensorBoard, Wandb
 
 METRICS = "metrics.jsonl"
 PICTURED = 8  # images whose views are shown
@@ -42,11 +43,11 @@ def open_run_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the run folder {folder}: {error.strerror}; choose another place with --run"
+            f"cannot make the run folder {folder}: {error.strerror}; choose another place with --name"
         ) from error
 
 
-def describe_run(folder: Path, config: dict, ranks: Ranks, start_step: int) -> None:
+def describe_run(folder: Path, config: dict, ranks: Ranks, *, start_step: int) -> None:
     """Writes config.json and env.json, and points runs/latest here."""
     write_whole(folder / "config.json", json.dumps(config, indent=2))
     write_whole(folder / "env.json", json.dumps(environment(ranks, start_step), indent=2))
@@ -83,24 +84,21 @@ def installed_version(package: str) -> str | None:
 
 
 class RunLog:
-    """Metrics, TensorBoard and progress bar of one start of a run; does nothing on ranks other than 0."""
+    """Writes metrics.jsonl on rank 0, and gives the same numbers to the sinks, which the other ranks have none of."""
 
-    def __init__(self, config, ranks: Ranks, start_step: int, stop_step: int, steps_per_epoch: int, ids):
-        folder = Path(config.run)
-        self.active, self.ranks, self.config = ranks.rank == 0, ranks, config
-        self.steps_per_epoch, self.stop_step, self.ids = steps_per_epoch, stop_step, ids
-        self.pending, self.said_collapse = None, False
+    def __init__(
+        self, config: PretrainConfig, ranks: Ranks, *, start_step: int, stop_step: int, steps_per_epoch: int, ids
+    ):
+        self.config, self.ranks, self.ids = config, ranks, ids
+        self.steps_per_epoch, self.stop_step = steps_per_epoch, stop_step
+        self.pending, self.said_collapse, self.sinks = None, False, []
         self._start_interval()
-        if not self.active:
-            return
-        from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
-
-        self.lines = folder / METRICS
-        keep_lines_before(self.lines, start_step)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
-        self.wandb = start_wandb(config) if config.wandb else None
-        interval = 0.5 if sys.stderr.isatty() else 10
-        self.bar = tqdm(total=stop_step, initial=start_step, unit="step", mininterval=interval, dynamic_ncols=True)
+        if ranks.rank == 0:
+            folder = Path(config.run)
+            self.lines = folder / METRICS
+            keep_lines_before(self.lines, start_step)
+            self.board, self.bar = TensorBoard(folder, start_step), Bar(start_step, stop_step)
+            self.sinks = [self.board, self.bar, *([Wandb(config)] if config.wandb else [])]
 
     def _start_interval(self) -> None:
         self.rows, self.steps, self.skipped, self.waited_s, self.since = {}, 0, 0, 0.0, time.perf_counter()
@@ -109,40 +107,42 @@ class RunLog:
     def record(
         self,
         step: int,
-        metrics: dict,
+        metrics: Metrics | None,
         rates: dict[str, float],
-        waited_s: float,
-        kept: bool = True,
+        *,
+        waited_s: float = 0.0,
         substituted: int = 0,
     ) -> None:
         """Takes in one step: 0-d tensors on the device by name, learning rates by group, seconds of waiting for data.
 
-        `kept` is False for a step without an update: only its number is recorded. `substituted` counts the images of
+        `metrics` is None for a step without an update: only its number is recorded. `substituted` counts the images of
         this rank that stand in for others; every rank calls this, and a line has the sum of all.
         """
-        self.substituted += substituted
         due = (step + 1) % self.config.log_every == 0 or step + 1 == self.stop_step
+        self.substituted += substituted
         if due and self.config.on_bad_image == "substitute":
             self.substituted = total(self.ranks, self.substituted)
-        if not self.active:
-            if due:
-                self.substituted = 0
-            return
-        self.names = list(metrics)
-        if kept:
+        if self.sinks:
+            self._take(metrics, step, waited_s)
+        if due and self.sinks:
+            self._send(step + 1, rates)
+        elif due:
+            self._start_interval()
+
+    def _take(self, metrics: Metrics | None, step: int, waited_s: float) -> None:
+        if metrics is not None:
+            self.names = list(metrics)
             self.rows[step] = torch.stack(list(metrics.values()))
         self.steps += 1
-        self.skipped += not kept
+        self.skipped += metrics is None
         self.waited_s += waited_s
         self.bar.update()
-        if due:
-            self.flush()
-            self._send(step + 1, rates)
         if self.pending and (self.pending[0] is None or self.pending[0].query()):
             self.flush()
 
     def _send(self, step: int, rates: dict[str, float]) -> None:
         """Starts the copy of this interval's metrics to the host, and a new interval."""
+        self.flush()
         if not self.rows:  # no update was kept
             return self._start_interval()
         seconds = time.perf_counter() - self.since
@@ -161,9 +161,11 @@ class RunLog:
         arrived = torch.cuda.current_stream().record_event() if cuda else None
         self.pending = arrived, line, list(self.rows), host, speed
         self._start_interval()
+        if arrived is None:
+            self.flush()
 
     def flush(self) -> None:
-        """Writes the line that is under way, waiting for it if need be; UserError for a loss that is no number."""
+        """Writes the line that is under way, waiting for it if need be; UserError for a loss that is not finite."""
         if not self.pending:
             return
         arrived, line, steps, host, speed = self.pending
@@ -171,17 +173,11 @@ class RunLog:
         if arrived is not None:
             arrived.synchronize()
         values = dict(zip(self.names, host.double().mean(0).tolist(), strict=True))
-        # Where fp16's scaler left a step out, its gradient was no number: null in JSON.
-        line = line | {name: value if math.isfinite(value) else None for name, value in values.items()} | speed
+        # Where fp16's scaler left a step out, its gradient was not finite: null in JSON.
+        line |= {name: value if math.isfinite(value) else None for name, value in values.items()} | speed
         self._append(line)
-        for name, value in line.items():
-            if value is not None:
-                self._to_board("add_scalar", name, value, line["step"])
-        if self.wandb:
-            self.wandb.log(line, step=line["step"])
-        self.bar.set_postfix_str(
-            f"loss {values['loss']:.4g}, {line['images_per_s']:.0f} images/s, {line['data_wait_share']:.0%} data wait"
-        )
+        for sink in self.sinks:
+            sink.line(line)
         self._refuse_lost_loss(steps, host)
         self._name_collapse(values)
 
@@ -197,53 +193,36 @@ class RunLog:
         ]
         if symptoms and not self.said_collapse:
             self.said_collapse = True
-            self.bar.clear()
-            print(
-                f"warning: the embeddings collapse ({'; '.join(symptoms)}): every image looks the same to the network; "
-                "lower the learning rates, or check what --loss, --stop-gradient and --without take out",
-                file=sys.stderr,
+            self.bar.warn(
+                f"the embeddings collapse ({'; '.join(symptoms)}): every image looks the same to the network; "
+                "lower the learning rates, or check what --loss, --stop-gradient and --without take out"
             )
 
-    def _to_board(self, what: str, *arguments) -> None:
-        """TensorBoard is an extra: a disk that does not take its file ends the pictures, not the run."""
-        try:
-            if self.board:
-                getattr(self.board, what)(*arguments)
-        except OSError as error:
-            self.board = None
-            print(f"note: nothing more for TensorBoard ({error.strerror or error})", file=sys.stderr)
-
-    def pictures(self, step: int, views: tuple[torch.Tensor, ...], method) -> None:
+    def pictures(self, step: int, views: tuple[torch.Tensor, ...], method: Method) -> None:
         """To TensorBoard, after an epoch: the views (B, 3, H, W) of some images, and what the method has to show."""
-        if not self.active or step % self.steps_per_epoch:
+        if not self.sinks or step % self.steps_per_epoch:
             return
         rows = [view[:PICTURED].detach().float().nan_to_num(0, 0, 0).cpu() for view in views]
         pixels = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)  # side by side, a row a view
         low, high = pixels.amin(), pixels.amax()
-        self._to_board("add_image", "views", (pixels - low) / (high - low).clamp(min=1e-6), step)
-        for name, matrix in getattr(method, "pictures", dict)().items():
-            self._to_board("add_image", name, red_and_blue(matrix.float().nan_to_num(0, 0, 0).cpu()), step)
+        self.board.picture("views", (pixels - low) / (high - low).clamp(min=1e-6), step)
+        for name, matrix in method.pictures().items():
+            self.board.picture(name, red_and_blue(matrix.float().nan_to_num(0, 0, 0).cpu()), step)
 
     def note_accuracy(self, step: int, values: dict[str, float]) -> None:
         """Writes a line of its own for what was measured of the weights after `step` updates."""
-        line = {"step": step, "epoch": step / self.steps_per_epoch} | values
-        self._append(line)
-        for name, value in values.items():
-            self._to_board("add_scalar", name, value, step)
-        if self.wandb:  # which takes no step that lies behind
-            self.wandb.log(values | {"knn_step": step})
-        self.bar.set_description_str(f"kNN {values['knn_top1']:.1f} %")
+        self._append({"step": step, "epoch": step / self.steps_per_epoch} | values)
+        for sink in self.sinks:
+            sink.accuracy(step, values)
 
     def before_checkpoint(self) -> None:
         """Writes what is under way. Raises UserError where a checkpoint of now would hold lost weights."""
-        if not self.active:
-            return
         self.flush()
         if self.rows:
             self._refuse_lost_loss(list(self.rows), torch.stack(list(self.rows.values())))
 
     def _refuse_lost_loss(self, steps: list[int], values: torch.Tensor) -> None:
-        """values (steps, metrics): raises UserError for the first step whose loss is no number."""
+        """values (steps, metrics): raises UserError for the first step whose loss is not finite."""
         losses = values[:, self.names.index("loss")].tolist()
         for step, loss in zip(steps, losses, strict=True):
             if not math.isfinite(loss):
@@ -254,26 +233,15 @@ class RunLog:
                 )
 
     def close(self) -> None:
-        if self.active:
-            self.bar.close()
-            self._to_board("close")
-            if self.wandb:
-                self.wandb.finish()
+        """Ends the sinks."""
+        for sink in self.sinks:
+            sink.close()
 
 
 def red_and_blue(matrix: torch.Tensor) -> torch.Tensor:
     """(H, W) in [-1, 1] → (3, H, W) in [0, 1]: white is 0, red 1, blue -1."""
     up, down = matrix.clamp(0, 1), (-matrix).clamp(0, 1)
     return torch.stack([1 - down, 1 - up - down, 1 - up])
-
-
-def start_wandb(config):
-    """A run on Weights & Biases under this run's name; resumed, it goes on there."""
-    import wandb
-
-    folder = Path(config.run)
-    about = {"project": config.wandb, "id": folder.name, "name": folder.name, "dir": folder, "config": as_plain(config)}
-    return wandb.init(resume="allow", **about)
 
 
 def keep_lines_before(path: Path, step: int) -> None:

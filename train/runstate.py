@@ -34,7 +34,8 @@ from train.distributed import Ranks, largest, say
 EPOCHS_APART_S = 60.0  # since the last checkpoint, for the end of an epoch to be worth another
 
 
-def backbone_info(config: PretrainConfig, features: int, step: int, dataset_sha256: str = "") -> BackboneInfo:
+def backbone_info(config: PretrainConfig, features: int, step: int, *, dataset_sha256: str = "") -> BackboneInfo:
+    """What a file of a run says of its backbone, which has `features` outputs, after `step` updates."""
     return BackboneInfo(
         arch=config.arch,
         stem=config.stem,
@@ -62,7 +63,7 @@ def on_cpu(value):
 
 
 def refuse_lost_weights(model: dict[str, torch.Tensor], step: int) -> None:
-    """Raises UserError for a weight that is no number: a finite loss does not tell of its own gradient."""
+    """Raises UserError for a weight that is not finite: a finite loss does not show what its gradient was."""
     for name, weight in model.items():
         if weight.is_floating_point() and not weight.isfinite().all():
             raise UserError(
@@ -84,10 +85,10 @@ class RunState:
         self,
         config: PretrainConfig,
         ranks: Ranks,
-        parts: dict,
-        features: int,
         loader,
         *,
+        parts: dict,
+        features: int,
         dataset_sha256: str = "",
         writer: OneWriter | None = None,
     ):
@@ -108,7 +109,7 @@ class RunState:
                 text = "is from before checkpoints named their images; it is taken on trust that they are those of"
                 say(self.ranks, f"note: {path} {text} {self.config.data}")
             if path.name != CHECKPOINT:
-                say(self.ranks, f"note: {self.folder / CHECKPOINT} is damaged or missing; going on from {path.name}")
+                say(self.ranks, f"note: {self.folder / CHECKPOINT} is damaged or missing; continuing from {path.name}")
             for name, part in self.parts.items():
                 part.load_state_dict(saved[name])
             step, mark = saved["step"], int(sha256[:15], 16)
@@ -144,14 +145,14 @@ class RunState:
         self.since = time.monotonic()
 
     def info(self, step: int) -> BackboneInfo:
-        """What a file says of the backbone after `step` updates."""
-        return backbone_info(self.config, self.features, step, self.dataset_sha256)
+        """`backbone_info` of this run."""
+        return backbone_info(self.config, self.features, step, dataset_sha256=self.dataset_sha256)
 
     def _write(self, content: dict) -> None:
         try:
             self._require_writer()
             refuse_lost_weights(content["model"], content["step"])
-            save_checkpoint(self.folder, content, self.on_disk, self.config.keep)
+            save_checkpoint(self.folder, content, before=self.on_disk, keep=self.config.keep)
             self.on_disk = content["step"]
         except Exception as error:  # it ends the run, on the thread that trains
             self.error = error

@@ -37,6 +37,7 @@ def culprits(before: dict[int, tuple[int, int]], after: dict[int, tuple[int, int
 
 
 def named(ranks: list[int]) -> str:
+    """ "rank 3", or "each of the ranks 1, 3"."""
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"each of the ranks {', '.join(map(str, ranks))}"
 
 
@@ -105,7 +106,7 @@ class Watchdog:
             return
         print(
             f"\nerror: rank {self.ranks.rank} waited {self.limit_s / 60:.3g} minutes in step {self.begun}: {reason}; "
-            "the same command goes on from the last checkpoint",
+            "the same command continues from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )

@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.utils.data
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from eval.detector.data import DetectionImages, Split
@@ -24,7 +23,7 @@ from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
 from train.content import DamagedFile, read_state, write_state
-from train.distributed import Ranks, StopRequest
+from train.distributed import Ranks, StopRequest, averaging_gradients
 
 FORMAT, VERSION = "barlow-at-speed detection", 1
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of all but batch norm's weights, which have no decay
@@ -142,11 +141,7 @@ class Training:
 def train(training: Training, images: DetectionImages, checkpoint_every: int) -> int:
     """Trains to the end of the schedule or to a signal, which it returns; 0 at the end."""
     ranks, schedule, optimizer = training.ranks, training.schedule, training.optimizer
-    model = training.detector.train()
-    if ranks.world_size > 1:
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        model = DistributedDataParallel(training.detector, device_ids=devices)
-        model.broadcast_buffers = False  # batch norm's are equal on all ranks
+    model = averaging_gradients(training.detector.train(), ranks)
     start, stop = training.iteration, schedule.iterations
     bar = tqdm(total=stop, initial=start, unit="iteration", disable=None if ranks.rank == 0 else True)
     with StopRequest(ranks) as request, bar:

@@ -24,9 +24,13 @@ from step import PEAK, SYNTHETIC, Bench, BenchConfig
 
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
-from train.cards import PRESETS, resolved
+from train.cards import PRESETS
+from train.config import PretrainConfig
 from train.distributed import Ranks, start_ranks
+from train.flags import resolved
+from train.methods.contract import Metrics
 from train.run_data import loader_config
+from train.update import Update, make_update
 
 PARTS = ("compile", "graph", "together")
 WAYS = ("compile+graph", "compile+graph+together", "graph", "graph+together", "compile", "eager")
@@ -58,16 +62,20 @@ class LoopLARS(torch.optim.Optimizer):
                 p.add_(momentum, alpha=-group["lr"])
 
 
-class PublishedBench(Bench):
-    """The published way's step."""
+class PublishedUpdate(Update):
+    """The published way's step: views and weights in NCHW, and no norm of the gradient for a record."""
 
-    MEMORY_FORMAT = torch.contiguous_format
+    def gradients(self, views: tuple[torch.Tensor, ...]) -> Metrics:
+        loss, metrics = self.forward(tuple(view.contiguous() for view in views))
+        self.scaler.scale(loss).backward()
+        return metrics
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return LoopLARS(self.method.parameter_groups())
 
-    def _loss(self, model, views):
-        return super()._loss(model, [view.contiguous() for view in views])
+def make_published_update(config: PretrainConfig, ranks: Ranks) -> PublishedUpdate:
+    """`config` says the rest of that way: see `published`."""
+    ours = make_update(config, ranks)
+    method = ours.method.to(memory_format=torch.contiguous_format)
+    return PublishedUpdate(**vars(ours) | {"optimizer": LoopLARS(method.parameter_groups())})
 
 
 # ---- what is run ----
@@ -87,7 +95,7 @@ def ours(activations: str = "all") -> dict:
 
 
 def published(dry_run: bool) -> dict:
-    """The published step's fields, as far as they are fields; PublishedBench is the rest."""
+    """The published step's fields, as far as they are fields; PublishedUpdate is the rest."""
     amp = {"amp": "off" if dry_run else "fp16"}
     return way_fields("eager") | amp | {"activations": "all"}
 
@@ -150,7 +158,7 @@ def measure_step(config: StageConfig, record: Record) -> None:
     """Ours and the published way; then ours on real images; then ours at the card's own batch."""
     ranks, rounds = start_ranks(), 2 if config.dry_run else ROUNDS
     one = Bench(bench_card(config, "imagenet", EQUAL_BATCH, ours()), ranks)
-    other = PublishedBench(bench_card(config, "imagenet", EQUAL_BATCH, published(config.dry_run)), ranks)
+    other = Bench(bench_card(config, "imagenet", EQUAL_BATCH, published(config.dry_run)), ranks, make_published_update)
     turns = {"ours": one.together, "published": other.together}
     for turn in turns.values():  # compiled, and cuDNN's kernels chosen
         with_memory(turn)

@@ -21,41 +21,35 @@ MFU is the share of the GPU's dense bf16 peak that the operations of one forward
 """
 
 import contextlib
-import json
 import os
 import platform
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
-from scipy import stats
-from torch.nn.parallel import DistributedDataParallel
+from measure import interval, write_json
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.choices.order import rank_batch
 from pipeline.command import run_command
-from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from train.batchnorm import with_global_batch_norm
-from train.cards import chosen_preset, resolved
 from train.config import AMP, PretrainConfig, as_plain
 from train.distributed import Ranks, say, start_ranks, stop_ranks
-from train.lars import LARS
-from train.memory import apply_activations, compile_parts, with_activations, with_device_defaults
+from train.flags import chosen_preset, resolved
 from train.methods.choose import make_method
 from train.model import make_backbone
-from train.recompute import run_in_parts
-from train.recorded import RecordedStep, require_one_gpu
 from train.run_data import loader_config, view_type
-from train.together import keep_views_apart
+from train.update import Update, make_update
 
 SYNTHETIC = Path("synthetic")
+# At step 0 of a warm-up the learning rate is 0: however many steps are timed, the weights stay as they are.
+AT_REST = {"epochs": 1, "warmup_epochs": 1, "on_nan": "stop", "init_from": None}
 READY = 3  # batches that a loader may have ready when nobody has asked for a while; they are not timed
 # Dense bf16 peak, operations a second. Source: NVIDIA's data sheets (without sparsity).
 PEAK = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
@@ -75,75 +69,51 @@ class BenchConfig(PretrainConfig):
     """Where to write the record."""
 
 
+def operations(config: BenchConfig, ranks: Ranks, views: tuple[torch.Tensor, ...]) -> float:
+    """Floating-point operations of this rank's forward and backward pass, from two images: they grow with the batch.
+
+    In a network of its own: a compiled one cannot be counted, and one that recomputes would count twice.
+    """
+    network = make_backbone(config.arch, config.stem)
+    method = make_method(*network, config).to(ranks.device, memory_format=torch.channels_last)
+    autocast = torch.autocast(ranks.device.type, AMP[config.amp], enabled=config.amp != "off")
+    with FlopCounterMode(display=False) as counter:
+        with autocast:
+            loss, _ = method([view[:2] for view in views])
+        loss.backward()
+    return counter.get_total_flops() * len(views[0]) / 2
+
+
 class Bench:
-    """The network, optimizer and batches of one rank, as train() in train/pretrain.py makes them."""
+    """One rank's updates, as train/update.py makes them, and the batches that they get."""
 
-    MEMORY_FORMAT = torch.channels_last
-
-    def __init__(self, config: BenchConfig, ranks: Ranks):
-        self.cuda = ranks.device.type == "cuda"
-        config = with_device_defaults(config, ranks)
-        torch.manual_seed(config.seed)
-        network = make_backbone(config.arch, config.stem)
-        method = make_method(*network, config).to(ranks.device, memory_format=self.MEMORY_FORMAT)
-        self.method = with_global_batch_norm(method)
-        self.config, self.ranks = with_activations(config, self.method, ranks), ranks
-        config = self.config
-        if config.views_together:
-            keep_views_apart(self.method)
-        self.optimizer = self._optimizer()
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16")
+    def __init__(self, config: BenchConfig, ranks: Ranks, make: Callable[..., Update] = make_update):
+        self.cuda, self.ranks = ranks.device.type == "cuda", ranks
+        self.update = make(replace(config, **AT_REST), ranks)
+        self.config = config = self.update.config
         self.loader = None if config.data == SYNTHETIC else make_loader(loader_config(config, ranks))
         side, share = config.resolution, rank_batch(config.global_batch, ranks.world_size)
         kind = {"dtype": view_type(config, ranks.device), "device": ranks.device}
         pixels = (torch.randn(share, 3, side, side, **kind) for _ in range(2))
-        self.views = tuple(view.contiguous(memory_format=self.MEMORY_FORMAT) for view in pixels)
-        with FlopCounterMode(display=False) as counter:  # of two images: they grow with the batch, as memory does
-            self._loss(self.method, [view[:2] for view in self.views])[0].backward()
-        self.operations = counter.get_total_flops() * share / 2
-        apply_activations(config, self.method)
-        if config.accumulate > 1:
-            run_in_parts(self.method.backbone, config.accumulate)
-        if config.compile:
-            compile_parts(config, self.method)
-        else:  # hooks would be compiled away
-            for part in self.method.children():
+        self.views = tuple(view.contiguous(memory_format=torch.channels_last) for view in pixels)
+        self.operations = operations(config, ranks, self.views)
+        self.marks: list[tuple[str, object]] | None = None
+        self.update.mark = self._mark
+        if not config.compile:  # hooks would be compiled away
+            for part in self.update.method.children():
                 part.register_forward_pre_hook(lambda *_: self._mark("loss"))
                 part.register_forward_hook(lambda *_: self._mark("forward"))
-        torch.backends.cudnn.benchmark = True
-        self.model = self.method
-        if ranks.world_size > 1:
-            devices = [ranks.device] if self.cuda else None
-            self.model = DistributedDataParallel(self.method, device_ids=devices, gradient_as_bucket_view=True)
-            self.model.broadcast_buffers = False
-        self.marks: list[tuple[str, object]] | None = None
-        if config.cuda_graph:
-            require_one_gpu(ranks)
-        self.recorded = RecordedStep(self._gradients, self.optimizer) if config.cuda_graph else None
         self.batches = self.batches_of(self.loader)
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        return LARS(self.method.parameter_groups(), eta=self.config.lars_eta, clip=self.config.lars_clip)
-
-    def _gradients(self, views) -> dict[str, torch.Tensor]:
-        loss, metrics = self._loss(self.model, views)
-        loss.backward()
-        return metrics
-
-    def _loss(self, model, views):
-        enabled = self.config.amp != "off"
-        with torch.autocast(self.ranks.device.type, AMP[self.config.amp], enabled=enabled):
-            return model(views)
 
     def _mark(self, stage: str) -> None:
         """Notes that `stage` ended here. On a GPU an event, which makes nothing wait."""
-        if self.marks is None:
-            return
+        if self.marks is None or (self.update.recorded and stage in ("forward", "loss", "backward")):
+            return  # within a recorded step an event would become a part of it
         now = time.perf_counter()
         if self.cuda:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
-        self.marks.append((stage, now))
+        self.marks.append(("forward" if stage == "loss" and self.config.compile else stage, now))
 
     def _wait(self) -> None:
         if self.cuda:
@@ -155,34 +125,18 @@ class Bench:
             yield self.views
         yield from (batch.views for batch in loader.batches(0, sys.maxsize))
 
-    def step(self, views) -> None:
-        self._mark("data_wait")
-        for group in self.optimizer.param_groups:
-            group["lr"] = 1e-3 * group["peak_lr"]
-        if self.recorded:
-            self.recorded(views)
-            return self._mark("optimizer")
-        loss, _ = self._loss(self.model, views)
-        self._mark("loss" if not self.config.compile else "forward")
-        self.scaler.scale(loss).backward()
-        self._mark("backward")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._mark("optimizer")
-
     def together(self, batches=None) -> dict[str, float]:
         """Milliseconds of a step, and of its wait for data, with nothing between the stages."""
         batches = batches or self.batches
         for _ in range(READY):
-            self.step(next(batches))
+            self.update(next(batches))
         self._wait()
         start, waited = time.perf_counter(), 0.0
         for _ in range(self.config.steps):
             asked = time.perf_counter()
             views = next(batches)
             waited += time.perf_counter() - asked
-            self.step(views)
+            self.update(views)
         self._wait()
         seconds = time.perf_counter() - start
         return {"step": 1000 * seconds / self.config.steps, "data_wait": 1000 * waited / self.config.steps}
@@ -190,9 +144,9 @@ class Bench:
     def apart(self) -> dict[str, float]:
         """Milliseconds a step of every stage on the device."""
         self.marks = []
-        self._mark("begin")
         for _ in range(self.config.steps):
-            self.step(self.views)
+            self._mark("begin")
+            self.update(self.views)
         self._wait()
         marks, self.marks = self.marks, None
         total = defaultdict(float)
@@ -205,7 +159,7 @@ class Bench:
         found = self.apart() | self.together()
         found["communication"] = 0.0
         if self.ranks.world_size > 1:
-            with self.model.no_sync():
+            with self.update.model.no_sync():
                 found["communication"] = max(0.0, found["backward"] - self.apart()["backward"])
         found["copy"] = found["views"] = 0.0
         if self.loader is not None:
@@ -213,39 +167,34 @@ class Bench:
         return found
 
     def _loader_alone(self) -> float:
+        """Milliseconds a batch when no step is made."""
         for _ in range(READY):
             next(self.batches)
-        start = time.perf_counter()
-        for _ in range(self.config.steps):
-            next(self.batches)
-            self._wait()
-        return 1000 * (time.perf_counter() - start) / self.config.steps
+        return self._ms_of(lambda: (next(self.batches), self._wait()))
 
     def _copy(self) -> float:
-        """As many bytes as the decoded images of one of this rank's batches, pinned, to the GPU."""
+        """Milliseconds for the bytes of a batch of decoded images from pinned memory to the GPU."""
         if not self.cuda:
             return 0.0
         heights, widths = self.loader.sizes
-        pixels = torch.empty(
-            int((heights * widths).mean() * 3 * len(self.views[0])), dtype=torch.uint8, pin_memory=True
-        )
+        nbytes = int((heights * widths).mean() * 3 * len(self.views[0]))
+        pixels = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return self._ms_of(lambda: pixels.to(self.ranks.device, non_blocking=True))
+
+    def _ms_of(self, work: Callable) -> float:
+        """Milliseconds of one of --steps calls."""
         self._wait()
         start = time.perf_counter()
         for _ in range(self.config.steps):
-            pixels.to(self.ranks.device, non_blocking=True)
+            work()
         self._wait()
         return 1000 * (time.perf_counter() - start) / self.config.steps
 
     def close(self) -> None:
+        """Ends the loader."""
         self.batches.close()
         if self.loader is not None:
             self.loader.close()
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and the half width of its 95 % interval."""
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-    return {"mean": round(float(np.mean(values)), 4), "ci95": round(float(half), 4)}
 
 
 def device_name(ranks: Ranks) -> str:
@@ -288,7 +237,7 @@ def main(config: BenchConfig) -> None:
         raise UserError(f"--repeats {config.repeats} and --steps {config.steps}: give at least 5 and 1")
     synthetic = config.data == SYNTHETIC
     config = resolved(config)
-    config = BenchConfig(**vars(config) | {"data": SYNTHETIC if synthetic else config.data})
+    config = replace(config, data=SYNTHETIC if synthetic else config.data)
     ranks = start_ranks()
     try:
         with contextlib.closing(Bench(config, ranks)) as bench:
@@ -299,8 +248,7 @@ def main(config: BenchConfig) -> None:
         stop_ranks()
     if ranks.rank == 0:
         print_record(result)
-        if config.json:
-            write_whole(config.json, json.dumps(result, indent=1) + "\n")
+        write_json(config.json, result)
 
 
 if __name__ == "__main__":

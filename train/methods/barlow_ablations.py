@@ -17,9 +17,8 @@ from torch import nn
 from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks, sum_over_ranks, world_size
 from train.methods.barlow_twins import CORNER, BarlowTwins
-from train.methods.contract import collapse_metrics
+from train.methods.contract import Metrics, collapse_metrics
 from train.model import make_projector
-from train.together import of_each_view
 
 
 def is_ablated(config: PretrainConfig) -> bool:
@@ -42,6 +41,8 @@ def ablated_loss(c: torch.Tensor, config: PretrainConfig) -> torch.Tensor:
 
 
 class AblatedBarlowTwins(BarlowTwins):
+    """Barlow Twins with what the flags above take out or put in."""
+
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__(backbone, features, config)
         widths = projector_widths(config.projector)
@@ -57,20 +58,19 @@ class AblatedBarlowTwins(BarlowTwins):
         z = self.normalize(z)
         return F.normalize(z, dim=1) if self.config.embedding_norm == "feature" else z
 
-    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z1, z2 = of_each_view(views, self.config.views_together, self.backbone, self.projector)
-        if self.config.predictor:
-            z1 = self.predictor(z1)
-        if self.config.stop_gradient:
-            z2 = z2.detach()
-        with torch.autocast(z1.device.type, enabled=False):
-            z1, z2 = (z if z.dtype == torch.float64 else z.float() for z in (z1, z2))
-            collapse = mean_over_ranks(collapse_metrics(z1))
-            z1, z2 = self.normalized(z1), self.normalized(z2)
-            self.corner = [z[:, :CORNER].detach().clone() for z in (z1, z2)]
-            images = 1 if self.config.embedding_norm == "feature" else len(z1) * world_size()
-            c = sum_over_ranks(z1.T @ z2) / images
-            loss = ablated_loss(c, self.config) * self.config.loss_scale
+    def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The embeddings: with --predictor the first view's prediction, with --stop-gradient the second's detached."""
+        z1, z2 = super().outputs(views)
+        return self.predictor(z1) if self.config.predictor else z1, z2.detach() if self.config.stop_gradient else z2
+
+    def loss(self, z1: torch.Tensor, z2: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """Of embeddings (B, D) twice, through C as the configuration makes it."""
+        collapse = mean_over_ranks(collapse_metrics(z1))
+        z1, z2 = self.normalized(z1), self.normalized(z2)
+        self.corner = [z[:, :CORNER].detach().clone() for z in (z1, z2)]
+        images = 1 if self.config.embedding_norm == "feature" else len(z1) * world_size()
+        c = sum_over_ranks(z1.T @ z2) / images
+        loss = ablated_loss(c, self.config) * self.config.loss_scale
         return loss, {"loss": loss.detach()} | matrix_metrics(c.detach()) | collapse
 
 

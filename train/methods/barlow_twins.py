@@ -14,9 +14,7 @@ from torch import nn
 from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
 from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks, world_size
-from train.methods.contract import collapse_metrics, weight_and_bias_groups
-from train.model import make_projector
-from train.together import of_each_view
+from train.methods.contract import Method, Metrics, collapse_metrics
 
 ROWS = 2048  # rows of C that are reduced over ranks while the next ones are computed
 CORNER = 64  # dimensions of C that are shown as a picture
@@ -67,27 +65,23 @@ class BarlowTwinsLoss(torch.autograd.Function):
             return (z2 @ g.T).mul_(scale), (z1 @ g).mul_(scale), None
 
 
-class BarlowTwins(nn.Module):
+class BarlowTwins(Method):
+    """Backbone, projector, and a batch norm without weights for the embeddings."""
+
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}  # noqa: RUF012 (never changed)
-    TOGETHER = ("backbone", "projector")
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
-        super().__init__()
-        widths = projector_widths(config.projector)
-        self.backbone = backbone
-        self.projector = make_projector(features, widths)
-        self.normalize = nn.BatchNorm1d(widths[-1], affine=False, track_running_stats=False)
-        self.config = config
+        super().__init__(backbone, features, config)
+        embedding_width = projector_widths(config.projector)[-1]
+        self.normalize = nn.BatchNorm1d(embedding_width, affine=False, track_running_stats=False)
 
-    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z1, z2 = of_each_view(views, self.config.views_together, self.backbone, self.projector)
-        with torch.autocast(z1.device.type, enabled=False):
-            z1, z2 = (z if z.dtype == torch.float64 else z.float() for z in (z1, z2))
-            collapse = mean_over_ranks(collapse_metrics(z1))
-            z1, z2 = self.normalize(z1), self.normalize(z2)
-            self.corner = [z[:, :CORNER].detach().clone() for z in (z1, z2)]
-            loss, on_diagonal, off_diagonal, diagonal_mean = BarlowTwinsLoss.apply(z1, z2, self.config.lambd)
-            loss = loss * self.config.loss_scale
+    def loss(self, z1: torch.Tensor, z2: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """Eq. 1 of embeddings (B, D) twice."""
+        collapse = mean_over_ranks(collapse_metrics(z1))
+        z1, z2 = self.normalize(z1), self.normalize(z2)
+        self.corner = [z[:, :CORNER].detach().clone() for z in (z1, z2)]
+        loss, on_diagonal, off_diagonal, diagonal_mean = BarlowTwinsLoss.apply(z1, z2, self.config.lambd)
+        loss = loss * self.config.loss_scale
         pairs = z1.shape[1] * (z1.shape[1] - 1)
         return loss, {
             "loss": loss.detach(),
@@ -101,9 +95,3 @@ class BarlowTwins(nn.Module):
         """The first dimensions' part of C over this rank's images of the last step."""
         z1, z2 = self.corner
         return {"cross_correlation": z1.T @ z2 / len(z1)}
-
-    def parameter_groups(self) -> list[dict]:
-        return weight_and_bias_groups(self.parameters(), self.config)
-
-    def after_step(self, step: int, stop_step: int) -> None:
-        """Nothing moves beside the optimizer."""

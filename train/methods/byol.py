@@ -14,7 +14,7 @@ from torch import nn
 from pipeline.spec import BARLOW_TWINS_VIEWS, CIFAR_VIEWS
 from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks
-from train.methods.contract import collapse_metrics, weight_and_bias_groups
+from train.methods.contract import Method, Metrics, collapse_metrics
 from train.model import Layers, make_projector
 from train.together import of_each_view
 
@@ -24,34 +24,33 @@ def momentum_at(step: int, stop_step: int, start: float) -> float:
     return 1 - (1 - start) * (math.cos(math.pi * step / stop_step) + 1) / 2
 
 
-class BYOL(nn.Module):
+class BYOL(Method):
+    """Backbone, projector and predictor, and the target that follows the first two."""
+
     # Barlow Twins took its two views from here.
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": CIFAR_VIEWS}  # noqa: RUF012 (never changed)
     TOGETHER = ("backbone", "projector", "predictor", "target")
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
-        super().__init__()
-        widths = projector_widths(config.projector)
-        self.backbone = backbone
-        self.projector = make_projector(features, widths)
-        self.predictor = make_projector(widths[-1], projector_widths(config.predictor))
+        super().__init__(backbone, features, config)
+        embedding_width = projector_widths(config.projector)[-1]
+        self.predictor = make_projector(embedding_width, projector_widths(config.predictor))
         # Neither DistributedDataParallel nor the optimizer sees it; a checkpoint does.
         self.target = copy.deepcopy(Layers(backbone, self.projector)).requires_grad_(False)
-        self.config = config
 
-    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Both views' predictions, then both views' targets."""
         together = self.config.views_together
         predictions = of_each_view(views, together, self.backbone, self.projector, self.predictor)
         with torch.no_grad():
-            targets = of_each_view(views, together, self.target)
-        with torch.autocast(views[0].device.type, enabled=False):
-            p1, p2, t1, t2 = (z if z.dtype == torch.float64 else z.float() for z in (*predictions, *targets))
-            loss = (4 - 2 * F.cosine_similarity(p1, t2) - 2 * F.cosine_similarity(p2, t1)).mean()
-            metrics = {"loss": loss} | collapse_metrics(t1)
-        return loss, mean_over_ranks(metrics)
+            return *predictions, *of_each_view(views, together, self.target)
 
-    def parameter_groups(self) -> list[dict]:
-        return weight_and_bias_groups(self.parameters(), self.config)
+    def loss(
+        self, p1: torch.Tensor, p2: torch.Tensor, t1: torch.Tensor, t2: torch.Tensor
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Of predictions and targets, (B, D) each."""
+        loss = (4 - 2 * F.cosine_similarity(p1, t2) - 2 * F.cosine_similarity(p2, t1)).mean()
+        return loss, mean_over_ranks({"loss": loss} | collapse_metrics(t1))
 
     @torch.no_grad()
     def after_step(self, step: int, stop_step: int) -> None:

@@ -7,11 +7,12 @@ from train.config import PretrainConfig
 from train.methods.barlow_ablations import AblatedBarlowTwins, is_ablated
 from train.methods.barlow_twins import BarlowTwins
 from train.methods.byol import BYOL
+from train.methods.contract import Method
 from train.methods.simclr import SimCLR
 from train.methods.simsiam import SimSiam
 from train.methods.vicreg import VICReg
 
-METHODS: dict[str, type[nn.Module]] = {
+METHODS: dict[str, type[Method]] = {
     "barlow_twins": BarlowTwins,
     "simclr": SimCLR,
     "byol": BYOL,
@@ -20,7 +21,7 @@ METHODS: dict[str, type[nn.Module]] = {
 }
 
 
-def make_method(backbone: nn.Module, features: int, config: PretrainConfig) -> nn.Module:
+def make_method(backbone: nn.Module, features: int, config: PretrainConfig) -> Method:
     """The configured method around a backbone with `features` outputs."""
     ablated = config.method == "barlow_twins" and is_ablated(config)
     return (AblatedBarlowTwins if ablated else METHODS[config.method])(backbone, features, config)

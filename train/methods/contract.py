@@ -1,25 +1,26 @@
-"""What a method is: one file beside this one, one nn.Module made of a backbone and the configuration.
+"""What a method is: one nn.Module made of a backbone and the configuration, in one file beside this one.
 
-The loop in pretrain.py calls what stands here and nothing else, and --compile compiles each child module.
-Heads, loss and any further state are the method's own affair; `state_dict` holds everything a resumed run needs
-beyond step and optimizer. A new method is such a file (vicreg.py is an example), a line in choose.py, and its
-settings in train/config.py and cards.py.
+The update (train/update.py) calls what stands here and nothing else, and --compile compiles each child module. Heads,
+loss and any further state are the method's own affair; its `state_dict` holds everything that a resumed run needs
+beside step and optimizer. How to add one: train/README.md.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from pipeline.spec import ViewSpec
-from train.config import PretrainConfig
+from train.config import PretrainConfig, projector_widths
+from train.model import make_projector
+from train.together import of_each_view
+
+Metrics = dict[str, torch.Tensor]
 
 
-class Method(Protocol):
-    """
-    A method may also have pictures(): {name: (H, W) in [-1, 1]} of the last step, for TensorBoard.
+class Method(nn.Module):
+    """A backbone and a projector behind it; what a method adds is a subclass that has at least VIEWS and `loss`.
 
     VIEWS     the value of --views → the view table, one ViewSpec a view
     TOGETHER  the networks that both views go through, by name: with --views-together in one pass (train/together.py)
@@ -27,28 +28,45 @@ class Method(Protocol):
     """
 
     VIEWS: dict[str, tuple[ViewSpec, ...]]
-    TOGETHER: tuple[str, ...]
-    backbone: nn.Module
+    TOGETHER: tuple[str, ...] = ("backbone", "projector")
 
-    def forward(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
+        super().__init__()
+        self.backbone = backbone
+        self.projector = make_projector(features, projector_widths(config.projector))
+        self.config = config
+
+    def forward(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Metrics]:
         """V tensors (B, C, H, W) of this rank → the loss and its metrics.
 
         The loss is 0-d float32; its mean over ranks is what is minimized. The metrics are 0-d and detached,
         "loss" among them, and equal on all ranks.
         """
+        outputs = self.outputs(views)
+        with torch.autocast(views[0].device.type, enabled=False):
+            return self.loss(*(z if z.dtype == torch.float64 else z.float() for z in outputs))
+
+    def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """What `loss` is made of, each (B, D), under autocast: by default the embeddings of the views."""
+        return of_each_view(views, self.config.views_together, self.backbone, self.projector)
+
+    def loss(self, *outputs: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """The loss and its metrics, as `forward` returns them, in float32."""
+        raise NotImplementedError
 
     def parameter_groups(self) -> list[dict]:
         """The optimizer's groups: params, name, peak_lr, weight_decay, adapt (train/lars.py).
 
         A group with constant_lr keeps its peak_lr; the others follow the schedule.
         """
+        return weight_and_bias_groups(self.parameters(), self.config)
 
     def after_step(self, step: int, stop_step: int) -> None:
         """After the optimizer's update number `step` (from 0) of `stop_step`: for state that follows the weights."""
 
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> object: ...
+    def pictures(self) -> Metrics:
+        """Matrices (H, W) in [-1, 1] of the last step by name, for TensorBoard."""
+        return {}
 
 
 def weight_and_bias_groups(parameters: Iterable[nn.Parameter], config: PretrainConfig) -> list[dict]:
@@ -78,7 +96,7 @@ def weight_and_bias_groups(parameters: Iterable[nn.Parameter], config: PretrainC
 
 
 @torch.no_grad()
-def collapse_metrics(z: torch.Tensor) -> dict[str, torch.Tensor]:
+def collapse_metrics(z: torch.Tensor) -> Metrics:
     """Of this rank's embeddings (B, D), scaled to length 1: what falls when they collapse.
 
     embedding_spread      √D times the mean deviation of a dimension: about 1; 0 where all embeddings are one point

@@ -8,13 +8,10 @@ of the ranks' losses is the loss of the global batch, and so is its gradient.
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from pipeline.spec import ViewSpec
-from train.config import PretrainConfig, projector_widths
 from train.distributed import gather_over_ranks, mean_over_ranks, rank
-from train.methods.contract import collapse_metrics, weight_and_bias_groups
-from train.model import make_projector
+from train.methods.contract import Method, Metrics, collapse_metrics
 
 _VIEW = ViewSpec(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, p_blur=0.5)  # Chen 2020, appendix A
 
@@ -32,26 +29,18 @@ def nt_xent(z1: torch.Tensor, z2: torch.Tensor, temperature: float) -> tuple[tor
     return F.cross_entropy(similarity, twin), (similarity.argmax(1) == twin).float().mean()
 
 
-class SimCLR(nn.Module):
+class SimCLR(Method):
+    """Backbone and projector."""
+
     VIEWS = {"imagenet": (_VIEW, _VIEW), "cifar10": (_VIEW, _VIEW)}  # noqa: RUF012 (never changed)
     TOGETHER = ()  # its batch norms see both views anyway, as published
 
-    def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
-        super().__init__()
-        self.backbone = backbone
-        self.projector = make_projector(features, projector_widths(config.projector))
-        self.config = config
+    def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Both views' embeddings, from one pass: each batch norm takes both views as one batch, as published."""
+        return self.projector(self.backbone(torch.cat(views))).chunk(2)
 
-    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z = self.projector(self.backbone(torch.cat(views)))  # one batch norm for both views, as published
-        with torch.autocast(z.device.type, enabled=False):
-            z1, z2 = F.normalize(z if z.dtype == torch.float64 else z.float()).chunk(2)
-            loss, found = nt_xent(z1, z2, self.config.temperature)
-        metrics = {"loss": loss, "twin_top1": found} | collapse_metrics(z1)
-        return loss, mean_over_ranks(metrics)
-
-    def parameter_groups(self) -> list[dict]:
-        return weight_and_bias_groups(self.parameters(), self.config)
-
-    def after_step(self, step: int, stop_step: int) -> None:
-        """Nothing moves beside the optimizer."""
+    def loss(self, z1: torch.Tensor, z2: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """NT-Xent of embeddings (B, D) twice."""
+        z1, z2 = F.normalize(z1), F.normalize(z2)
+        loss, found = nt_xent(z1, z2, self.config.temperature)
+        return loss, mean_over_ranks({"loss": loss, "twin_top1": found} | collapse_metrics(z1))

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline.spec import ViewSpec
 from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks
-from train.methods.contract import collapse_metrics
+from train.methods.contract import Method, Metrics, collapse_metrics
 from train.model import make_projector
 from train.together import of_each_view
 
@@ -20,29 +20,32 @@ _VIEW = ViewSpec(area=(0.2, 1.0), saturation=0.4, p_blur=0.5)  # Chen & He 2021,
 _CIFAR_VIEW = ViewSpec(saturation=0.4, p_blur=0.5)  # solo-learn's for CIFAR-10
 
 
-class SimSiam(nn.Module):
+class SimSiam(Method):
+    """Backbone, projector and predictor."""
+
     VIEWS = {"imagenet": (_VIEW, _VIEW), "cifar10": (_CIFAR_VIEW, _CIFAR_VIEW)}  # noqa: RUF012 (never changed)
     TOGETHER = ("backbone", "projector", "predictor")
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
-        super().__init__()
-        widths, hidden = projector_widths(config.projector), projector_widths(config.predictor)
-        self.backbone = backbone
-        self.projector = make_projector(features, widths).append(nn.BatchNorm1d(widths[-1], affine=False))
-        self.predictor = make_projector(widths[-1], hidden)
+        super().__init__(backbone, features, config)
+        embedding_width, hidden = projector_widths(config.projector)[-1], projector_widths(config.predictor)
+        self.projector.append(nn.BatchNorm1d(embedding_width, affine=False))
+        self.predictor = make_projector(embedding_width, hidden)
         self.predictor[-1] = nn.Linear(self.predictor[-1].in_features, hidden[-1])  # with a bias, as published
-        self.config = config
 
-    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z = of_each_view(views, self.config.views_together, self.backbone, self.projector)
-        p = of_each_view(z, self.config.views_together, self.predictor)
-        with torch.autocast(views[0].device.type, enabled=False):
-            z1, z2, p1, p2 = (one if one.dtype == torch.float64 else one.float() for one in (*z, *p))
-            if self.config.stop_gradient:
-                z1, z2 = z1.detach(), z2.detach()
-            loss = -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
-            metrics = {"loss": loss} | collapse_metrics(z1)
-        return loss, mean_over_ranks(metrics)
+    def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Both views' embeddings, then both views' predictions."""
+        z = super().outputs(views)
+        return *z, *of_each_view(z, self.config.views_together, self.predictor)
+
+    def loss(
+        self, z1: torch.Tensor, z2: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor
+    ) -> tuple[torch.Tensor, Metrics]:
+        """Of embeddings and predictions, (B, D) each."""
+        if self.config.stop_gradient:
+            z1, z2 = z1.detach(), z2.detach()
+        loss = -(F.cosine_similarity(p1, z2).mean() + F.cosine_similarity(p2, z1).mean()) / 2
+        return loss, mean_over_ranks({"loss": loss} | collapse_metrics(z1))
 
     def parameter_groups(self) -> list[dict]:
         """Plain SGD, weight decay on everything; the predictor's learning rate stays where it starts."""
@@ -54,6 +57,3 @@ class SimSiam(nn.Module):
             {"name": "weights", "params": others, **common},
             {"name": "predictor", "params": predictor, "constant_lr": True, **common},
         ]
-
-    def after_step(self, step: int, stop_step: int) -> None:
-        """Nothing moves beside the optimizer."""

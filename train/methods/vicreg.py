@@ -10,14 +10,10 @@ ranks, and DistributedDataParallel's mean divides them again: the gradient is th
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from pipeline.spec import BARLOW_TWINS_VIEWS, ViewSpec
-from train.config import PretrainConfig, projector_widths
 from train.distributed import gather_over_ranks
-from train.methods.contract import collapse_metrics, weight_and_bias_groups
-from train.model import make_projector
-from train.together import of_each_view
+from train.methods.contract import Method, Metrics, collapse_metrics
 
 INVARIANCE, VARIANCE, COVARIANCE = 25.0, 25.0, 1.0  # Bardes 2022, section 4.2
 _CIFAR_VIEW = ViewSpec(area=(0.2, 1.0), p_solarize=0.1)  # solo-learn's for CIFAR-10
@@ -32,29 +28,17 @@ def variance_and_covariance(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return F.relu(1 - deviation).mean() / 2, off_diagonal / z.shape[1]
 
 
-class VICReg(nn.Module):
+class VICReg(Method):
+    """Backbone and projector."""
+
     VIEWS = {"imagenet": BARLOW_TWINS_VIEWS, "cifar10": (_CIFAR_VIEW, _CIFAR_VIEW)}  # noqa: RUF012 (never changed)
-    TOGETHER = ("backbone", "projector")
 
-    def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
-        super().__init__()
-        self.backbone = backbone
-        self.projector = make_projector(features, projector_widths(config.projector))
-        self.config = config
-
-    def forward(self, views: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        z = of_each_view(views, self.config.views_together, self.backbone, self.projector)
-        with torch.autocast(views[0].device.type, enabled=False):
-            z1, z2 = (gather_over_ranks(one if one.dtype == torch.float64 else one.float()) for one in z)
-            invariance = F.mse_loss(z1, z2)
-            variance, covariance = (sum(t) for t in zip(*map(variance_and_covariance, (z1, z2)), strict=True))
-            loss = INVARIANCE * invariance + VARIANCE * variance + COVARIANCE * covariance
+    def loss(self, z1: torch.Tensor, z2: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
+        """Of embeddings (B, D) twice; the terms are those of the global batch."""
+        z1, z2 = gather_over_ranks(z1), gather_over_ranks(z2)
+        invariance = F.mse_loss(z1, z2)
+        variance, covariance = (sum(t) for t in zip(*map(variance_and_covariance, (z1, z2)), strict=True))
+        loss = INVARIANCE * invariance + VARIANCE * variance + COVARIANCE * covariance
         metrics = {"loss": loss, "invariance": invariance, "variance": variance, "covariance": covariance}
         metrics |= collapse_metrics(z1)
         return loss, {name: value.detach() for name, value in metrics.items()}  # equal on all ranks already
-
-    def parameter_groups(self) -> list[dict]:
-        return weight_and_bias_groups(self.parameters(), self.config)
-
-    def after_step(self, step: int, stop_step: int) -> None:
-        """Nothing moves beside the optimizer."""

@@ -1,0 +1,151 @@
+"""One update of the weights, built in one place for everything that makes updates.
+
+    update = make_update(config, ranks)      the network on its device, the optimizer, and how they step
+    metrics = update(views, step)            forward pass, loss, backward pass, LARS
+
+The loop in pretrain.py, scripts/bench and scripts/doctor.py all call it, so what is measured is what trains.
+Whether a step is compiled, recorded as a CUDA graph, recomputes activations or takes both views together is decided
+here by the configuration and the device; the update is the same up to rounding.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from train.batchnorm import with_global_batch_norm
+from train.config import AMP, PretrainConfig
+from train.distributed import Ranks, averaging_gradients, say
+from train.guard import UpdateGuard
+from train.initial import initial_network, start_heads_
+from train.lars import LARS, gradient_norm
+from train.memory import apply_activations, compile_parts, with_activations, with_device_defaults
+from train.methods.choose import make_method
+from train.methods.contract import Method, Metrics
+from train.recorded import RecordedStep
+from train.schedule import lr_share
+from train.together import keep_views_apart
+
+Views = tuple[torch.Tensor, ...]
+
+
+@dataclass
+class Update:
+    """The network and all else that an update changes. Made by `make_update`.
+
+    config   the run's, with everything decided that was left to the device
+    method   the network with its heads (train/methods/contract.py); `model` is what steps call: DDP around it
+    mark     called with the name of each stage when it ends, for a benchmark to note the time
+    """
+
+    config: PretrainConfig
+    ranks: Ranks
+    method: Method
+    features: int
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    guard: UpdateGuard
+    steps_per_epoch: int
+    recorded: RecordedStep | None = None
+    mark: Callable[[str], None] = lambda stage: None
+
+    @property
+    def state(self) -> dict[str, object]:
+        """What a checkpoint holds: with the step and the seed it is everything that later steps depend on."""
+        return {"model": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
+
+    @property
+    def stop_step(self) -> int:
+        """How many updates the run consists of."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the last step, by the name of the optimizer's group."""
+        return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+
+    def __call__(self, views: Views, step: int = 0) -> Metrics | None:
+        """Makes update number `step` (from 0) with this rank's views (B, 3, H, W).
+
+        Returns the metrics, 0-d tensors on the device, or None where --on-nan skip left the update out.
+        """
+        self.guard.before_step()
+        share = lr_share(step, self.config.warmup_epochs * self.steps_per_epoch, self.stop_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * (1.0 if group.get("constant_lr") else share)
+        # For networks with dropout: a resumed run draws the same masks.
+        torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)))
+        metrics = self.recorded(views) if self.recorded else self._step(views, step)
+        if metrics is not None:
+            self.method.after_step(step, self.stop_step)
+        self.mark("optimizer")
+        return metrics
+
+    def _step(self, views: Views, step: int) -> Metrics | None:
+        """Starts the kernels of a step one by one."""
+        metrics = self.gradients(views)
+        kept = self.guard.keeps(metrics["loss"], step)
+        if kept:
+            self.scaler.step(self.optimizer)  # with fp16 the one host sync of a step: were the gradients finite?
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return metrics if kept else None
+
+    def gradients(self, views: Views) -> Metrics:
+        """Forward and backward pass: the step's metrics; the gradients are in the parameters."""
+        loss, metrics = self.forward(views)
+        self.scaler.scale(loss).backward()
+        # fp16 scales the loss, and so the gradients: undone for the record.
+        metrics["gradient_norm"] = gradient_norm(self.optimizer) / self.scaler.scale(torch.ones_like(metrics["loss"]))
+        self.mark("backward")
+        return metrics
+
+    def forward(self, views: Views) -> tuple[torch.Tensor, Metrics]:
+        """The loss, 0-d, and its metrics; the method's own part is float32 under any autocast."""
+        amp = self.config.amp
+        with torch.autocast(self.ranks.device.type, AMP[amp], enabled=amp != "off"):
+            loss, metrics = self.model(views)
+        self.mark("loss")
+        return loss, metrics
+
+
+def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1, ids: Sequence[int] = ()) -> Update:
+    """Builds the network with the weights of its seed or of --init-from, and everything that steps it.
+
+    `ids` are the samples in use, to name those of a step that is lost. Benchmarks need neither: they repeat step 0,
+    which in a warm-up has the learning rate 0, so the weights stay. Raises UserError for what cannot run here.
+    """
+    config = with_device_defaults(config, ranks)
+    torch.manual_seed(config.seed)
+    backbone, features, theirs = initial_network(config)
+    method = make_method(backbone, features, config)
+    if config.init_from:
+        heads = "backbone and heads" if start_heads_(method, theirs) else "the backbone alone"
+        say(ranks, f"{config.run}: a new run begins with {heads} of {config.init_from}")
+    del theirs  # hundreds of MB
+    method = with_global_batch_norm(method.to(ranks.device, memory_format=torch.channels_last))
+    config = with_activations(config, method, ranks)
+    # The order matters: what replaces batch norms is done, what is compiled comes last.
+    if config.views_together:
+        keep_views_apart(method)
+    apply_activations(config, method)
+    optimizer = LARS(method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
+    if config.compile:
+        compile_parts(config, method)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    update = Update(
+        config=config,
+        ranks=ranks,
+        method=method,
+        features=features,
+        model=averaging_gradients(method, ranks),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(ranks.device.type, enabled=config.amp == "fp16"),
+        guard=UpdateGuard(method, config, ranks, ids=ids),
+        steps_per_epoch=steps_per_epoch,
+    )
+    if config.cuda_graph:
+        update.recorded = RecordedStep(update.gradients, optimizer)
+    return update

@@ -24,14 +24,18 @@ def make_loader(config: LoaderConfig) -> Loader:
         from pipeline.loaders.ffcv import FfcvLoader
 
         return FfcvLoader(config)
-    if backend == "fast":
-        from pipeline.loaders.fast import make_decoder_threads as make_pixels
-    elif backend == "resident":
-        from pipeline.loaders.resident import ResidentPixels as make_pixels
-    elif backend == "dali":
-        from pipeline.loaders.dali import DaliPixels as make_pixels
-    else:
-        raise UserError(f"--loader {backend} is unknown; choose fast, ffcv, resident, torch or dali")
     from pipeline.loaders.parts import PartsLoader
 
-    return PartsLoader(config, make_pixels)
+    if backend == "fast":
+        from pipeline.loaders.fast import make_decoder_threads
+
+        return PartsLoader(config, make_decoder_threads)
+    if backend == "resident":
+        from pipeline.loaders.resident import ResidentPixels
+
+        return PartsLoader(config, ResidentPixels)
+    if backend == "dali":
+        from pipeline.loaders.dali import DaliPixels
+
+        return PartsLoader(config, DaliPixels)
+    raise UserError(f"--loader {backend} is unknown; choose fast, ffcv, resident, torch or dali")

@@ -48,9 +48,9 @@ def make_graph(jpegs: Iterator[list[np.ndarray]], images: int, threads: int, dev
     graph = Pipeline(images, threads, device_id, prefetch_queue_depth=IN_DECODER)
     with graph:
         decoded = fn.decoders.image(
-            fn.external_source(jpegs, no_copy=True, dtype=types.UINT8, ndim=1),
+            fn.external_source(jpegs, no_copy=True, dtype=types.DALIDataType.UINT8, ndim=1),
             device="cpu" if device_id is None else "mixed",
-            output_type=types.RGB,
+            output_type=types.DALIImageType.RGB,
             use_fast_idct=False,
             jpeg_fancy_upsampling=True,
             adjust_orientation=False,
@@ -101,7 +101,7 @@ class DaliPixels(Pixels):
         if self.loader.bad.substitute:
             return jpegs
         new = np.flatnonzero(~self._checked[ids])
-        found = self.loader.pool.map(lambda b: hashlib.sha256(jpegs[b]).hexdigest(), new)
+        found = self.loader.pool.map(lambda b: hashlib.sha256(jpegs[b].data).hexdigest(), new)
         for sample, sha256 in zip(ids[new].tolist(), found, strict=True):
             if sha256 != self._digests.sha256(sample):
                 self.loader.bad.note(sample, "its bytes have changed")
@@ -130,8 +130,8 @@ class DaliPixels(Pixels):
         """The batches; DALI decodes ahead while the views of one are made. All of it is called by the maker alone."""
         requests, coming = tee(requests)
         jpegs = (self._jpegs(request.ids) for request in coming)
-        config, on_gpu = self.loader.config, self.loader.on_gpu and self.loader.gpu_views
-        device = self.loader.cuda_stream.device if on_gpu else torch.device("cpu")
+        config, cuda_stream = self.loader.config, self.loader.cuda_stream if self.loader.gpu_views else None
+        device = cuda_stream.device if cuda_stream else torch.device("cpu")
         largest = -(-config.global_batch // config.world_size)
         graph = make_graph(jpegs, largest, self.loader.workers, device.index)
         graph.schedule_run()
@@ -140,8 +140,8 @@ class DaliPixels(Pixels):
             addresses = np.array([images[b].data_ptr() for b in range(len(request.ids))], np.int64)
             sizes_bytes = self.dataset.heights[request.ids] * self.dataset.widths[request.ids] * 3
             yield request, *spanned(addresses, sizes_bytes, device)
-            if on_gpu:
-                self.loader.cuda_stream.synchronize()  # the kernels have read the pixels
+            if cuda_stream:
+                cuda_stream.synchronize()  # the kernels have read the pixels
             del images  # the memory is DALI's next batch's as soon as this object is gone, released or not
             graph.release_outputs()
             graph.schedule_run()

@@ -13,7 +13,8 @@ import torch
 
 from pipeline.compiled import jit
 from pipeline.loaders.base import view_params
-from pipeline.loaders.parts import PartsLoader, Pixels, Request, ahead_of
+from pipeline.loaders.parts import NumbaViews, PartsLoader, Pixels, Request, ahead_of
+from pipeline.storage.beton import Beton
 from pipeline.storage.decode import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
 from pipeline.views.augment_cpu import apply_view
 
@@ -68,6 +69,8 @@ class DecoderThreads(Pixels):
     def __init__(self, loader: PartsLoader) -> None:
         super().__init__(loader)
         d = self.dataset
+        assert isinstance(d, Beton), "shards are refused by make_loader"
+        self.data = d.data
         self.columns = (d.offsets, d.sizes_bytes, d.modes, d.heights, d.widths)
         self._image_bytes = int((d.heights * d.widths)[loader.ids].max()) * 3
         self._thread = threading.local()
@@ -91,8 +94,8 @@ class DecoderThreads(Pixels):
         pixels = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.loader.on_gpu)
 
         def job(share: slice) -> None:
-            handle, data = self.own().handle, self.dataset.data
-            _decode(handle, data, ids[share], self.columns, starts[share], pixels.numpy(), status[share])
+            handle = self.own().handle
+            _decode(handle, self.data, ids[share], self.columns, starts[share], pixels.numpy(), status[share])
 
         return pixels, starts, status, self.loader.on_workers(len(ids), job)
 
@@ -120,13 +123,14 @@ class DecodeAndView(DecoderThreads):
     def begin(self, request: Request) -> tuple[torch.Tensor, None, np.ndarray, list[Future]]:
         """Gives the workers a batch of views to make; the rest as above."""
         views, status = self.loader.views, np.zeros(len(request.ids), np.int64)
+        assert isinstance(views, NumbaViews)
 
         def job(share: slice, out: np.ndarray) -> None:
             own, ids, scratch = self.own(), request.ids[share], views.scratch(out.shape[2])
             params = view_params(self.loader.config, self.dataset, request.epoch, ids)
             _decode_and_view(
                 own.handle,
-                self.dataset.data,
+                self.data,
                 ids,
                 self.columns,
                 params,

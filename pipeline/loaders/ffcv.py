@@ -7,7 +7,7 @@ Samples, order, draws and pixels are those of `--loader fast`, bit for bit. FFCV
 thread fails or a pass ends early; `_received` and `_stop` are there for that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from itertools import groupby
 from operator import itemgetter
@@ -68,7 +68,7 @@ class FfcvLoader(Loader):
         self._ffcv = ffcv.loader.Loader(
             str(c.data),
             batch_size=rank_batch(c.global_batch, c.world_size),
-            num_workers=min(self.workers, numba.config.NUMBA_NUM_THREADS),
+            num_workers=min(self.workers, numba.config.NUMBA_NUM_THREADS),  # type: ignore[attr-defined]
             os_cache=True,
             seed=0,  # has no effect; without one FFCV draws it from NumPy's generator
             indices=self.ids,
@@ -78,7 +78,7 @@ class FfcvLoader(Loader):
         )
         torch.set_num_threads(threads)  # FFCV sets PyTorch's threads to its own number
 
-    def _made(self, epoch: int, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _made(self, epoch: int, parts: list[np.ndarray]) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """(ids, views (B, V, S, S, 3)) of each part of an epoch; the next one may overwrite the views."""
         threads = torch.get_num_threads()
         self._decoder.set_epoch(epoch)

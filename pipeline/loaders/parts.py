@@ -12,7 +12,7 @@ pipeline/README.md says how to add a decoder.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -91,7 +91,7 @@ class PartsLoader(Loader):
 
     def _start_maker(self) -> None:
         """All that the maker copies and launches is on the loader's CUDA stream, never on the caller's."""
-        if self.on_gpu:
+        if self.cuda_stream:
             torch.cuda.set_stream(self.cuda_stream)
 
     def on_workers(self, images: int, job: Callable[[slice], None]) -> list[Future]:
@@ -99,9 +99,9 @@ class PartsLoader(Loader):
         cuts = np.linspace(0, images, min(images, self.workers * SHARES_PER_WORKER) + 1).astype(int).tolist()
         return [self.pool.submit(job, slice(first, end)) for first, end in pairwise(cuts)]
 
-    def _made(self, stream: Stream) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
+    def _made(self, stream: Stream) -> Generator[tuple[Batch, torch.cuda.Event | None]]:
         """The batches of a stream, each with the event after which its tensors are there. Runs in the maker."""
-        empty = []  # the last batch of a pass may leave a rank nothing, which is no work for a decoder
+        empty: list[Request] = []  # the last batch of a pass may leave a rank nothing, which is no work for a decoder
 
         def requests() -> Iterator[Request]:
             find_ids = self.bad.replaced if self.pixels.judges else self.bad.decodable
@@ -125,7 +125,7 @@ class PartsLoader(Loader):
         step, epoch, wanted, ids = request
         label, sample = (torch.from_numpy(numbers).to(self.device) for numbers in (self.labels[ids], ids))
         batch = Batch(views, label, sample, step, epoch, substituted=int((ids != wanted).sum()))
-        return batch, self.cuda_stream.record_event() if self.on_gpu else None
+        return batch, self.cuda_stream.record_event() if self.cuda_stream else None
 
     def _hand_over(self, batch: Batch, made: torch.cuda.Event | None) -> Batch:
         """The batch, for work on the caller's current CUDA stream."""

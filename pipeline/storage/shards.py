@@ -112,7 +112,7 @@ def _write_shard(source: Beton, ids: range, path: Path) -> None:
     with whole_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in ids:
             label = b"%d" % source.labels[sample]
-            for suffix, data in (("jpg", beton.jpeg_bytes(source, sample)), ("cls", label)):
+            for suffix, data in (("jpg", beton.jpeg_bytes(source, sample).tobytes()), ("cls", label)):
                 member = tarfile.TarInfo(f"{sample:09d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

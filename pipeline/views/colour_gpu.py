@@ -9,6 +9,8 @@ Contrast blends with the mean of the whole picture at its place in the order, wh
 A tuple of red, green, blue, red, … holds the pixels at work: a thread has one column and ROWS rows of them.
 """
 
+# mypy: disable-error-code="assignment"
+# In Triton a variable may hold a tuple that grows, in Python's types it may not.
 import triton
 import triton.language as tl
 

@@ -1,4 +1,4 @@
-"""One way to get batches: `make_loader(config)` puts the parts together, and imports only those.
+"""The one way to get batches: `make_loader(config)` makes the loader that `config.backend` names, and imports no other.
 
 with make_loader(LoaderConfig("train.beton", BARLOW_TWINS_VIEWS, 224, global_batch=256)) as loader:
     for batch in loader.epoch(0):

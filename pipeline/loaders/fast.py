@@ -76,7 +76,7 @@ class DecoderThreads(Pixels):
         self._thread = threading.local()
 
     def own(self) -> _Own:
-        """The calling thread's."""
+        """The calling thread's decoder and memory."""
         if not hasattr(self._thread, "own"):
             self._thread.own = _Own(self._image_bytes)
         return self._thread.own
@@ -88,7 +88,7 @@ class DecoderThreads(Pixels):
         return ends - size_bytes, int(ends[-1:].sum())
 
     def begin(self, request: Request) -> tuple[torch.Tensor, np.ndarray | None, np.ndarray, list[Future]]:
-        """Gives the workers a batch to decode: what `decoded` answers, each image's status (B,), and the jobs."""
+        """Gives the workers a batch to decode: what `decoded` yields, each image's status (B,), and the jobs."""
         ids, status = request.ids, np.zeros(len(request.ids), np.int64)
         starts, size_bytes = self.side_by_side(ids)
         pixels = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.loader.on_gpu)
@@ -100,7 +100,7 @@ class DecoderThreads(Pixels):
         return pixels, starts, status, self.loader.on_workers(len(ids), job)
 
     def finish(self, ids: np.ndarray, status: np.ndarray, jobs: list[Future]) -> bool:
-        """Waits; whether all were decoded. Raises UserError where nothing is to stand in for one that was not."""
+        """Waits for the jobs; returns whether all images were decoded. Raises UserError if one may have no stand-in."""
         for job in jobs:
             job.result()
         for b in np.flatnonzero(status):
@@ -108,7 +108,7 @@ class DecoderThreads(Pixels):
         return not status.any()
 
     def decoded(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor, np.ndarray | None]]:
-        """The batches, decoded again with stand-ins where an image of them turns out to be bad."""
+        """The batches, decoded again with stand-ins if an image of them turns out to be bad."""
         begun = ((request, *self.begin(request)) for request in requests)
         for request, pixels, starts, status, jobs in ahead_of(DECODED_AHEAD, begun):
             while not self.finish(request.ids, status, jobs):

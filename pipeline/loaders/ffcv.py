@@ -3,8 +3,8 @@
     order.py ─▶ the ids of an epoch ─▶ ffcv.loader.Loader: its thread, its memory for batches ─▶ ViewsDecoder
              ◀─ Batch, in order, in memory of its own ◀─ every image's status looked at, stand-ins put in
 
-Samples, order, draws and pixels are those of `--loader fast`, bit for bit. FFCV's Loader waits for ever where its
-thread fails or a pass ends early; `_received` and `_stop` are there for that.
+Samples, order, draws and pixels are those of `--loader fast`, bit for bit. FFCV's Loader waits for ever if its
+thread fails or a pass ends early; `_received` and `_stop` prevent that.
 """
 
 from collections.abc import Generator, Iterator
@@ -29,7 +29,7 @@ AHEAD = 2  # finished batches beside the one in use; FFCV keeps memory for two m
 
 
 def _received(iterator) -> np.ndarray:
-    """The next batch's views. FFCV's own `next` waits for ever where its thread has ended with an error."""
+    """The next batch's views. FFCV's own `next` waits for ever if its thread has ended with an error."""
     while True:
         with suppress(Empty):
             _, (views,) = iterator.output_queue.get(timeout=1)
@@ -51,7 +51,7 @@ class FfcvLoader(Loader):
     """Batches from a .beton file by FFCV's Loader; see LoaderConfig and Batch for what is in them."""
 
     def __init__(self, config: LoaderConfig) -> None:
-        import ffcv.loader  # not at the head: ffcv_operation.py tells first where FFCV is missing
+        import ffcv.loader  # not at the head: ffcv_operation.py says it first if FFCV is missing
 
         super().__init__(config)
         c = config
@@ -94,7 +94,7 @@ class FfcvLoader(Loader):
             _stop(iterator)
 
     def _with_stand_ins(self, epoch: int, wanted: np.ndarray, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """The ids of a batch whose images are all decoded. Raises UserError where nothing is to stand in for one."""
+        """The ids of a batch whose images are all decoded. Raises UserError if one may have no stand-in."""
         ids = ids.copy()
         while len(bad := np.flatnonzero(self._decoder.status[ids] != OK)):
             for sample in ids[bad].tolist():

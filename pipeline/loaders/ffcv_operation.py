@@ -111,8 +111,8 @@ class ViewsDecoder(SimpleRGBImageDecoder):
     """FFCV operation: the stored image → its V views (V, S, S, 3), drawn for (seed, epoch, sample).
 
     uint8, or float32 where a normalization is given. Each Loader needs one of its own, and `set_epoch` before it is
-    iterated (`resolution_px` may change then, too). `status` (N,) has decode_rgb's answer for each sample so far: where
-    it is not 0 the image cannot be decoded, and its views are zeros.
+    iterated (`resolution_px` may change then, too). `status` (N,), empty before a Loader has it, is decode_rgb's for
+    each sample so far: where it is not 0 the image cannot be decoded, and its views are zeros.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         normalization: Normalization | None = None,
     ) -> None:
         super().__init__()
-        turbojpeg()  # raises where the library is missing, which compiled code cannot
+        turbojpeg()  # raises if the library is missing, which compiled code cannot
         self.resolution_px = resolution_px
         if isinstance(views, CentreCrop):
             interpolations, table, resize_px = [views.interpolation], view_table((ViewSpec(),)), views.resize_px

@@ -71,7 +71,7 @@ def ahead_of(count: int, begun: Iterator[T]) -> Iterator[T]:
 
 
 class PartsLoader(Loader):
-    """Batches by the Pixels that `make_pixels(loader)` answers, and by our own Views; see LoaderConfig and Batch."""
+    """Batches by the Pixels that `make_pixels(loader)` returns, and by our own Views; see LoaderConfig and Batch."""
 
     def __init__(self, config: LoaderConfig, make_pixels: Callable[["PartsLoader"], Pixels]) -> None:
         super().__init__(config)
@@ -157,7 +157,7 @@ class PartsLoader(Loader):
 
 
 class NumbaViews:
-    """By the worker threads, image by image: float32 values, or 8-bit levels for a GPU to normalize."""
+    """Views made by the worker threads, image by image: float32 values, or 8-bit levels for a GPU to normalize."""
 
     def __init__(self, loader: PartsLoader) -> None:
         self.loader, self.config = loader, loader.config
@@ -173,14 +173,14 @@ class NumbaViews:
         return self._thread.scratch
 
     def on_workers(self, request: Request, job: Callable[[slice, np.ndarray], None]) -> tuple:
-        """Has them call job(share, out), which fills its images of out (V, B, H, W, 3): that tensor, and the jobs."""
+        """Has the worker threads call job(share, out), each for its images of out (V, B, H, W, 3): (out, the jobs)."""
         side, dtype = self.config.resolution_at(request.epoch), torch.uint8 if self.loader.on_gpu else torch.float32
         shape = (len(self.bicubic), len(request.ids), side, side, 3)
         out = torch.empty(shape, dtype=dtype, pin_memory=self.loader.on_gpu)
         return out, self.loader.on_workers(len(request.ids), lambda share: job(share, out.numpy()))
 
     def begin(self, request: Request, pixels: torch.Tensor, starts: np.ndarray | None) -> tuple:
-        """Gives the workers a batch, where its views are not made already."""
+        """Gives the workers a batch, unless its views are made already."""
         if starts is None:
             return pixels, []
 
@@ -206,7 +206,7 @@ class NumbaViews:
 
 
 class TritonViews:
-    """By the GPU, a batch at a time; on a CPU in Triton's interpreter, for tests."""
+    """Views made by the GPU, a batch at a time; on a CPU in Triton's interpreter, for tests."""
 
     def __init__(self, loader: PartsLoader) -> None:
         self.loader, self.config = loader, loader.config

@@ -1,4 +1,4 @@
-"""The file is read ahead of its use in block-shuffled order, for the page cache.
+"""Reads a file ahead of its use if the order is block-shuffled, so that the page cache has it in time.
 
 While the images of one window are decoded, a thread reads the blocks of the next from their first byte to their last.
 The bytes go nowhere; what counts is that the page cache has them. So a disk sees long reads alone, and memory is needed
@@ -22,7 +22,7 @@ Stream = Iterator[tuple[int, int, np.ndarray]]  # (step, epoch, sample ids of th
 
 
 def read_ahead(stream: Stream, config: LoaderConfig, dataset: Stored, ids: np.ndarray) -> Stream:
-    """Passes a stream on; beside it reads the window in use, where it starts inside one, and always the next.
+    """Passes a stream on; beside it reads the window in use, if it starts inside one, and always the next.
 
     `ids` are the samples in use, in file order.
     """

@@ -1,8 +1,9 @@
 """Any image file that Pillow reads → its pixels, upright, 8 bits a value.
 
-Of more than 8 bits a value the upper 8 are kept, if a value reaches a quarter of its range. Below that they would
-come out almost black: 10 or 12 bits in 16. These are refused, with the range found, and so are 32-bit and
-floating-point numbers, of which nothing says what is white.
+If a file has more than 8 bits a value, the upper 8 are kept, provided that its largest value reaches a quarter of the
+range. An image that stays below that, such as one of 10 or 12 bits stored in 16, would come out almost black: it is
+refused, and the message names its range. Refused, too, are 32-bit and floating-point numbers, of which nothing says
+what is white.
 
 The pixels are those of `ImageOps.exif_transpose(Image.open(file)).convert("RGB")`, greyscale staying greyscale. Of
 several frames the first counts. A shortage of memory says nothing about an image: it is a MemoryError, not Unreadable.
@@ -53,7 +54,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """The same of a JPEG, whose pixels need not be decoded for it."""
+    """EXIF's orientation of a JPEG, whose pixels need not be decoded for it."""
     try:
         with _open(data) as image:
             return _orientation(image)
@@ -64,7 +65,7 @@ def jpeg_orientation(data: bytes) -> int:
 
 
 def upright_pixels(data: bytes) -> Image.Image:
-    """Any other format, as an upright "L" or "RGB" image; of several frames the first."""
+    """Any image file as an upright "L" or "RGB" image; of several frames the first. Raises Unreadable."""
     pixels = 0
     try:
         with _open(data) as image:
@@ -94,7 +95,7 @@ def _require_memory(pixels: int) -> None:
 
 
 def _deep_bits(image: ImageFile.ImageFile, data: bytes) -> int:
-    """How many bits a value of an opened image has, where Pillow says; 8 or more. It forgets that with loading."""
+    """How many bits a value of an opened image has, as far as Pillow says; 8 or more. It forgets that with loading."""
     if image.format == "JPEG2000":
         at = data.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the first component's depth is 38 bytes behind SIZ
         return 16 if at >= 0 and (data[at + 42] & 127) + 1 > 8 else 8  # Pillow brings any depth to 16 bits

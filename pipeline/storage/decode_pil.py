@@ -10,7 +10,7 @@ from pipeline.storage.beton import MODE_RAW, Beton, jpeg_bytes
 
 
 def decode_pil(beton: Beton, sample: int) -> Image.Image:
-    """The stored image as RGB. Raises UserError, with the file's name, where it is not the image the table says."""
+    """The stored image as RGB. Raises UserError, with the file's name, if it is not the image the table says."""
     height, width = int(beton.heights[sample]), int(beton.widths[sample])
     stored = jpeg_bytes(beton, sample)
     try:

@@ -63,7 +63,7 @@ class Digests:
         self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
 
     def sha256(self, sample: int) -> str:
-        """In hexadecimal digits."""
+        """A sample's digest, in hexadecimal digits."""
         line = self._text[self._ends[sample] + 1 : self._ends[sample + 1]].tobytes()
         return line.split(b"\t", 4)[3].decode("ascii")
 

@@ -5,8 +5,6 @@ Pillow blurs by three passes of one box along the rows, then three along the col
 it is a window in registers, and the sums are the same integers as Pillow's running ones.
 """
 
-# mypy: disable-error-code="assignment"
-# In Triton a variable may hold a tuple that grows, in Python's types it may not.
 import triton
 import triton.language as tl
 

@@ -9,8 +9,6 @@ Contrast blends with the mean of the whole picture at its place in the order, wh
 A tuple of red, green, blue, red, … holds the pixels at work: a thread has one column and ROWS rows of them.
 """
 
-# mypy: disable-error-code="assignment"
-# In Triton a variable may hold a tuple that grows, in Python's types it may not.
 import triton
 import triton.language as tl
 
@@ -147,11 +145,6 @@ def _place(pitch, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
 def start_colours(
     between,
     table,
@@ -181,7 +174,7 @@ def start_colours(
             luma = _luma(levels[3 * row], levels[3 * row + 1], levels[3 * row + 2])
             total += tl.where((top + row < side) & (x < side), luma, 0)
         # Whole numbers: their sum does not depend on the order in which programs add.
-        tl.atomic_add(sums + view, tl.reduce(total, None, _add).to(tl.int64), sem="relaxed")
+        tl.atomic_add(sums + view, tl.sum(total).to(tl.int64), sem="relaxed")
 
 
 @triton.jit

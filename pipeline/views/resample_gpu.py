@@ -11,8 +11,6 @@ pass along an axis, 8 bits, then the other axis; the axis that shrinks more goes
                               height (side, box width)
 """
 
-# mypy: disable-error-code="assignment"
-# In Triton a variable may hold a tuple that grows, in Python's types it may not.
 import triton
 import triton.language as tl
 

@@ -1,4 +1,4 @@
-"""One way to get batches: `make_loader(config)` puts the parts together, and imports only those.
+"""The one way to get batches: `make_loader(config)` makes the loader that `config.backend` names, and imports no other.
 
 with make_loader(LoaderConfig("train.beton", BARLOW_TWINS_VIEWS, 224, global_batch=256)) as loader:
     for batch in loader.epoch(0):
@@ -24,14 +24,18 @@ def make_loader(config: LoaderConfig) -> Loader:
         from pipeline.loaders.ffcv import FfcvLoader
 
         return FfcvLoader(config)
-    if backend == "fast":
-        from pipeline.loaders.fast import make_decoder_threads as make_pixels
-    elif backend == "resident":
-        from pipeline.loaders.resident import ResidentPixels as make_pixels
-    elif backend == "dali":
-        from pipeline.loaders.dali import DaliPixels as make_pixels
-    else:
-        raise UserError(f"--loader {backend} is unknown; choose fast, ffcv, resident, torch or dali")
     from pipeline.loaders.parts import PartsLoader
 
-    return PartsLoader(config, make_pixels)
+    if backend == "fast":
+        from pipeline.loaders.fast import make_decoder_threads
+
+        return PartsLoader(config, make_decoder_threads)
+    if backend == "resident":
+        from pipeline.loaders.resident import ResidentPixels
+
+        return PartsLoader(config, ResidentPixels)
+    if backend == "dali":
+        from pipeline.loaders.dali import DaliPixels
+
+        return PartsLoader(config, DaliPixels)
+    raise UserError(f"--loader {backend} is unknown; choose fast, ffcv, resident, torch or dali")

@@ -1,4 +1,5 @@
-"""One process writes a thing at a time: a small file says which. A second process is refused, a dead one replaced.
+"""Only one process at a time writes a dataset or a run: a small file says which. A second one is refused while the
+first one lives, and takes over from one that has died.
 
 This works on network disks without file locks: creating a file that must not be there yet is enough.
 """

@@ -50,12 +50,15 @@ class PreviewConfig:
     """The epoch whose views are shown."""
 
 
-def views_of(beton: Beton, sample: int, config: PreviewConfig) -> tuple[Image.Image, list[tuple[np.ndarray, ...]]]:
+def views_of(
+    beton: Beton, sample: int, config: PreviewConfig
+) -> tuple[Image.Image, list[tuple[np.ndarray, np.ndarray]]]:
     """The stored image, and of each view the kernels' pixels and Pillow's, both (H, W, 3) uint8."""
     image, views, side = decode_pil(beton, sample), VIEWS[config.views], config.resolution
     heights, widths = beton.heights[[sample]], beton.widths[[sample]]
     params = draw_views(config.seed, config.epoch, np.array([sample]), heights, widths, views, side)
-    scratch, made = make_scratch(int(heights[0]), int(widths[0]), side), []
+    scratch = make_scratch(int(heights[0]), int(widths[0]), side)
+    made: list[tuple[np.ndarray, np.ndarray]] = []
     for v, view in enumerate(views):
         out = np.empty((side, side, 3), np.uint8)
         bicubic = view.interpolation == "bicubic"

@@ -14,7 +14,7 @@ from __future__ import annotations  # torch takes seconds to load, and neither d
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -79,7 +79,7 @@ CIFAR_VIEWS = (
 SUPERVISED_VIEW = ViewSpec(interpolation="bilinear", p_jitter=0.0, p_grey=0.0)
 
 # What leaving one augmentation out means. Without crops the whole image's centre square is resized.
-WITHOUT = {
+WITHOUT: dict[str, dict[str, Any]] = {
     "crop": {"area": (1.0, 1.0), "ratio": (1.0, 1.0)},
     **{name: {f"p_{name}": 0.0} for name in ("flip", "jitter", "grey", "blur", "solarize")},
 }
@@ -177,7 +177,7 @@ class LoaderConfig:
         object.__setattr__(self, "data", Path(self.data))  # a string will do
 
     @property
-    def rows(self) -> tuple[ViewSpec, ...] | tuple[CentreCrop]:
+    def rows(self) -> tuple[ViewSpec | CentreCrop, ...]:
         """What each of the V views is."""
         return (self.views,) if isinstance(self.views, CentreCrop) else self.views
 

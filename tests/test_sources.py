@@ -1,5 +1,6 @@
 """Datasets on disk: the right images, classes and order, and clear words where something is wrong."""
 
+import gzip
 import hashlib
 import io
 import json
@@ -34,19 +35,21 @@ def write(path: Path, content: bytes = b"x") -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_not_where_there_is_none_of_it(kind, tmp_path):
-    assert [kind.has(tmp_path, split) for split in SPLITS] == [False, False]
+    assert [kind.find(tmp_path, split) for split in SPLITS] == [None, None]
 
 
 def test_a_kind_more_is_a_module_with_two_functions(tmp_path, monkeypatch):
     write(tmp_path / "pets.txt", b"b/1.jpg 1\na/2.jpg 0")
     write(tmp_path / "b" / "1.jpg", b"pixels")
 
-    def read(root: Path, split: str) -> Source:
-        names, labels = zip(*(line.split() for line in (root / "pets.txt").read_text().splitlines()), strict=True)
+    def find(root: Path, split: str) -> Path | None:
+        return root / "pets.txt" if split == "val" and (root / "pets.txt").is_file() else None
+
+    def read(root: Path, split: str, found: Path) -> Source:
+        names, labels = zip(*(line.split() for line in found.read_text().splitlines()), strict=True)
         return Source("pets", split, ["a", "b"], list(names), np.array(labels, np.int64), root)
 
-    pets = SimpleNamespace(has=lambda root, split: split == "val" and (root / "pets.txt").is_file(), read=read)
-    monkeypatch.setattr(sources, "KINDS", (*KINDS, pets))
+    monkeypatch.setattr(sources, "KINDS", (*KINDS, SimpleNamespace(find=find, read=read)))
     assert split_names(tmp_path) == ["val"]
     source = open_source(tmp_path, "val")
     assert source.kind == "pets" and source.labels.tolist() == [1, 0]
@@ -244,6 +247,16 @@ def test_a_link_that_leads_back_is_named(tmp_path):
 def test_the_val_tar_needs_the_devkit(tars):
     (tars / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     with pytest.raises(UserError, match=r"put ILSVRC2012_devkit_t12.tar.gz beside it"):
+        open_source(tars, "val")
+
+
+@pytest.mark.parametrize("content", ["empty", "no gzip", "half", "other files"])
+def test_a_devkit_that_is_not_whole(tars, content):
+    path = tars / "ILSVRC2012_devkit_t12.tar.gz"
+    whole = path.read_bytes()
+    other = gzip.compress(tar_of({"readme.txt": b"x"}))
+    write(path, {"empty": b"", "no gzip": b"x" * 99, "half": whole[: len(whole) // 2], "other files": other}[content])
+    with pytest.raises(UserError, match=r"t12\.tar\.gz is not the devkit, or not all of it .*; download it again"):
         open_source(tars, "val")
 
 

@@ -13,6 +13,7 @@ Slots of the counter-based generator (rng.py), four to a block:
     block 8     solarize
 """
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -53,9 +54,7 @@ class ViewParams(NamedTuple):
 
 
 # The 24 orders of four operations, lexicographic: one uniform picks a row.
-_ORDERS = np.array(
-    [(a, b, c, 6 - a - b - c) for a in range(4) for b in range(4) for c in range(4) if len({a, b, c}) == 3], np.uint8
-)
+_ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)
 
 
 @jit
@@ -121,7 +120,7 @@ def _between(bounds, u):
 
 @jit
 def _fallback_box(height, width, min_ratio, max_ratio):
-    """torchvision's answer when ten tries failed: the largest centred box with an allowed ratio."""
+    """torchvision's fallback if ten tries failed: the largest centred box with an allowed ratio."""
     in_ratio = width / height
     if in_ratio < min_ratio:
         w = width

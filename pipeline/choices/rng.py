@@ -11,6 +11,7 @@ The tests hold it to the published vectors and to a second implementation, bit f
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.compiled import jit
 
@@ -62,11 +63,11 @@ def _fill_words(seed, domain, epoch, samples, view, block, out):
         out[i, 0], out[i, 1], out[i, 2], out[i, 3] = words4(seed, domain, epoch, samples[i], view, block)
 
 
-def words_array(seed: int, domain: int, epoch: int, samples: np.ndarray, view: int, block: int) -> np.ndarray:
+def words_array(seed: int, domain: int, epoch: int, samples: npt.ArrayLike, view: int, block: int) -> np.ndarray:
     """The four uint32 words of one block for many samples at once: (N,) sample ids → (N, 4)."""
-    samples = np.ascontiguousarray(samples, np.int64)
-    words = np.empty((len(samples), 4), np.uint32)
-    _fill_words(np.uint64(seed), domain, epoch, samples, view, block, words)
+    ids = np.ascontiguousarray(samples, np.int64)
+    words = np.empty((len(ids), 4), np.uint32)
+    _fill_words(np.uint64(seed), domain, epoch, ids, view, block, words)
     return words
 
 

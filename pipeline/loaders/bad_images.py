@@ -2,9 +2,9 @@
 
     stand-in of sample s in epoch e  =  ids[draw(seed, e, s, try)]      try = 0, 1, … until one can be decoded
 
-A pure function of seed, epoch and sample: the same on every backend, at any world size, after any resume. Which samples
-are bad is libjpeg-turbo's word on every backend, where it refuses an image or warns about it: Pillow and DALI take
-some broken ones in silence. A stand-in comes with its own label and draws, so it is seen once more in that epoch.
+A pure function of seed, epoch and sample: the same on every backend, at any world size, after any resume. On every
+backend libjpeg-turbo decides which samples are bad: those that it refuses or warns about. Pillow and DALI accept some
+broken images without a word. A stand-in comes with its own label and draws, so it is seen once more in that epoch.
 """
 
 import sys
@@ -20,7 +20,7 @@ from pipeline.storage.beton import MODE_JPEG, Stored, jpeg_bytes
 from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, decode_status
 from pipeline.storage.jpeg import Decoded, decode_pixels
 
-_MEMORY_TOO = (STATUS_TEXT[NOT_A_JPEG], STATUS_TEXT[UNDECODABLE])  # what is answered, too, where memory is short
+_MEMORY_TOO = (STATUS_TEXT[NOT_A_JPEG], STATUS_TEXT[UNDECODABLE])  # the statuses that a shortage of memory gives, too
 TRIES = 100  # bad stand-ins in a row after which the file, not an image, must be the cause
 
 
@@ -77,7 +77,7 @@ class BadImages:
         )
 
     def decodable(self, epoch: int, wanted: np.ndarray) -> np.ndarray:
-        """The same for a backend whose decoder is not the judge: each sample of the dataset is decoded once for it."""
+        """`replaced`, for a backend whose own decoder does not judge: libjpeg-turbo decodes each sample once for it."""
         while self.substitute:
             ids = self.replaced(epoch, wanted)
             new = np.unique(ids[~self._judged[ids]]).tolist()

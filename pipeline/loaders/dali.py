@@ -1,12 +1,12 @@
-"""The pixels as NVIDIA DALI decodes them: nvJPEG on a GPU, with its hardware decoder where there is one.
+"""The pixels as NVIDIA DALI decodes them: nvJPEG on a GPU, with its hardware decoder if there is one.
 
 Only the decoder is DALI's. Its resize is within 1/255 of Pillow's, its colour operations are others; so crops,
 jitter, blur and the rest are the kernels of every backend, and samples, order, labels and parameters are the same.
 Nothing is copied on the way: DALI reads from the mapped file, the kernels read what DALI wrote.
 
-Where the CPU makes the views the same graph decodes there. Its pixels are Pillow's: of the 500 JPEGs of the ImageNet
+If the CPU makes the views, the same graph decodes there. Its pixels are Pillow's: of the 500 JPEGs of the ImageNet
 sample (original sizes, 297 million values) none differs from the fast loader's, bit for bit (DALI 2.4.0). nvJPEG's
-differ a little; scripts/bench/decoders.py measures that where there is a GPU.
+differ a little; scripts/bench/decoders.py measures that if there is a GPU.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ IN_DECODER = 2  # batches in DALI's queue
 
 
 def require_dali() -> None:
-    """Raises UserError where DALI is not installed."""
+    """Raises UserError if DALI is not installed."""
     try:
         import nvidia.dali  # noqa: F401
     except ImportError as error:
@@ -48,9 +48,9 @@ def make_graph(jpegs: Iterator[list[np.ndarray]], images: int, threads: int, dev
     graph = Pipeline(images, threads, device_id, prefetch_queue_depth=IN_DECODER)
     with graph:
         decoded = fn.decoders.image(
-            fn.external_source(jpegs, no_copy=True, dtype=types.UINT8, ndim=1),
+            fn.external_source(jpegs, no_copy=True, dtype=types.DALIDataType.UINT8, ndim=1),
             device="cpu" if device_id is None else "mixed",
-            output_type=types.RGB,
+            output_type=types.DALIImageType.RGB,
             use_fast_idct=False,
             jpeg_fancy_upsampling=True,
             adjust_orientation=False,
@@ -82,7 +82,7 @@ def spanned(addresses: np.ndarray, sizes_bytes: np.ndarray, device: torch.device
 
 
 class DaliPixels(Pixels):
-    """What DALI decodes. Raises UserError at construction where DALI is missing, or for raw pixels."""
+    """What DALI decodes. Raises UserError at construction if DALI is missing, or for raw pixels."""
 
     def __init__(self, loader: PartsLoader) -> None:
         require_dali()
@@ -95,13 +95,13 @@ class DaliPixels(Pixels):
         """The bytes of some samples, where the file is mapped. Raises UserError, naming the image, for changed ones.
 
         DALI takes a JPEG with broken codes without a word. So bytes are checked when they are first used: 0.1 ms an
-        image, once. Where stand-ins are wanted, libjpeg has decoded them instead.
+        image, once. If stand-ins are wanted, libjpeg has decoded them instead.
         """
         jpegs = [jpeg_bytes(self.dataset, sample) for sample in ids]
         if self.loader.bad.substitute:
             return jpegs
         new = np.flatnonzero(~self._checked[ids])
-        found = self.loader.pool.map(lambda b: hashlib.sha256(jpegs[b]).hexdigest(), new)
+        found = self.loader.pool.map(lambda b: hashlib.sha256(jpegs[b].data).hexdigest(), new)
         for sample, sha256 in zip(ids[new].tolist(), found, strict=True):
             if sha256 != self._digests.sha256(sample):
                 self.loader.bad.note(sample, "its bytes have changed")
@@ -127,11 +127,11 @@ class DaliPixels(Pixels):
         )
 
     def decoded(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor, np.ndarray]]:
-        """The batches; DALI decodes ahead while the views of one are made. All of it is called by the maker alone."""
+        """The batches; DALI decodes ahead while the views of one are made. All of this runs in the maker thread."""
         requests, coming = tee(requests)
         jpegs = (self._jpegs(request.ids) for request in coming)
-        config, on_gpu = self.loader.config, self.loader.on_gpu and self.loader.gpu_views
-        device = self.loader.cuda_stream.device if on_gpu else torch.device("cpu")
+        config, cuda_stream = self.loader.config, self.loader.cuda_stream if self.loader.gpu_views else None
+        device = cuda_stream.device if cuda_stream else torch.device("cpu")
         largest = -(-config.global_batch // config.world_size)
         graph = make_graph(jpegs, largest, self.loader.workers, device.index)
         graph.schedule_run()
@@ -140,8 +140,8 @@ class DaliPixels(Pixels):
             addresses = np.array([images[b].data_ptr() for b in range(len(request.ids))], np.int64)
             sizes_bytes = self.dataset.heights[request.ids] * self.dataset.widths[request.ids] * 3
             yield request, *spanned(addresses, sizes_bytes, device)
-            if on_gpu:
-                self.loader.cuda_stream.synchronize()  # the kernels have read the pixels
+            if cuda_stream:
+                cuda_stream.synchronize()  # the kernels have read the pixels
             del images  # the memory is DALI's next batch's as soon as this object is gone, released or not
             graph.release_outputs()
             graph.schedule_run()

@@ -13,7 +13,8 @@ import torch
 
 from pipeline.compiled import jit
 from pipeline.loaders.base import view_params
-from pipeline.loaders.parts import PartsLoader, Pixels, Request, ahead_of
+from pipeline.loaders.parts import NumbaViews, PartsLoader, Pixels, Request, ahead_of
+from pipeline.storage.beton import Beton
 from pipeline.storage.decode import OK, STATUS_TEXT, decode_rgb, free_handle, make_handle
 from pipeline.views.augment_cpu import apply_view
 
@@ -68,12 +69,14 @@ class DecoderThreads(Pixels):
     def __init__(self, loader: PartsLoader) -> None:
         super().__init__(loader)
         d = self.dataset
+        assert isinstance(d, Beton), "shards are refused by make_loader"
+        self.data = d.data
         self.columns = (d.offsets, d.sizes_bytes, d.modes, d.heights, d.widths)
         self._image_bytes = int((d.heights * d.widths)[loader.ids].max()) * 3
         self._thread = threading.local()
 
     def own(self) -> _Own:
-        """The calling thread's."""
+        """The calling thread's decoder and memory."""
         if not hasattr(self._thread, "own"):
             self._thread.own = _Own(self._image_bytes)
         return self._thread.own
@@ -85,19 +88,19 @@ class DecoderThreads(Pixels):
         return ends - size_bytes, int(ends[-1:].sum())
 
     def begin(self, request: Request) -> tuple[torch.Tensor, np.ndarray | None, np.ndarray, list[Future]]:
-        """Gives the workers a batch to decode: what `decoded` answers, each image's status (B,), and the jobs."""
+        """Gives the workers a batch to decode: what `decoded` yields, each image's status (B,), and the jobs."""
         ids, status = request.ids, np.zeros(len(request.ids), np.int64)
         starts, size_bytes = self.side_by_side(ids)
         pixels = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.loader.on_gpu)
 
         def job(share: slice) -> None:
-            handle, data = self.own().handle, self.dataset.data
-            _decode(handle, data, ids[share], self.columns, starts[share], pixels.numpy(), status[share])
+            handle = self.own().handle
+            _decode(handle, self.data, ids[share], self.columns, starts[share], pixels.numpy(), status[share])
 
         return pixels, starts, status, self.loader.on_workers(len(ids), job)
 
     def finish(self, ids: np.ndarray, status: np.ndarray, jobs: list[Future]) -> bool:
-        """Waits; whether all were decoded. Raises UserError where nothing is to stand in for one that was not."""
+        """Waits for the jobs; returns whether all images were decoded. Raises UserError if one may have no stand-in."""
         for job in jobs:
             job.result()
         for b in np.flatnonzero(status):
@@ -105,7 +108,7 @@ class DecoderThreads(Pixels):
         return not status.any()
 
     def decoded(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor, np.ndarray | None]]:
-        """The batches, decoded again with stand-ins where an image of them turns out to be bad."""
+        """The batches, decoded again with stand-ins if an image of them turns out to be bad."""
         begun = ((request, *self.begin(request)) for request in requests)
         for request, pixels, starts, status, jobs in ahead_of(DECODED_AHEAD, begun):
             while not self.finish(request.ids, status, jobs):
@@ -120,13 +123,14 @@ class DecodeAndView(DecoderThreads):
     def begin(self, request: Request) -> tuple[torch.Tensor, None, np.ndarray, list[Future]]:
         """Gives the workers a batch of views to make; the rest as above."""
         views, status = self.loader.views, np.zeros(len(request.ids), np.int64)
+        assert isinstance(views, NumbaViews)
 
         def job(share: slice, out: np.ndarray) -> None:
             own, ids, scratch = self.own(), request.ids[share], views.scratch(out.shape[2])
             params = view_params(self.loader.config, self.dataset, request.epoch, ids)
             _decode_and_view(
                 own.handle,
-                self.dataset.data,
+                self.data,
                 ids,
                 self.columns,
                 params,

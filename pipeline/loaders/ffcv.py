@@ -3,11 +3,11 @@
     order.py ─▶ the ids of an epoch ─▶ ffcv.loader.Loader: its thread, its memory for batches ─▶ ViewsDecoder
              ◀─ Batch, in order, in memory of its own ◀─ every image's status looked at, stand-ins put in
 
-Samples, order, draws and pixels are those of `--loader fast`, bit for bit. FFCV's Loader waits for ever where its
-thread fails or a pass ends early; `_received` and `_stop` are there for that.
+Samples, order, draws and pixels are those of `--loader fast`, bit for bit. FFCV's Loader waits for ever if its
+thread fails or a pass ends early; `_received` and `_stop` prevent that.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from itertools import groupby
 from operator import itemgetter
@@ -29,7 +29,7 @@ AHEAD = 2  # finished batches beside the one in use; FFCV keeps memory for two m
 
 
 def _received(iterator) -> np.ndarray:
-    """The next batch's views. FFCV's own `next` waits for ever where its thread has ended with an error."""
+    """The next batch's views. FFCV's own `next` waits for ever if its thread has ended with an error."""
     while True:
         with suppress(Empty):
             _, (views,) = iterator.output_queue.get(timeout=1)
@@ -51,7 +51,7 @@ class FfcvLoader(Loader):
     """Batches from a .beton file by FFCV's Loader; see LoaderConfig and Batch for what is in them."""
 
     def __init__(self, config: LoaderConfig) -> None:
-        import ffcv.loader  # not at the head: ffcv_operation.py tells first where FFCV is missing
+        import ffcv.loader  # not at the head: ffcv_operation.py says it first if FFCV is missing
 
         super().__init__(config)
         c = config
@@ -68,7 +68,7 @@ class FfcvLoader(Loader):
         self._ffcv = ffcv.loader.Loader(
             str(c.data),
             batch_size=rank_batch(c.global_batch, c.world_size),
-            num_workers=min(self.workers, numba.config.NUMBA_NUM_THREADS),
+            num_workers=min(self.workers, numba.config.NUMBA_NUM_THREADS),  # type: ignore[attr-defined]
             os_cache=True,
             seed=0,  # has no effect; without one FFCV draws it from NumPy's generator
             indices=self.ids,
@@ -78,7 +78,7 @@ class FfcvLoader(Loader):
         )
         torch.set_num_threads(threads)  # FFCV sets PyTorch's threads to its own number
 
-    def _made(self, epoch: int, parts: list[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def _made(self, epoch: int, parts: list[np.ndarray]) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """(ids, views (B, V, S, S, 3)) of each part of an epoch; the next one may overwrite the views."""
         threads = torch.get_num_threads()
         self._decoder.set_epoch(epoch)
@@ -94,7 +94,7 @@ class FfcvLoader(Loader):
             _stop(iterator)
 
     def _with_stand_ins(self, epoch: int, wanted: np.ndarray, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """The ids of a batch whose images are all decoded. Raises UserError where nothing is to stand in for one."""
+        """The ids of a batch whose images are all decoded. Raises UserError if one may have no stand-in."""
         ids = ids.copy()
         while len(bad := np.flatnonzero(self._decoder.status[ids] != OK)):
             for sample in ids[bad].tolist():

@@ -18,7 +18,7 @@ from pipeline.choices.draws import ViewParams, ViewTable, empty_params, fill_cen
 from pipeline.compiled import ByAddress, compiled
 from pipeline.errors import UserError
 from pipeline.spec import CentreCrop, Normalization, ViewSpec
-from pipeline.storage.beton import Beton, jpeg_bytes
+from pipeline.storage.beton import Stored, jpeg_bytes
 from pipeline.storage.decode import OK, decode_rgb, end_handle, start_handle
 from pipeline.storage.jpeg import turbojpeg
 from pipeline.views.augment_cpu import UNCHANGED, Scratch, apply_view, make_scratch, normalization_table
@@ -37,7 +37,7 @@ except ImportError as error:
         " there are a C++ compiler, OpenCV and libjpeg-turbo's headers, or choose --loader fast"
     ) from None
 
-numba.config.THREADING_LAYER = "threadsafe"  # numba's plain one ends the process where two loaders run at once
+numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]  # numba's plain one ends the process where two loaders run at once
 
 
 def compile_reader(manager: OSCacheManager):
@@ -111,8 +111,8 @@ class ViewsDecoder(SimpleRGBImageDecoder):
     """FFCV operation: the stored image → its V views (V, S, S, 3), drawn for (seed, epoch, sample).
 
     uint8, or float32 where a normalization is given. Each Loader needs one of its own, and `set_epoch` before it is
-    iterated (`resolution_px` may change then, too). `status` (N,) has decode_rgb's answer for each sample so far: where
-    it is not 0 the image cannot be decoded, and its views are zeros.
+    iterated (`resolution_px` may change then, too). `status` (N,), empty before a Loader has it, is decode_rgb's for
+    each sample so far: where it is not 0 the image cannot be decoded, and its views are zeros.
     """
 
     def __init__(
@@ -124,19 +124,20 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         normalization: Normalization | None = None,
     ) -> None:
         super().__init__()
-        turbojpeg()  # raises where the library is missing, which compiled code cannot
+        turbojpeg()  # raises if the library is missing, which compiled code cannot
         self.resolution_px = resolution_px
-        centre = isinstance(views, CentreCrop)
-        rows = (views,) if centre else views
-        bicubic = np.array([row.interpolation == "bicubic" for row in rows])
-        table = view_table((ViewSpec(),) if centre else views)
+        if isinstance(views, CentreCrop):
+            interpolations, table, resize_px = [views.interpolation], view_table((ViewSpec(),)), views.resize_px
+        else:
+            interpolations, table, resize_px = [view.interpolation for view in views], view_table(views), 0
+        bicubic = np.array([interpolation == "bicubic" for interpolation in interpolations])
         levels = normalization_table(normalization) if normalization else UNCHANGED.copy()
         for array in (bicubic, *table, levels):
             array.flags.writeable = False  # as compiled constants are: one version of make_views serves all callers
-        self._views = Views(np.uint64(seed), table, views.resize_px if centre else 0, bicubic, levels)
+        self._views = Views(np.uint64(seed), table, resize_px, bicubic, levels)
         self.dtype = levels.dtype
         self._epoch = np.zeros(1, np.int64)  # compiled code reads it by its address: arrays themselves are frozen
-        self.status: np.ndarray | None = None
+        self.status = np.zeros(0, np.uint8)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -149,7 +150,7 @@ class ViewsDecoder(SimpleRGBImageDecoder):
 
     def declare_state_and_memory(self, previous_state):
         """FFCV asks when the loader is made and at the start of each epoch."""
-        if self.status is None:
+        if not len(self.status):
             heights, widths = (self.metadata[name].astype(np.int64) for name in ("height", "width"))
             self._largest = int(heights.max()), int(widths.max()), int((heights * widths).max())
             self.status = np.zeros(len(self.metadata), np.uint8)  # its place is in the compiled code
@@ -191,9 +192,9 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         decode.is_parallel = True
         return decode
 
-    def make_one(self, beton: Beton, sample: int, out: np.ndarray) -> None:
+    def make_one(self, dataset: Stored, sample: int, out: np.ndarray) -> None:
         """One image's views, and its status, outside of FFCV's Loader: out (V, S, S, 3)."""
-        worker, stored = start_worker(self._largest, *out.shape[:2]), jpeg_bytes(beton, sample)
-        about = (int(array[sample]) for array in (beton.modes, beton.heights, beton.widths))
+        worker, stored = start_worker(self._largest, *out.shape[:2]), jpeg_bytes(dataset, sample)
+        about = (int(array[sample]) for array in (dataset.modes, dataset.heights, dataset.widths))
         self.status[sample] = make_views(worker, stored, *about, sample, int(self._epoch[0]), self._views, out)
         end_handle(worker.handle)

@@ -12,7 +12,7 @@ pipeline/README.md says how to add a decoder.
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
@@ -71,7 +71,7 @@ def ahead_of(count: int, begun: Iterator[T]) -> Iterator[T]:
 
 
 class PartsLoader(Loader):
-    """Batches by the Pixels that `make_pixels(loader)` answers, and by our own Views; see LoaderConfig and Batch."""
+    """Batches by the Pixels that `make_pixels(loader)` returns, and by our own Views; see LoaderConfig and Batch."""
 
     def __init__(self, config: LoaderConfig, make_pixels: Callable[["PartsLoader"], Pixels]) -> None:
         super().__init__(config)
@@ -91,7 +91,7 @@ class PartsLoader(Loader):
 
     def _start_maker(self) -> None:
         """All that the maker copies and launches is on the loader's CUDA stream, never on the caller's."""
-        if self.on_gpu:
+        if self.cuda_stream:
             torch.cuda.set_stream(self.cuda_stream)
 
     def on_workers(self, images: int, job: Callable[[slice], None]) -> list[Future]:
@@ -99,9 +99,9 @@ class PartsLoader(Loader):
         cuts = np.linspace(0, images, min(images, self.workers * SHARES_PER_WORKER) + 1).astype(int).tolist()
         return [self.pool.submit(job, slice(first, end)) for first, end in pairwise(cuts)]
 
-    def _made(self, stream: Stream) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
+    def _made(self, stream: Stream) -> Generator[tuple[Batch, torch.cuda.Event | None]]:
         """The batches of a stream, each with the event after which its tensors are there. Runs in the maker."""
-        empty = []  # the last batch of a pass may leave a rank nothing, which is no work for a decoder
+        empty: list[Request] = []  # the last batch of a pass may leave a rank nothing, which is no work for a decoder
 
         def requests() -> Iterator[Request]:
             find_ids = self.bad.replaced if self.pixels.judges else self.bad.decodable
@@ -125,7 +125,7 @@ class PartsLoader(Loader):
         step, epoch, wanted, ids = request
         label, sample = (torch.from_numpy(numbers).to(self.device) for numbers in (self.labels[ids], ids))
         batch = Batch(views, label, sample, step, epoch, substituted=int((ids != wanted).sum()))
-        return batch, self.cuda_stream.record_event() if self.on_gpu else None
+        return batch, self.cuda_stream.record_event() if self.cuda_stream else None
 
     def _hand_over(self, batch: Batch, made: torch.cuda.Event | None) -> Batch:
         """The batch, for work on the caller's current CUDA stream."""
@@ -157,7 +157,7 @@ class PartsLoader(Loader):
 
 
 class NumbaViews:
-    """By the worker threads, image by image: float32 values, or 8-bit levels for a GPU to normalize."""
+    """Views made by the worker threads, image by image: float32 values, or 8-bit levels for a GPU to normalize."""
 
     def __init__(self, loader: PartsLoader) -> None:
         self.loader, self.config = loader, loader.config
@@ -173,14 +173,14 @@ class NumbaViews:
         return self._thread.scratch
 
     def on_workers(self, request: Request, job: Callable[[slice, np.ndarray], None]) -> tuple:
-        """Has them call job(share, out), which fills its images of out (V, B, H, W, 3): that tensor, and the jobs."""
+        """Has the worker threads call job(share, out), each for its images of out (V, B, H, W, 3): (out, the jobs)."""
         side, dtype = self.config.resolution_at(request.epoch), torch.uint8 if self.loader.on_gpu else torch.float32
         shape = (len(self.bicubic), len(request.ids), side, side, 3)
         out = torch.empty(shape, dtype=dtype, pin_memory=self.loader.on_gpu)
         return out, self.loader.on_workers(len(request.ids), lambda share: job(share, out.numpy()))
 
     def begin(self, request: Request, pixels: torch.Tensor, starts: np.ndarray | None) -> tuple:
-        """Gives the workers a batch, where its views are not made already."""
+        """Gives the workers a batch, unless its views are made already."""
         if starts is None:
             return pixels, []
 
@@ -206,7 +206,7 @@ class NumbaViews:
 
 
 class TritonViews:
-    """By the GPU, a batch at a time; on a CPU in Triton's interpreter, for tests."""
+    """Views made by the GPU, a batch at a time; on a CPU in Triton's interpreter, for tests."""
 
     def __init__(self, loader: PartsLoader) -> None:
         self.loader, self.config = loader, loader.config

@@ -1,4 +1,4 @@
-"""The file is read ahead of its use in block-shuffled order, for the page cache.
+"""Reads a file ahead of its use if the order is block-shuffled, so that the page cache has it in time.
 
 While the images of one window are decoded, a thread reads the blocks of the next from their first byte to their last.
 The bytes go nowhere; what counts is that the page cache has them. So a disk sees long reads alone, and memory is needed
@@ -22,24 +22,25 @@ Stream = Iterator[tuple[int, int, np.ndarray]]  # (step, epoch, sample ids of th
 
 
 def read_ahead(stream: Stream, config: LoaderConfig, dataset: Stored, ids: np.ndarray) -> Stream:
-    """Passes a stream on; beside it reads the window in use, where it starts inside one, and always the next.
+    """Passes a stream on; beside it reads the window in use, if it starts inside one, and always the next.
 
     `ids` are the samples in use, in file order.
     """
-    c, epoch, asked = config, -1, -1
-    per_epoch, windows = steps_per_epoch(len(ids), c.global_batch), window_count(len(ids), c.blocks)
+    c, blocks, epoch, asked = config, config.blocks, -1, -1
+    assert blocks is not None, "a full shuffle has no next block"
+    per_epoch, windows = steps_per_epoch(len(ids), c.global_batch), window_count(len(ids), blocks)
     reader = ThreadPoolExecutor(1, "read ahead")
     try:
         for step, at_epoch, part in stream:
             if at_epoch != epoch:
                 epoch = at_epoch
-                counts = np.bincount(windows_of_positions(c.seed, epoch, len(ids), c.blocks), minlength=windows)
+                counts = np.bincount(windows_of_positions(c.seed, epoch, len(ids), blocks), minlength=windows)
             position = step % per_epoch * c.global_batch
             now = epoch * windows + int(np.searchsorted(np.cumsum(counts), position, "right"))
             while asked < now + 1:
                 asked = max(asked + 1, now)
                 of_epoch, window = divmod(asked, windows)
-                chosen = ids[windows_of_positions(c.seed, of_epoch, len(ids), c.blocks) == window]
+                chosen = ids[windows_of_positions(c.seed, of_epoch, len(ids), blocks) == window]
                 for file_range in stored_ranges(dataset, chosen):
                     reader.submit(_read, *file_range)
             yield step, at_epoch, part

@@ -6,6 +6,7 @@ decoder nor kernels nor threads. It yields the same batches, at the speed such p
 
 import multiprocessing
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,16 +27,19 @@ class _Steps(torch.utils.data.Dataset):
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config = config
-        self.beton: Beton | None = None  # opened where it is used: a memory map must not be pickled
 
-    def _open(self) -> None:
-        self.beton = open_beton(self.config.data)
-        self.bad = BadImages(self.config, self.beton, samples_in_use(self.config, self.beton))
+    @cached_property
+    def beton(self) -> Beton:
+        """Opened where it is used: a memory map must not be pickled."""
+        return open_beton(self.config.data)
+
+    @cached_property
+    def bad(self) -> BadImages:
+        """What this process has found so far."""
+        return BadImages(self.config, self.beton, samples_in_use(self.config, self.beton))
 
     def __getitem__(self, request: tuple[int, int, np.ndarray]) -> tuple | UserError:
         step, epoch, wanted = request
-        if self.beton is None:
-            self._open()
         try:
             ids = self.bad.decodable(epoch, wanted)
             return self._views(epoch, ids), torch.from_numpy(ids), step, epoch, int((ids != wanted).sum())
@@ -73,7 +77,7 @@ class TorchLoader(Loader):
         # A forked process would inherit numba's and torch's thread pools in an unknown state. So a clean server
         # forks the workers, once it has imported what they need.
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-        self._loader = torch.utils.data.DataLoader(
+        self._loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
             _Steps(config),
             batch_size=None,
             sampler=self._pass,
@@ -85,6 +89,7 @@ class TorchLoader(Loader):
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
         c = self.config
+        assert self._loader is not None, "the loader is closed"
         self._pass.stream = self.stream(start_step, stop_step)
         for made in self._loader:
             if isinstance(made, UserError):

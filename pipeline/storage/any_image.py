@@ -1,8 +1,9 @@
 """Any image file that Pillow reads → its pixels, upright, 8 bits a value.
 
-Of more than 8 bits a value the upper 8 are kept, if a value reaches a quarter of its range. Below that they would
-come out almost black: 10 or 12 bits in 16. These are refused, with the range found, and so are 32-bit and
-floating-point numbers, of which nothing says what is white.
+If a file has more than 8 bits a value, the upper 8 are kept, provided that its largest value reaches a quarter of the
+range. An image that stays below that, such as one of 10 or 12 bits stored in 16, would come out almost black: it is
+refused, and the message names its range. Refused, too, are 32-bit and floating-point numbers, of which nothing says
+what is white.
 
 The pixels are those of `ImageOps.exif_transpose(Image.open(file)).convert("RGB")`, greyscale staying greyscale. Of
 several frames the first counts. A shortage of memory says nothing about an image: it is a MemoryError, not Unreadable.
@@ -12,9 +13,10 @@ import io
 import re
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # Pillow's own limit against decompression bombs
+MAX_PIXELS = (2 << 30) // 12  # Pillow's own limit against decompression bombs, twice its MAX_IMAGE_PIXELS
 
 # What is read, by content. Pillow hands PostScript, for one, to another program: such formats are not among them.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "DIB", "PPM", "TIFF", "JPEG2000", "AVIF")
@@ -36,7 +38,7 @@ class Unreadable(Exception):
     """The bytes are not an image that can be stored; the text says why."""
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> ImageFile.ImageFile:
     """By content, whatever its name."""
     return Image.open(io.BytesIO(data), formats=FORMATS)
 
@@ -52,7 +54,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """The same of a JPEG, whose pixels need not be decoded for it."""
+    """EXIF's orientation of a JPEG, whose pixels need not be decoded for it."""
     try:
         with _open(data) as image:
             return _orientation(image)
@@ -63,7 +65,7 @@ def jpeg_orientation(data: bytes) -> int:
 
 
 def upright_pixels(data: bytes) -> Image.Image:
-    """Any other format, as an upright "L" or "RGB" image; of several frames the first."""
+    """Any image file as an upright "L" or "RGB" image; of several frames the first. Raises Unreadable."""
     pixels = 0
     try:
         with _open(data) as image:
@@ -73,8 +75,8 @@ def upright_pixels(data: bytes) -> Image.Image:
             bits = _deep_bits(image, data)
             image.load()
             turn = UPRIGHT.get(_orientation(image))
-            image = _eight_bits(image, bits)
-            return image if turn is None else image.transpose(turn)
+            plain = _eight_bits(image, bits)
+            return plain if turn is None else plain.transpose(turn)
     except (Unreadable, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -92,14 +94,14 @@ def _require_memory(pixels: int) -> None:
     np.empty((64 << 20) + 8 * pixels, np.uint8)  # about what a decoder takes; not touched, so it costs nothing
 
 
-def _deep_bits(image: Image.Image, data: bytes) -> int:
-    """How many bits a value of an opened image has, where Pillow says; 8 or more. It forgets that with loading."""
+def _deep_bits(image: ImageFile.ImageFile, data: bytes) -> int:
+    """How many bits a value of an opened image has, as far as Pillow says; 8 or more. It forgets that with loading."""
     if image.format == "JPEG2000":
         at = data.find(b"\xff\x4f\xff\x51")  # SOC and SIZ; the first component's depth is 38 bytes behind SIZ
         return 16 if at >= 0 and (data[at + 42] & 127) + 1 > 8 else 8  # Pillow brings any depth to 16 bits
     if image.format not in ("PNG", "PPM", "TIFF"):  # BMP's "BGR;16" is 16 bits a pixel
         return 8
-    if image.format == "TIFF":
+    if isinstance(image, TiffImageFile):
         bits = max(image.tag_v2.get(_BITS, (1,)))
         if bits > 8 and image.tag_v2.get(_PLANES) == 2 and len(image.getbands()) > 1:
             raise Unreadable(f"{bits} bits in separate planes, which Pillow misreads; convert it to 8 bits")
@@ -123,12 +125,12 @@ def _eight_bits(image: Image.Image, bits: int) -> Image.Image:
         values = np.asarray(image)
         if values.max() < 1 << (bits - 2) and values.any():
             raise Unreadable(f"values from {values.min()} to {values.max()} in {bits} bits, almost black; {advice}")
-        if image.format == "TIFF" and image.tag_v2.get(_PHOTOMETRIC) == 0:
+        if isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0:
             raise Unreadable(f"{bits} bits in which 0 is white; {advice}")
         return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if bits > 8 and image.mode != "CMYK":  # Pillow has kept the upper 8; in CMYK the low ones are light
         bands = zip(image.getbands(), image.split(), strict=True)
-        top = max(band.getextrema()[1] for name, band in bands if name not in "Aa")
+        top = max(int(np.asarray(band).max()) for name, band in bands if name not in "Aa")
         if top < 64:
             raise Unreadable(f"values below {256 * (top + 1)} in {bits} bits, almost black; {advice}")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +80,7 @@ class BetonWriter:
         self._start = beton.data_start(images)
         self.done = self._journaled = 0
         self._end = self._room_end = self._start
-        self._flushing = None
+        self._flushing: Future[None] | None = None
         self._one = OneWriter(path.with_suffix(".beton.writing"), str(path))
         try:
             self._journal = os.open(self.journal_path, os.O_RDWR | os.O_CREAT, 0o644)

@@ -13,7 +13,7 @@ from pipeline.compiled import jit
 from pipeline.storage.beton import MODE_JPEG, MODE_RAW, Stored, jpeg_bytes
 from pipeline.storage.jpeg import RGB, STRICT, load_library, turbojpeg
 
-# What decode_rgb answers: the index is the status.
+# What the statuses that decode_rgb returns mean: the index is the status.
 STATUS_TEXT = (
     "decoded",
     "its place is outside the file",

@@ -78,7 +78,7 @@ def turbojpeg() -> ctypes.CDLL:
     lib.tjInitDecompress.restype = lib.tjInitCompress.restype = pointer
     lib.tjDestroy.argtypes = lib.tjGetErrorCode.argtypes = lib.tjGetErrorStr2.argtypes = [pointer]
     lib.tjGetErrorStr2.restype = ctypes.c_char_p
-    jpeg = [pointer, ctypes.c_char_p, size]
+    jpeg = (pointer, ctypes.c_char_p, size)
     lib.tjDecompressHeader3.argtypes = [*jpeg, *[pointer] * 4]
     lib.tjDecompress2.argtypes = [*jpeg, pointer, *[number] * 5]
     lib.tjDecompressToYUVPlanes.argtypes = [*jpeg, pointer, number, pointer, number, number]

@@ -63,7 +63,7 @@ class Digests:
         self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
 
     def sha256(self, sample: int) -> str:
-        """In hexadecimal digits."""
+        """A sample's digest, in hexadecimal digits."""
         line = self._text[self._ends[sample] + 1 : self._ends[sample + 1]].tobytes()
         return line.split(b"\t", 4)[3].decode("ascii")
 
@@ -112,7 +112,7 @@ def _write_shard(source: Beton, ids: range, path: Path) -> None:
     with whole_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in ids:
             label = b"%d" % source.labels[sample]
-            for suffix, data in (("jpg", beton.jpeg_bytes(source, sample)), ("cls", label)):
+            for suffix, data in (("jpg", beton.jpeg_bytes(source, sample).tobytes()), ("cls", label)):
                 member = tarfile.TarInfo(f"{sample:09d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

@@ -187,11 +187,11 @@ def store_image(data: bytes, how: How) -> ImageBytes:
     found = jpeg_structure(data)
     may_turn = data[:2] == _SOI if found is None else found.has_app1
     turn = UPRIGHT.get(jpeg_orientation(data)) if may_turn else None
-    plain = found is not None and turn is None
-    keep = plain and max(found[:2]) <= max_side_px and len(data) <= PAGE_BYTES
-    if keep and not (decode_all or found.doubtful) and _starts_well(data, found):
-        return _stored(KEPT, MODE_JPEG, found.height, found.width, data)
-    if plain and max(found[:2]) > max_side_px:
+    plain = found if turn is None else None  # the markers of a JPEG that is upright
+    keep = plain is not None and max(plain[:2]) <= max_side_px and len(data) <= PAGE_BYTES
+    if plain and keep and not (decode_all or plain.doubtful) and _starts_well(data, plain):
+        return _stored(KEPT, MODE_JPEG, plain.height, plain.width, data)
+    if plain and max(plain[:2]) > max_side_px:
         from pipeline.storage.shrink import shrink_jpeg  # with numba, which takes half a second to load
 
         shrunk = shrink_jpeg(data, max_side_px=max_side_px, quality=quality, max_pixels=MAX_PIXELS)

@@ -41,7 +41,7 @@ def _verify_chunk(samples: list[tuple[Path, int, int, int, int, int, str]]) -> l
     handle, problems = decode.make_handle(), []
     for path, offset, size, mode, height, width, sha256 in samples:
         data = np.fromfile(path, np.uint8, size, offset=offset)
-        if hashlib.sha256(data).hexdigest() != sha256:
+        if hashlib.sha256(data.data).hexdigest() != sha256:
             problems.append("its bytes have changed")
             continue
         out = np.empty(height * width * 3, np.uint8)

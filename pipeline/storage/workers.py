@@ -17,7 +17,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from pipeline.errors import UserError
@@ -70,7 +70,7 @@ class Workers:
 
         The next argument is asked for when the list before is done with.
         """
-        ahead = collections.deque()
+        ahead: collections.deque[Future[list]] = collections.deque()
         try:
             for argument in arguments:
                 ahead.append(self._pool.submit(task, *argument))
@@ -87,7 +87,7 @@ class Workers:
         return self._shared[start : start + size_bytes]
 
 
-def write_slot(slot: int, at: int, data: bytes) -> bool:
+def write_slot(slot: int, at: int, data: bytes | memoryview) -> bool:
     """In a worker, lays bytes into a slot; False if they do not fit, or no memory is shared (a fork server's)."""
     if _shared is None or at + len(data) > SLOT_BYTES:
         return False
@@ -124,6 +124,6 @@ def _start_worker(forked_by: int, shared: memoryview | None) -> None:
         os._exit(1)
 
 
-def _end_with(process) -> None:
+def _end_with(process: multiprocessing.process.BaseProcess) -> None:
     process.join()
     os._exit(1)

@@ -132,7 +132,7 @@ def _run(block, program, factors, mean):
 
 @kernel
 def _luma_sum(block):
-    """Of BLOCK pixels: at most 255 · 1024, which int32 holds."""
+    """The sum of luma over BLOCK pixels: at most 255 · 1024, which int32 holds."""
     widest_vectors()
     total = np.int32(0)
     for i in range(BLOCK):

@@ -145,11 +145,6 @@ def _place(pitch, ROWS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
-def _add(a, b):
-    return a + b
-
-
-@triton.jit
 def start_colours(
     between,
     table,
@@ -179,7 +174,7 @@ def start_colours(
             luma = _luma(levels[3 * row], levels[3 * row + 1], levels[3 * row + 2])
             total += tl.where((top + row < side) & (x < side), luma, 0)
         # Whole numbers: their sum does not depend on the order in which programs add.
-        tl.atomic_add(sums + view, tl.reduce(total, None, _add).to(tl.int64), sem="relaxed")
+        tl.atomic_add(sums + view, tl.sum(total).to(tl.int64), sem="relaxed")
 
 
 @triton.jit

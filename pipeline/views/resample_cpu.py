@@ -25,7 +25,7 @@ class ResampleScratch(NamedTuple):
     """Memory of one thread for crop-resizes of images up to the size it was made for. S: the view's padded side."""
 
     begin: np.ndarray  # int64 (S,): an output pixel's first input pixel,
-    count: np.ndarray  # int64 (S,): its number of input pixels (taps),
+    inputs: np.ndarray  # int64 (S,): its number of input pixels (taps),
     total: np.ndarray  # float64 (S,): the sum of its weights
     weights: np.ndarray  # float64: weight of tap k of output pixel i at k · (output pixels) + i
     block_begin: np.ndarray  # int64 (S / LANES,): a block's first input column,
@@ -71,7 +71,7 @@ def make_resample_scratch(max_height_px, max_width_px, side_px):
 
 @kernel
 def _fill_weights(start, n, box_px, resized_px, bicubic, s):
-    """begin, count and weights of n output pixels from number `start` on of a resize box_px → resized_px.
+    """begin, inputs and weights of n output pixels from number `start` on of a resize box_px → resized_px.
 
     The filter is Keys' cubic with a = -0.5, or the triangle, in Pillow's order of operations; the weights are
     fixed-point, so whole numbers in units of 2^-22. Returns how many taps a pixel may have; beyond its own they are 0.
@@ -85,7 +85,7 @@ def _fill_weights(start, n, box_px, resized_px, bicubic, s):
     for i in range(n):
         centre = (start + i + 0.5) * scale
         s.begin[i] = max(int(centre - support + 0.5), 0)
-        s.count[i] = min(int(centre + support + 0.5), box_px) - s.begin[i]
+        s.inputs[i] = min(int(centre + support + 0.5), box_px) - s.begin[i]
         s.total[i] = 0.0
     # One tap of all pixels, then the next: the inner loop has no branch and no sum across lanes, so it is vector code.
     for k in range(taps):
@@ -98,7 +98,7 @@ def _fill_weights(start, n, box_px, resized_px, bicubic, s):
             cubic = near if x < 1.0 else (far if x < 2.0 else 0.0)
             triangle = 1.0 - x if x < 1.0 else 0.0
             weight = cubic if bicubic else triangle
-            weight = weight if k < s.count[i] else 0.0
+            weight = weight if k < s.inputs[i] else 0.0
             s.weights[at + i] = weight
             s.total[i] += weight
     for k in range(taps):
@@ -124,8 +124,8 @@ def _prepare_rows(box_px, resized_px, window_px, bicubic, s):
     for i in range(taps * n):
         s.row_weights[i] = np.int32(s.weights[i])
     for i in range(n):
-        s.row_begin[start - window_px + i], s.row_count[start - window_px + i] = s.begin[i], s.count[i]
-    return s.begin[0], s.begin[n - 1] + s.count[n - 1], n
+        s.row_begin[start - window_px + i], s.row_count[start - window_px + i] = s.begin[i], s.inputs[i]
+    return s.begin[0], s.begin[n - 1] + s.inputs[n - 1], n
 
 
 @kernel
@@ -142,7 +142,7 @@ def _prepare_blocks(side, box_px, resized_px, window_px, flip, bicubic, s):
         x = start - window_px + i
         block = (side - 1 - x if flip else x) // LANES
         s.block_begin[block] = min(s.block_begin[block], s.begin[i])
-        s.block_count[block] = max(s.block_count[block], s.begin[i] + s.count[i])  # for now, where the columns end
+        s.block_count[block] = max(s.block_count[block], s.begin[i] + s.inputs[i])  # for now, where the columns end
     used = 0
     for block in range(len(s.block_begin)):
         s.block_count[block] = max(s.block_count[block] - s.block_begin[block], 0)
@@ -157,7 +157,7 @@ def _prepare_blocks(side, box_px, resized_px, window_px, flip, bicubic, s):
         x = start - window_px + i
         x = side - 1 - x if flip else x
         at = s.block_start[x // LANES] + s.begin[i] - s.block_begin[x // LANES]
-        for k in range(s.count[i]):
+        for k in range(s.inputs[i]):
             s.block_weights[at + k, x % LANES] = s.weights[k * n + i] / (1 << COEFFICIENT_BITS)
 
 

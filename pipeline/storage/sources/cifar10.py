@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+from numpy._core.multiarray import _reconstruct
 from PIL import Image
 
 from pipeline import constants
@@ -17,17 +18,20 @@ from pipeline.errors import UserError
 from pipeline.storage.sources.source import Source
 
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
+_FROM_NUMPY = {"_reconstruct": _reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}  # what the pickles may call
 _LABELS = {"train": "train_lables.json", "val": "test_lables.json"}  # so spelt in the npm package
 
 
-def has(root: Path, split: str) -> bool:
-    """Whether either form is there; both hold all splits."""
-    return _folder(root) is not None
+def find(root: Path, split: str) -> Path | None:
+    """The folder of either form; both hold all splits."""
+    for folder in (root / "cifar-10-batches-py", root):
+        if (folder / "data_batch_1").is_file():
+            return folder
+    return root if (root / "data_batch_1.png").is_file() else None
 
 
-def read(root: Path, split: str) -> Source:
+def read(root: Path, split: str, folder: Path) -> Source:
     """The images of a split, with their pixels. Raises UserError for other ones than the published."""
-    folder = _folder(root)
     read_batches = _read_pickles if (folder / "data_batch_1").is_file() else _read_sheets
     try:
         pixels, labels = read_batches(folder, split)
@@ -44,13 +48,6 @@ def read(root: Path, split: str) -> Source:
             )
     names = [f"{split}/{i:05d}" for i in range(len(labels))]
     return Source("cifar-10", split, list(constants.CIFAR10_CLASSES), names, labels, folder, pixels=pixels)
-
-
-def _folder(root: Path) -> Path | None:
-    for folder in (root / "cifar-10-batches-py", root):
-        if (folder / "data_batch_1").is_file():
-            return folder
-    return root if (root / "data_batch_1.png").is_file() else None
 
 
 def _read_pickles(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -75,12 +72,10 @@ def _read_sheets(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 class _ArrayUnpickler(pickle.Unpickler):
     """Loads the arrays, lists and strings of CIFAR-10's batches, and nothing that could run code."""
 
-    ALLOWED = ("_reconstruct", "ndarray", "dtype")
-
-    def find_class(self, module: str, name: str):
+    def find_class(self, module: str, name: str) -> object:
         """What a pickle may call, by its name. Raises UnpicklingError for anything else."""
-        if module.split(".")[0] == "numpy" and name in self.ALLOWED:
-            return {"_reconstruct": np._core.multiarray._reconstruct, "ndarray": np.ndarray, "dtype": np.dtype}[name]
+        if module.split(".")[0] == "numpy" and name in _FROM_NUMPY:
+            return _FROM_NUMPY[name]
         if (module, name) == ("_codecs", "encode"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} is not expected in it")

@@ -30,29 +30,25 @@ _LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "test
 _SUFFIX = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")  # "img.0001" has none
 
 
-def has(root: Path, split: str) -> bool:
-    """Whether the split's folder is there."""
-    return split_folder(root, split) is not None
-
-
-def read(root: Path, split: str) -> Source:
-    """Lists a split's folder, and counts what lies beside the splits."""
-    source = class_folders(split_folder(root, split), split)
-    used = {tar_name(s) for s in SPLITS} | {folder.name for s in SPLITS if (folder := split_folder(root, s))}
-    source.left_out.update(f"{_kind(entry)} beside the splits" for entry in _entries(root) if entry.name not in used)
-    return source
-
-
-def split_folder(root: Path, split: str) -> Path | None:
+def find(root: Path, split: str) -> Path | None:
     """The folder of a split, None if there is none."""
     others_count = (root / "train").is_dir()  # alone, valid/ could be a class
     names = _SPLIT_FOLDERS[split] if others_count else _SPLIT_FOLDERS[split][:1]
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
+def read(root: Path, split: str, folder: Path) -> Source:
+    """Lists a split's folder, and counts what lies beside the splits."""
+    source = class_folders(folder, split)
+    used = {tar_name(s) for s in SPLITS} | {found.name for s in SPLITS if (found := find(root, s))}
+    source.left_out.update(f"{_kind(entry)} beside the splits" for entry in _entries(root) if entry.name not in used)
+    return source
+
+
 def class_folders(root: Path, split: str) -> Source:
     """Lists a folder of classes. Raises UserError for one without class folders, or a class without images."""
-    classes, loose, left_out = [], 0, Counter()
+    classes, loose = [], 0
+    left_out: Counter[str] = Counter()
     for entry in _entries(root):
         if _is_data_folder(entry):
             classes.append(entry.name)
@@ -107,7 +103,7 @@ def _kind(entry: os.DirEntry) -> str:
     return suffix if _SUFFIX.fullmatch(suffix) else "without suffix"
 
 
-def _images_under(folder: str, prefix: str, left_out: Counter) -> list[str]:
+def _images_under(folder: str, prefix: str, left_out: Counter[str]) -> list[str]:
     names = []
     for entry in _entries(folder):
         if _is_data_folder(entry):

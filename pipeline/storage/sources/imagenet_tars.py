@@ -6,6 +6,7 @@ root/ILSVRC2012_img_val.tar      images without classes; ILSVRC2012_devkit_t12.t
 
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,14 +25,14 @@ def tar_name(split: str) -> str:
     return f"ILSVRC2012_img_{split}.tar"
 
 
-def has(root: Path, split: str) -> bool:
-    """Whether the split's tar file is there."""
-    return (root / tar_name(split)).is_file()
-
-
-def read(root: Path, split: str) -> Source:
-    """Lists a tar file. Raises UserError for one that is not whole, and for the val tar without the devkit."""
+def find(root: Path, split: str) -> Path | None:
+    """The split's tar file."""
     path = root / tar_name(split)
+    return path if path.is_file() else None
+
+
+def read(root: Path, split: str, path: Path) -> Source:
+    """Lists a tar file. Raises UserError for one that is not whole, and for the val tar without the devkit."""
     images = _class_tars(path) if split == "train" else _flat_val_tar(path)
     expected = constants.IMAGENET_TRAIN_IMAGES if split == "train" else constants.IMAGENET_VAL_IMAGES
     count = sum(map(len, images.values()))
@@ -65,7 +66,7 @@ def _tar_members(path: Path, start: int, end: int) -> list[tarfile.TarInfo]:
 
 def _class_tars(path: Path) -> _ByClass:
     """The images of the train tar."""
-    images = {}
+    images: _ByClass = {}
     for outer in _tar_members(path, 0, path.stat().st_size):
         inner = _tar_members(path, outer.offset_data, outer.offset_data + outer.size)
         images[outer.name.removesuffix(".tar")] = [(m.name, m.offset_data, m.size) for m in inner]
@@ -77,7 +78,8 @@ def _flat_val_tar(path: Path) -> _ByClass:
     devkit = path.parent / _DEVKIT
     if not devkit.is_file():
         raise UserError(f"{path.name} does not say the class of its images; put {_DEVKIT} beside it in {path.parent}")
-    classes, images = _val_classes(devkit), {}
+    classes = _val_classes(devkit)
+    images: _ByClass = {}
     for member in _tar_members(path, 0, path.stat().st_size):
         number = int(Path(member.name).stem.rsplit("_", 1)[1])  # ILSVRC2012_val_00000001.JPEG
         images.setdefault(classes[number - 1], []).append((member.name, member.offset_data, member.size))
@@ -85,12 +87,18 @@ def _flat_val_tar(path: Path) -> _ByClass:
 
 
 def _val_classes(devkit: Path) -> list[str]:
-    """The class of each validation image, in the order of their numbers, from the devkit's two files."""
+    """The class of each validation image, in the order of their numbers, from the devkit's two files.
+
+    Raises UserError for a devkit that is not whole, or without these files.
+    """
     from scipy.io import loadmat  # only here: half a second
 
-    with tarfile.open(devkit, "r:gz") as tar:
-        files = {Path(member.name).name: member for member in tar if member.isfile()}
-        synsets = loadmat(io.BytesIO(tar.extractfile(files["meta.mat"]).read()), squeeze_me=True)["synsets"]
-        truth = tar.extractfile(files["ILSVRC2012_validation_ground_truth.txt"]).read().decode()
+    try:
+        with tarfile.open(devkit, "r:gz") as tar:
+            files = {Path(member.name).name: file.read() for member in tar if (file := tar.extractfile(member))}
+        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
+        truth = files["ILSVRC2012_validation_ground_truth.txt"].decode()
+    except (OSError, EOFError, tarfile.ReadError, zlib.error, KeyError) as error:
+        raise UserError(f"{devkit} is not the devkit, or not all of it ({error!r}); download it again") from None
     by_id = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     return [by_id[int(line)] for line in truth.split()]

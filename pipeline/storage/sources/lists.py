@@ -20,14 +20,16 @@ from pipeline.storage.sources.source import Source
 _PLACES_IMAGES = Path("data/vision/torralba/deeplearning/images256")
 
 
-def has(root: Path, split: str) -> bool:
-    """Whether one of the two datasets' lists is there."""
-    return _list_path(root, split) is not None
+def find(root: Path, split: str) -> Path | None:
+    """The list of one of the two datasets."""
+    for path in (root / "trainvalsplit_places205" / f"{split}_places205.csv", root / f"{split}2018.json"):
+        if path.is_file():
+            return path
+    return None
 
 
-def read(root: Path, split: str) -> Source:
+def read(root: Path, split: str, path: Path) -> Source:
     """Raises UserError for a list that is not the published one, or images that are not where it says."""
-    path = _list_path(root, split)
     try:
         source = _inat18(root, split, path) if path.suffix == ".json" else _places205(root, split, path)
     except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -41,13 +43,6 @@ def read(root: Path, split: str) -> Source:
     if not (source.where / source.names[0]).is_file():
         raise UserError(f"{source.where / source.names[0]} is missing; unpack the images into {root}")
     return source
-
-
-def _list_path(root: Path, split: str) -> Path | None:
-    for path in (root / "trainvalsplit_places205" / f"{split}_places205.csv", root / f"{split}2018.json"):
-        if path.is_file():
-            return path
-    return None
 
 
 def _places205(root: Path, split: str, path: Path) -> Source:

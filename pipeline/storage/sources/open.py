@@ -1,8 +1,9 @@
 """Finds what kind of dataset lies in a folder, and lists one split of it. To add a kind: a file here, a line in KINDS.
 
-A kind is a module with two functions. `has(root, split)` says whether a folder holds this split of it ("train" or
-"val"), by the names in it alone. `read(root, split)` lists the split as a Source: classes, names, labels, and where the
-images are. It opens no image that the converter will read, and raises UserError for a split that is not complete.
+A kind is a module with two functions. `find(root, split)` says where in a folder this split of it lies ("train" or
+"val"), by the names in it alone; None if there is none. `read(root, split, found)` lists the split as a Source:
+classes, names, labels, and where the images are. It opens no image that the converter will read, and raises UserError
+for a split that is not complete.
 """
 
 from pathlib import Path
@@ -16,8 +17,8 @@ from pipeline.storage.sources.source import SPLITS, Source
 class Kind(Protocol):
     """What each module of KINDS offers."""
 
-    def has(self, root: Path, split: str) -> bool: ...
-    def read(self, root: Path, split: str) -> Source: ...
+    def find(self, root: Path, split: str, /) -> Path | None: ...
+    def read(self, root: Path, split: str, found: Path, /) -> Source: ...
 
 
 # The first that has a split reads it.
@@ -35,7 +36,7 @@ def split_names(root: Path) -> list[str]:
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "is missing"
         raise UserError(f"{root} {found}; --source expects a folder of images, one folder a class")
-    return [split for split in SPLITS if any(kind.has(root, split) for kind in KINDS)]
+    return [split for split in SPLITS if any(kind.find(root, split) for kind in KINDS)]
 
 
 def open_source(root: str | Path, split: str = "") -> Source:
@@ -45,10 +46,10 @@ def open_source(root: str | Path, split: str = "") -> Source:
     with other pixels or labels than the published ones.
     """
     root = Path(root)
-    found = split_names(root)
-    if not found:
+    splits = split_names(root)
+    if not splits:
         return folders.class_folders(root, split)
-    if split not in found:
+    if split not in splits:
         asked = f"no split {split!r}" if split else "more than one possible split"
-        raise UserError(f"{root} has {asked}, found {' and '.join(found)}; choose one with --split")
-    return next(kind for kind in KINDS if kind.has(root, split)).read(root, split)
+        raise UserError(f"{root} has {asked}, found {' and '.join(splits)}; choose one with --split")
+    return next(kind.read(root, split, found) for kind in KINDS if (found := kind.find(root, split)))

@@ -30,7 +30,7 @@ class Source:
     where: Path  # the folder that names are relative to, or the tar file
     extents: np.ndarray | None = None  # (N, 2) int64, offset and size in the tar file; None for a folder
     pixels: np.ndarray | None = None  # (N, H, W, 3) uint8 if the source holds raw pixels
-    left_out: Counter = field(default_factory=Counter)  # what lies there and is no image of it: suffix → how many
+    left_out: Counter[str] = field(default_factory=Counter)  # what lies there and is no image of it: suffix → how many
 
     def __len__(self) -> int:
         return len(self.names)

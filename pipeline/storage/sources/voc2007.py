@@ -11,27 +11,28 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.storage.sources.source import Source
 
+_MAIN = Path("ImageSets/Main")
 _LISTS = {"train": "trainval", "val": "test"}
 
 
 def voc_root(folder: Path) -> Path | None:
     """VOC2007 itself, if it is `folder` or lies in it, in VOCdevkit or not."""
     for root in (folder, folder / "VOC2007", folder / "VOCdevkit" / "VOC2007"):
-        if (root / "ImageSets" / "Main").is_dir():
+        if (root / _MAIN).is_dir():
             return root
     return None
 
 
-def has(root: Path, split: str) -> bool:
-    """Whether the split's list is there."""
+def find(root: Path, split: str) -> Path | None:
+    """The split's list."""
     voc = voc_root(root)
-    return voc is not None and _list(voc, split).is_file()
+    listed = voc / _MAIN / f"{_LISTS[split]}.txt" if voc else None
+    return listed if listed and listed.is_file() else None
 
 
-def read(root: Path, split: str) -> Source:
+def read(root: Path, split: str, listed: Path) -> Source:
     """Lists the images of a split. Raises UserError if some of them are missing."""
-    voc = voc_root(root)
-    listed = _list(voc, split)
+    voc = listed.parents[2]
     names = [f"JPEGImages/{line.split()[0]}.jpg" for line in listed.read_text().splitlines() if line.strip()]
     missing = [name for name in names if not (voc / name).is_file()]
     if missing or not names:
@@ -40,7 +41,3 @@ def read(root: Path, split: str) -> Source:
             f"{f' ({missing[0]} first)' if missing else ''}; unpack VOC2007's {_LISTS[split]} archive again"
         )
     return Source("voc 2007", split, ["image"], names, np.zeros(len(names), np.int64), voc)
-
-
-def _list(voc: Path, split: str) -> Path:
-    return voc / "ImageSets" / "Main" / f"{_LISTS[split]}.txt"

@@ -31,7 +31,7 @@ class HeadsConfig(SubjectConfig):
     lr: float = HEADS.settings["lr"]
     """Learning rate, not scaled by the batch."""
     weight_decay: float = HEADS.settings["weight_decay"]
-    """Of the classifiers."""
+    """Weight decay of the classifiers."""
     validate_every: int = 10
     """Epochs between two validations, each a pass of the encoder; the last epoch is always validated."""
 

@@ -39,7 +39,7 @@ class SemisupConfig(SubjectConfig):
     lr_classifier: float = SEMISUP.settings["lr_classifier"]
     """Learning rate of the linear classifier."""
     weight_decay: float = SEMISUP.settings["weight_decay"]
-    """Of all weights."""
+    """Weight decay of all weights."""
     validate_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
     seeds: int = 1

@@ -23,7 +23,7 @@ from eval.detection import DetectionConfig
 from eval.features import open_encoder, random_sha256
 from eval.splits import open_dataset
 from eval.subject import RESULTS, SubjectConfig, read_results, result_folder
-from pipeline.command import DATA, run_command
+from pipeline.command import DATA, REPO, run_command
 from pipeline.disk import followed_once
 from pipeline.errors import UserError
 from pipeline.storage.sources.voc2007 import voc_root
@@ -67,7 +67,7 @@ class EvalAllConfig:
     seeds: int = 1
     """Trainings of each semi-supervised evaluation."""
     workers: int = 0
-    """Of every loader; 0: one a core."""
+    """Threads of every loader; 0: one a core."""
     small: bool = False
     """One epoch and few costs everywhere: shows that all of it works here. Its results are marked "-modified"."""
     plan: bool = False
@@ -160,7 +160,7 @@ def is_done(job: Job, results: list[dict], info: BackboneInfo) -> bool:
 
 
 def digests_now(job: Job) -> dict | None:
-    """Of the dataset that a job would use; None where it cannot be opened, which the job itself will say."""
+    """The digests of the dataset that a job would use; None where it cannot be opened, as the job itself will say."""
     try:
         if isinstance(job.config, DetectionConfig):
             train, val = detection.open_splits(job.config)
@@ -187,8 +187,9 @@ def convert_voc(config: svm.SvmConfig) -> None:
 
     In a process of its own: the converter's workers start at once where nothing but it is loaded.
     """
-    command = [sys.executable, "pipeline/convert.py", "--source", config.voc, "--out", config.data]
-    if subprocess.run([*command, "--workers", str(config.workers)], stdout=sys.stderr).returncode:
+    flags = ("--source", config.voc, "--out", config.data, "--workers", config.workers)
+    command = [sys.executable, str(REPO / "pipeline" / "convert.py"), *map(str, flags)]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
         raise UserError(f"{config.voc} could not be converted; the converter says why above")
 
 
@@ -212,7 +213,10 @@ def main(config: EvalAllConfig) -> None:
             states[job.name] = "done before"
         else:
             states[job.name] = "would run" if config.plan else run_job(job, info)
-    summarize(states, missing)
+    for name, state in states.items():
+        print(f"{name:22} {state}")
+    for name, text in missing.items():
+        print(f"missing {name}: {text}")
     if not config.plan and (folder / RESULTS).is_file():
         report.main(report.ReportConfig(runs=(folder,)))
     if any(state.startswith("failed") for state in states.values()):
@@ -235,13 +239,6 @@ def run_job(job: Job, info: BackboneInfo) -> str:
     if job.config.features == "encoder" and result["checkpoint_sha256"] != info.sha256:
         said += f", of a newer checkpoint (step {result['step']}) than this call began with (step {info.step})"
     return said
-
-
-def summarize(states: dict[str, str], missing: dict[str, str]) -> None:
-    for name, state in states.items():
-        print(f"{name:22} {state}")
-    for name, text in missing.items():
-        print(f"missing {name}: {text}")
 
 
 if __name__ == "__main__":

@@ -59,14 +59,9 @@ class Split:
         objects: list[dict] = []
         for r in self.records:
             for i, (x1, y1, x2, y2) in enumerate(r.boxes.tolist()):
-                entry = {
-                    "id": len(objects) + 1,
-                    "image_id": r.image_id,
-                    "category_id": int(r.labels[i]),
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": int(r.ignored[i]),
-                }
+                entry: dict[str, object] = {"id": len(objects) + 1, "image_id": r.image_id}
+                entry |= {"category_id": int(r.labels[i]), "iscrowd": int(r.ignored[i])}
+                entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
                 if r.outlines:
                     entry["segmentation"] = r.outlines[i]
                 objects.append(entry)
@@ -74,7 +69,7 @@ class Split:
         return {"info": {}, "images": images, "annotations": objects, "categories": categories}
 
     def sha256(self) -> str:
-        """Of the ground truth, and of the images' names and sizes in bytes; not of their pixels, which are too many."""
+        """The digest of the ground truth and of the images' names and sizes in bytes; their pixels are too many."""
         files = [(r.path.name, r.path.stat().st_size) for r in self.records]
         content = json.dumps([self.truth(), files], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()

@@ -134,7 +134,7 @@ def embedding_map(kept: KeptFeatures) -> tuple[np.ndarray, np.ndarray, list[str]
 
 @dataclass(frozen=True)
 class Vote:
-    """Of each query, a val image: its nearest training images and whether their vote hits. Rows (n, VOTERS), sorted."""
+    """The nearest training images of each query, a val image, and whether their vote hits. Rows (n, VOTERS), sorted."""
 
     queries: np.ndarray
     rows: np.ndarray

@@ -53,7 +53,7 @@ def left_out(title: str, error: UserError) -> str:
 
 
 def whose(shown: dict, other: tuple[str, int] | None = None) -> str:
-    """Of which checkpoint a part is: of the one of the result `shown`, or of an `other` (digest, step)."""
+    """Says which checkpoint a part is about: that of the result `shown`, or an `other` (digest, step)."""
     own = f"Checkpoint {shown['checkpoint_sha256'][:12]}, step {shown['step']}."
     if other is None or other[0] == shown["checkpoint_sha256"]:
         return own

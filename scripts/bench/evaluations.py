@@ -41,11 +41,11 @@ class BenchConfig(SubjectConfig):
     queries: int = 10_000
     """Features that are classified."""
     dimensions: int = 512
-    """Of each of them."""
+    """Numbers in each of these features."""
     classes: int = 100
-    """Of the random labels."""
+    """How many classes the random labels have."""
     epochs: int = 30
-    """Of the probe's whole protocol."""
+    """Epochs of the probe's whole protocol."""
     repeats: int = 5
     """Measurements of everything."""
     json: Path | None = None
@@ -68,7 +68,7 @@ def brute_force_ranks(bank, labels, queries, truth, *, classes: int, k: int) -> 
 
 
 def bench_neighbours(config: BenchConfig) -> dict:
-    """Of random features; raises AssertionError unless the vote is the brute force's."""
+    """Times the vote of random features; raises AssertionError unless the vote is the brute force's."""
     random = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(n, config.dimensions, generator=random) for n in (config.bank, config.queries))
     labels, truth = (torch.randint(config.classes, (n,), generator=random) for n in (config.bank, config.queries))

@@ -64,7 +64,7 @@ class Images:
         return make_views(self.pixels, plan, Normalization(), dtype)
 
     def views_by_numba(self, epochs: int) -> Iterator[torch.Tensor]:
-        """Of each epoch (V, B, H, W, 3) float32, from the loader that makes them on the CPU; every image once."""
+        """Each epoch's views (V, B, H, W, 3) float32, from the loader that makes them on the CPU; every image once."""
         on_cpu = replace(self.loader.config, views_on="cpu", device="cpu", ids=self.ids, global_batch=len(self.ids))
         with make_loader(on_cpu) as loader:
             for batch in loader.batches(0, epochs):
@@ -144,7 +144,7 @@ def work_ahead() -> None:
 
 
 def together_ms(work: Callable) -> tuple[float, float]:
-    """Of the device for all that `work` queues, and of the CPU for queueing it."""
+    """How long the device takes for all that `work` queues, and the CPU to queue it."""
     work_ahead()
     begin, start = mark(), time.perf_counter()
     work()
@@ -155,7 +155,7 @@ def together_ms(work: Callable) -> tuple[float, float]:
 
 
 def apart_ms(work: Callable, settings: dict | None = None) -> dict[str, float]:
-    """Of every launch by kernel; a kernel's second launch is called "name 2"."""
+    """How long every launch takes, by kernel; a kernel's second launch is called "name 2"."""
     marks: dict[str, tuple] = {}
 
     def around(name: str, launch: Callable):
@@ -212,7 +212,7 @@ def least_bytes(plan: ViewPlan, bytes_per_value: int) -> int:
 
 
 def kernel_summary(ms: list[float], moved: int | None, copy: float) -> dict[str, Interval | float | None]:
-    """Of one kernel's launches; its share of the copy's bandwidth where its bytes are known and it took any time."""
+    """One kernel's times, and its share of the copy's bandwidth if its bytes are known and it took any time."""
     seconds = float(np.median(ms)) / 1000
     share = round(moved / seconds / copy, 3) if moved is not None and seconds > 0 else None
     return {"ms": interval(ms), "share_of_copy_bandwidth": share}
@@ -270,7 +270,7 @@ def measure_tune(config: StageConfig, record: Record) -> None:
 
 
 def ms_of(kernel: str, runs: list[dict[str, float]]) -> Interval:
-    """Of all its launches together."""
+    """The time of all launches of a kernel together, over several runs."""
     return interval([sum(ms for name, ms in run.items() if name.split()[0] == kernel) for run in runs])
 
 

@@ -58,7 +58,7 @@ def as_text(value: Interval, digits: int = 3) -> str:
 
 
 def difference_summary(counts: np.ndarray) -> dict[str, float]:
-    """Of the number of 8-bit values by how much they differ, 0 … 255."""
+    """Sums up how many 8-bit values differ by 0 … 255, (256,) counts."""
     values = int(counts.sum())
     return {
         "values": values,

@@ -75,7 +75,7 @@ class SubjectConfig(EncoderConfig):
     """Decides the classifier's initial weights, the order of images, their views, and the balanced subset."""
 
 
-Config = TypeVar("Config", bound=SubjectConfig)
+Config = TypeVar("Config", bound=SubjectConfig)  # the flags of one kind of evaluation
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,11 @@ def scores_of(task: str, split: Split, detections: list[dict]) -> dict[str, floa
     return boxes | {f"mask_{name}": value for name, value in masks.items()}
 
 
-def export(config: DetectionConfig) -> None:
+def export(config: DetectionConfig, out: Path) -> None:
     """Writes the backbone for Detectron2."""
     weights = detectron2_weights(open_encoder(config.checkpoint.expanduser(), key=config.key).module)
-    write_whole(config.export_detectron2, pickle.dumps(weights))
-    print(f"{config.export_detectron2}: {len(weights['model'])} tensors in Detectron2's layout")
+    write_whole(out, pickle.dumps(weights))
+    print(f"{out}: {len(weights['model'])} tensors in Detectron2's layout")
 
 
 def make_training(
@@ -183,7 +183,7 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
             return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_REQUEUE
         take_precise_statistics(training, images)
         detections = detect(training, test_split, masks)
-        if ranks.rank != 0:
+        if writer is None:  # of all ranks but the first
             return None
         writer.require()
         write_whole(folder / "detections.json", json.dumps(detections))
@@ -227,7 +227,8 @@ def record(
 def main(config: DetectionConfig) -> dict | None:
     """Measures, or exports; returns the result's line on rank 0. Ends with a code where a signal stopped it."""
     if config.export_detectron2:
-        return export(config)
+        export(config, config.export_detectron2)
+        return None
     ranks = start_ranks()
     try:
         made = measure(config, ranks)

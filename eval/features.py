@@ -16,7 +16,6 @@ import functools
 import json
 import os
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -85,7 +84,7 @@ def open_encoder(
     elif random_seed is not None:
         kind, module, info = "untrained", *random_encoder(info, random_seed)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return Encoder(kind, module.eval().to(device, memory_format=torch.channels_last), info, device)
+    return Encoder(kind, module.eval().to(device).to(memory_format=torch.channels_last), info, device)
 
 
 def random_encoder(info: BackboneInfo, seed: int) -> tuple[nn.Module, BackboneInfo]:
@@ -127,7 +126,7 @@ def centre_loader_config(
 @torch.no_grad()
 def extract_features(encoder: Encoder, config: LoaderConfig, dtype: torch.dtype) -> torch.Tensor:
     """Features of the config's samples, fresh: (N, D) of `dtype` on the CPU, in the order of its ids."""
-    with closing(make_loader(config)) as loader:
+    with make_loader(config) as loader:
         features, at = torch.empty(loader.images, encoder.info.features, dtype=dtype), 0
         # The bar shows on a terminal only.
         for batch in tqdm(loader.batches(), "features", loader.steps_per_epoch, unit="batch", disable=None):
@@ -174,7 +173,7 @@ class FeatureSet:
             "stem": info.stem,
             "dataset_sha256": dataset_sha256(self.beton),
             "ids_sha256": "all" if self.ids is None else sha256(self.ids.astype("<i8").tobytes()).hexdigest(),
-            "view": asdict(loading.views),
+            "view": asdict(centre_view(loading.resolution_px)),
             "resolution_px": loading.resolution_px,
             "loader": loading.backend,
             "normalization": [list(loading.normalization.mean), list(loading.normalization.std)],

@@ -40,7 +40,8 @@ def pool_map(pool: Pool, features: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) → (B, C, grid, grid)."""
     if features.shape[-2:] == (pool.side, pool.side):
         return F.avg_pool2d(features, pool.window, pool.stride, pool.padding)
-    return F.adaptive_avg_pool2d(features, [min(pool.grid, side) for side in features.shape[-2:]])
+    height, width = features.shape[-2:]
+    return F.adaptive_avg_pool2d(features, (min(pool.grid, height), min(pool.grid, width)))
 
 
 class StageFeatures(nn.Module):
@@ -53,13 +54,15 @@ class StageFeatures(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
         stem = getattr(backbone, "relu", None) or getattr(backbone, "act1", None)
-        stages = [stem, *(getattr(backbone, f"layer{i}", None) for i in (1, 2, 3, 4))]
-        if None in stages:
+        found = [stem, *(getattr(backbone, f"layer{i}", None) for i in (1, 2, 3, 4))]
+        stages = [stage for stage in found if stage is not None]
+        if len(stages) < len(found):
             raise UserError(
                 f"{type(backbone).__name__} has no stem and four stages as a ResNet has; "
                 "evaluate it with eval/linear.py or eval/knn.py"
             )
-        self.backbone, self.maps, self.published = backbone, {}, True
+        self.backbone, self.published = backbone, True
+        self.maps: dict[str, torch.Tensor] = {}
         for (name, pool), stage in zip(POOLS.items(), stages, strict=True):
             stage.register_forward_hook(self._keep(name, pool))
 

@@ -10,7 +10,6 @@ decay 1e-4, batch 256; random crops and flips. All heads train on one pass of th
 configuration jitters colours besides.)
 """
 
-from contextlib import closing
 from dataclasses import dataclass
 
 from eval.frozen import NormalizedHeads, StageFeatures, map_shapes
@@ -32,7 +31,7 @@ class HeadsConfig(SubjectConfig):
     lr: float = HEADS.settings["lr"]
     """Learning rate, not scaled by the batch."""
     weight_decay: float = HEADS.settings["weight_decay"]
-    """Of the classifiers."""
+    """Weight decay of the classifiers."""
     validate_every: int = 10
     """Epochs between two validations, each a pass of the encoder; the last epoch is always validated."""
 
@@ -50,7 +49,7 @@ def main(config: HeadsConfig) -> dict:
     heads = NormalizedHeads(shapes, subject.classes, config.seed, affine=False).to(subject.encoder.device)
     group = Group(list(heads.parameters()), config.lr, config.weight_decay, HEADS.milestones_at(config.epochs))
     labels = subject.val_labels()
-    with closing(subject.val_loader()) as val:
+    with subject.val_loader() as val:
         history = fit_on_crops(
             subject,
             heads,

@@ -25,7 +25,7 @@ train on the others, and the headline is the validation accuracy of the head tha
 
 import sys
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -112,7 +112,7 @@ def sweep_of(protocol: Protocol) -> Protocol:
     return replace(protocol, name=f"{protocol.name}-sweep", settings=protocol.settings | grid)
 
 
-def held_out(subject: Subject) -> tuple[Subset, Subset]:
+def held_out(subject: Subject[LinearConfig]) -> tuple[Subset, Subset]:
     """The labelled share in two: what heads train on, and the class-balanced tenth that chooses among them."""
     labels = subject.train_labels().cpu().numpy()
     ids = np.arange(len(labels)) if subject.subset.ids is None else subject.subset.ids
@@ -139,12 +139,13 @@ def standardize_(train: torch.Tensor, *others: torch.Tensor) -> None:
         features.sub_(mean).mul_(scale)
 
 
-def features_within(subject: Subject, other: Subset) -> torch.Tensor:
+def features_within(subject: Subject[LinearConfig], other: Subset) -> torch.Tensor:
     """Features (n, D) of the subject's images, as rows of those of its images and the `other` ones together.
 
     The two are the labelled share, whose features may be kept already: so a sweep does not extract two parts of it.
     """
     own = subject.subset.ids
+    assert own is not None and other.ids is not None, "held_out lists both"
     both = np.sort(np.concatenate([own, other.ids]))
     ids = None if len(both) == len(subject.dataset.train) else both
     whole = subject.with_subset(Subset(ids, "", len(both))).train_features()
@@ -152,21 +153,28 @@ def features_within(subject: Subject, other: Subset) -> torch.Tensor:
 
 
 def features_for(
-    subject: Subject, choosing: Subset | None
-) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    subject: Subject[LinearConfig], choosing: Subset | None
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """Features to train on (None: of new crops each epoch), of the validation images, and of the images `choosing`."""
-    train, val, held, cached = None, subject.val_features(), None, subject.config.cached
+    val, cached = subject.val_features(), subject.config.cached
+    held = val[:0]
     if choosing:
         of_held = subject.with_subset(choosing)
         held = features_within(of_held, subject.subset) if cached else of_held.train_features()
-    if cached:
-        train = features_within(subject, choosing) if choosing else subject.train_features()
-        standardize_(train, val, *([held] if choosing else []))
+    if not cached:
+        return None, val, held
+    train = features_within(subject, choosing) if choosing else subject.train_features()
+    standardize_(train, val, held)
     return train, val, held
 
 
 def train_heads(
-    subject: Subject, protocol: Protocol, points: dict[str, Point], *, settings: dict, choosing: Subset | None = None
+    subject: Subject[LinearConfig],
+    protocol: Protocol,
+    points: dict[str, Point],
+    *,
+    settings: dict,
+    choosing: Subset | None = None,
 ) -> tuple[list[Epoch], dict[str, Accuracy]]:
     """Trains a head for each named point on one stream of features.
 
@@ -181,11 +189,14 @@ def train_heads(
     milestones = protocol.milestones_at(epochs)
     groups = [Group(list(heads.heads[name].parameters()), *point, milestones) for name, point in points.items()]
     val_labels = subject.val_labels()
-    how = {"validation": lambda: validate(heads, in_chunks(val, val_labels)), "may_diverge": choosing is not None}
+    how: dict[str, Any] = {
+        "validation": lambda: validate(heads, in_chunks(val, val_labels)),
+        "may_diverge": choosing is not None,
+    }
     # A frozen encoder needs every core; small heads alone are fastest on one.
-    multiplications = batch * subject.classes * dimensions * len(points) if config.cached else sys.maxsize
+    multiplications = batch * subject.classes * dimensions * len(points) if train is not None else sys.maxsize
     with threads_for(multiplications):
-        if config.cached:
+        if train is not None:
             stream = feature_stream(train, subject.train_labels(), config.seed, batch, epochs)
             history = fit(heads, groups, stream, epochs=epochs, steps=len(train) // batch, **how)
         else:

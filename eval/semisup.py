@@ -13,7 +13,6 @@ and 10 % lists, elsewhere a seeded class-balanced share (eval/splits.py).
 import copy
 import statistics
 import sys
-from contextlib import closing
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,7 +39,7 @@ class SemisupConfig(SubjectConfig):
     lr_classifier: float = SEMISUP.settings["lr_classifier"]
     """Learning rate of the linear classifier."""
     weight_decay: float = SEMISUP.settings["weight_decay"]
-    """Of all weights."""
+    """Weight decay of all weights."""
     validate_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
     seeds: int = 1
@@ -59,7 +58,7 @@ class FineTuned(nn.Module):
         return self.heads(self.backbone(images))
 
 
-def fine_tune(subject: Subject) -> dict[str, float]:
+def fine_tune(subject: Subject[SemisupConfig]) -> dict[str, float]:
     """Trains encoder and classifier, and returns the scores. The subject's encoder is changed."""
     config = subject.config
     settings = SEMISUP.with_flags(config)
@@ -71,7 +70,7 @@ def fine_tune(subject: Subject) -> dict[str, float]:
         Group(list(heads.parameters()), config.lr_classifier, config.weight_decay),
     ]
     labels = subject.val_labels()
-    with closing(subject.val_loader()) as val:
+    with subject.val_loader() as val:
         history = fit_on_crops(
             subject,
             model,

@@ -103,8 +103,7 @@ def labelled_subset(train: Beton, fraction: float, seed: int) -> Subset:
     if fraction == 1:
         return Subset(None, "all", len(train))
     percent = {0.01: 1, 0.1: 10}.get(fraction)
-    ids = _listed_ids(train, percent) if percent else None
-    if ids is None:
+    if percent is None or (ids := _listed_ids(train, percent)) is None:
         ids = balanced_subset(seed, train.labels, fraction)
         return Subset(ids, f"balanced-{fraction:g}-seed{seed}", len(ids))
     total = IMAGENET_LIST_IMAGES[percent]

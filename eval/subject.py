@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 
@@ -25,7 +25,7 @@ from pipeline.spec import SUPERVISED_VIEW
 RESULTS = "results.jsonl"
 # What this program reads of a result's line, and of which type it is.
 TEXTS = ("protocol", "metric", "encoder", "arch", "checkpoint", "checkpoint_sha256", "time", "dataset", "split")
-NEEDED = {
+NEEDED: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(TEXTS, str),
     **dict.fromkeys(("value", "seconds", "epochs"), (int, float)),
     **dict.fromkeys(("step", "resolution_px", "train_images", "val_images", "classes", "seed"), int),
@@ -75,11 +75,14 @@ class SubjectConfig(EncoderConfig):
     """Decides the classifier's initial weights, the order of images, their views, and the balanced subset."""
 
 
+Config = TypeVar("Config", bound=SubjectConfig)  # the flags of one kind of evaluation
+
+
 @dataclass(frozen=True)
-class Subject:
+class Subject(Generic[Config]):
     """One evaluation's encoder, dataset, labelled share of it, and the run folder that gets the result."""
 
-    config: SubjectConfig
+    config: Config
     encoder: Encoder
     dataset: Dataset
     subset: Subset
@@ -90,11 +93,11 @@ class Subject:
     def classes(self) -> int:
         return len(self.dataset.classes)
 
-    def with_subset(self, subset: Subset) -> "Subject":
+    def with_subset(self, subset: Subset) -> "Subject[Config]":
         """The same evaluation on other training images."""
         return replace(self, subset=subset)
 
-    def with_seed(self, seed: int) -> "Subject":
+    def with_seed(self, seed: int) -> "Subject[Config]":
         """The same encoder and dataset with another seed, which may choose other training images."""
         config = replace(self.config, seed=seed)
         return replace(self, config=config, subset=chosen_subset(config, self.dataset))
@@ -125,15 +128,15 @@ class Subject:
     def augmented_loader(self, batch: int) -> Loader:
         """Shuffled full batches of random crops and flips of the labelled share."""
         centre = self.feature_set("train").loading
-        views = {"views": (SUPERVISED_VIEW,), "shuffle": True, "seed": self.config.seed}
-        return make_loader(replace(centre, global_batch=batch, **views))
+        seed = self.config.seed
+        return make_loader(replace(centre, views=(SUPERVISED_VIEW,), shuffle=True, seed=seed, global_batch=batch))
 
     def val_loader(self) -> Loader:
         """The validation images' centre views, once each a pass, in order."""
         return make_loader(self.feature_set("val").loading)
 
 
-def open_subject(config: SubjectConfig, *, dataset: Dataset | None = None) -> Subject:
+def open_subject(config: Config, *, dataset: Dataset | None = None) -> Subject[Config]:
     """Everything the flags name, opened and checked, and the folder that gets the result. Raises UserError.
 
     `dataset` replaces the one that the flags name. A link such as runs/latest is followed once, here: it may name

@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +48,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known after an epoch: counted from 1; mean training loss; accuracy by head, None where not validated."""
+    """What is known after an epoch: counted from 1; mean training loss; accuracy by head, {} where not validated."""
 
     epoch: int
     loss: float
-    accuracy: dict[str, Accuracy] | None
+    accuracy: dict[str, Accuracy]
     seconds: float
 
 
@@ -131,7 +130,7 @@ def in_chunks(features: torch.Tensor, labels: torch.Tensor) -> Iterator[tuple[to
 def validate(model: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Accuracy]:
     """Accuracy of every head over (inputs, labels) batches, in evaluation mode."""
     model.eval()
-    ranks = {}
+    ranks: dict[str, list[torch.Tensor]] = {}
     for inputs, labels in batches:
         for name, logits in model(inputs).items():
             ranks.setdefault(name, []).append(label_ranks(logits, labels))
@@ -155,7 +154,7 @@ def train_epoch(model: nn.Module, optimizer, stream: Iterator, steps: int) -> di
         inputs, labels = next(stream)
         losses = {name: cross_entropy(logits, labels) for name, logits in model(inputs).items()}
         optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
+        sum(losses.values(), torch.zeros(())).backward()
         optimizer.step()
         totals = {name: totals.get(name, 0.0) + loss.detach() for name, loss in losses.items()}
     return totals
@@ -200,7 +199,7 @@ def fit(
                 f"the learning rates ({rates}) are too high for these features, or the encoder's output is not finite"
             )
         validated = epoch + 1 == epochs or (epoch + 1) % validate_every == 0
-        accuracy = validation() if validated else None
+        accuracy = validation() if validated else {}
         history.append(Epoch(epoch + 1, loss, accuracy, time.monotonic() - started))
         print(epoch_line(history[-1], epochs), file=sys.stderr, flush=True)
     return history
@@ -215,14 +214,14 @@ def fit_on_crops(
     """
     batch, epochs = images_per_step(subject, settings), settings["epochs"]
     steps = subject.subset.images // batch
-    with closing(subject.augmented_loader(batch)) as loader:
+    with subject.augmented_loader(batch) as loader:
         stream = inputs_of(loader.batches(0, epochs * steps), extract)
         return fit(model, groups, stream, epochs=epochs, steps=steps, **how)
 
 
 def epoch_line(epoch: Epoch, epochs: int) -> str:
     """One epoch for a person to read."""
-    shown = list((epoch.accuracy or {}).items())
+    shown = list(epoch.accuracy.items())
     scores = "".join(f"  {name} top-1 {a.top1:.2f} top-5 {a.top5:.2f}" for name, a in shown[:LINE_HEADS])
     scores += f"  and {len(shown) - LINE_HEADS} more" if len(shown) > LINE_HEADS else ""
     return f"epoch {epoch.epoch}/{epochs}  loss {epoch.loss:.4f}{scores}  {epoch.seconds:.1f} s"

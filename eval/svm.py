@@ -54,7 +54,7 @@ class SvmConfig(SubjectConfig):
     """Whether to train on k images a class as well."""
     low_shot_k: tuple[int, ...] = tuple(SVM.settings["low_shot_k"])
     """The numbers of positives; those that a class has not are left out."""
-    samples: Annotated[int, tyro.conf.arg(name="low-shot-samples")] = SVM.settings["low_shot_samples"]
+    low_shot_samples: int = SVM.settings["low_shot_samples"]
     """Independent samples of each k."""
     fraction: Annotated[float, tyro.conf.Fixed, tyro.conf.Suppress] = 1.0  # no flag: the low-shot part has its own
 
@@ -179,15 +179,17 @@ def low_shot_svm(config: SvmConfig, features, targets, test, test_targets) -> tu
     most = min((targets == PRESENT).sum(0).min(), (targets == ABSENT).sum(0).min() // (len(CLASSES) - 1))
     ks = [k for k in config.low_shot_k if k <= most]
     arguments = []
-    for k, cost, sample in itertools.product(ks, LOW_SHOT_COSTS, range(config.samples)):
+    for k, cost, sample in itertools.product(ks, LOW_SHOT_COSTS, range(config.low_shot_samples)):
         random = np.random.default_rng((config.seed, sample, k))  # every cost trains on the same images
         for c in range(len(CLASSES)):
             rows = low_shot_rows(targets[:, c], k, random)
             arguments.append((features, targets[:, c], test, cost, config.seed, rows))
     found = in_parallel(config, test_scores, arguments, "few labels")
     precision = [judged(scores, test_targets[:, i % len(CLASSES)])[0] for i, (scores, _) in enumerate(found)]
-    by_sample = 100 * np.reshape(precision, (len(ks), len(LOW_SHOT_COSTS), config.samples, len(CLASSES))).mean(-1)
-    values, details = {}, []
+    shape = (len(ks), len(LOW_SHOT_COSTS), config.low_shot_samples, len(CLASSES))
+    by_sample = 100 * np.reshape(precision, shape).mean(-1)
+    values: dict[str, float] = {}
+    details: list[dict] = []
     for k, means in zip(ks, by_sample, strict=True):
         best = means[means.mean(1).argmax()]
         values |= {f"map_k{k}": float(best.mean()), f"map_k{k}_std": float(best.std())}
@@ -200,8 +202,8 @@ def low_shot_svm(config: SvmConfig, features, targets, test, test_targets) -> tu
 
 def main(config: SvmConfig) -> dict:
     """Trains, judges and records; returns the result's line. Raises UserError."""
-    if not config.costs or min(config.costs) <= 0 or config.samples < 1:
-        raise UserError(f"--costs {config.costs}, --low-shot-samples {config.samples}: give positive numbers")
+    if not config.costs or min(config.costs) <= 0 or config.low_shot_samples < 1:
+        raise UserError(f"--costs {config.costs}, --low-shot-samples {config.low_shot_samples}: give positive numbers")
     dataset = open_voc(config)
     whole = Subset(None, "trainval", len(dataset.train))
     subject = open_subject(replace(config, shots=0), dataset=dataset).with_subset(whole)
@@ -212,7 +214,7 @@ def main(config: SvmConfig) -> dict:
     if config.low_shot:
         few, details["low_shot"] = low_shot_svm(config, *split)
         values |= few
-        settings |= {"low_shot_k": list(config.low_shot_k), "low_shot_samples": config.samples}
+        settings |= {"low_shot_k": list(config.low_shot_k), "low_shot_samples": config.low_shot_samples}
     return record_result(subject, SVM, settings=settings, values=values, details=details)
 
 

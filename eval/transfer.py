@@ -36,7 +36,7 @@ class TransferConfig(SubjectConfig):
     lr: float = 0.01
     """Learning rate at batch 256; it grows with the batch."""
     weight_decay: float = 5e-4
-    """Of the classifier."""
+    """Weight decay of the classifier."""
     validate_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
 

@@ -14,7 +14,6 @@ import hashlib
 import io
 import subprocess
 import sys
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -130,8 +129,8 @@ def collect(runs: dict[tuple[str, int], Path]) -> Values:
 
     Raises UserError where a run has no results, or a column would mix values that cannot be compared.
     """
-    values = defaultdict(lambda: defaultdict(dict))
-    datasets = {}
+    values: Values = {}
+    datasets: dict[str, tuple[dict, Path]] = {}
     for (row, seed), run in runs.items():
         if not (run / RESULTS).is_file():
             raise UserError(f"{run / RESULTS} is missing; evaluate the run with scripts/eval_all.sh")
@@ -142,7 +141,7 @@ def collect(runs: dict[tuple[str, int], Path]) -> Values:
                     f"{column} was measured on other images in {run} than in {datasets[column][1]}; "
                     "measure both on the same, or make a table of each"
                 )
-            values[column][row][seed] = result["value"]
+            values.setdefault(column, {}).setdefault(row, {})[seed] = result["value"]
     if not values:
         raise UserError("no run has a result of a trained encoder; evaluate one with eval/knn.py first")
     return values

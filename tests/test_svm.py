@@ -94,7 +94,7 @@ def run(tmp_path, voc):
     return write_run(tmp_path / "run", voc)
 
 
-SMALL = {"costs": (0.1, 10.0), "low_shot_k": (1, 3, 96), "samples": 2, "workers": 1}
+SMALL = {"costs": (0.1, 10.0), "low_shot_k": (1, 3, 96), "low_shot_samples": 2, "workers": 1}
 
 
 @pytest.mark.slow

@@ -56,12 +56,12 @@ class Split:
     def truth(self) -> dict:
         """The ground truth as pycocotools reads it; ignored objects are its crowds."""
         images = [{"id": r.image_id, "height": r.height, "width": r.width} for r in self.records]
-        objects = []
+        objects: list[dict] = []
         for r in self.records:
             for i, (x1, y1, x2, y2) in enumerate(r.boxes.tolist()):
-                entry = {"id": len(objects) + 1, "image_id": r.image_id, "category_id": int(r.labels[i])}
+                entry: dict[str, object] = {"id": len(objects) + 1, "image_id": r.image_id}
+                entry |= {"category_id": int(r.labels[i]), "iscrowd": int(r.ignored[i])}
                 entry |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
-                entry["iscrowd"] = int(r.ignored[i])
                 if r.outlines:
                     entry["segmentation"] = r.outlines[i]
                 objects.append(entry)
@@ -69,7 +69,7 @@ class Split:
         return {"info": {}, "images": images, "annotations": objects, "categories": categories}
 
     def sha256(self) -> str:
-        """Of the ground truth, and of the images' names and sizes in bytes; not of their pixels, which are too many."""
+        """The digest of the ground truth and of the images' names and sizes in bytes; their pixels are too many."""
         files = [(r.path.name, r.path.stat().st_size) for r in self.records]
         content = json.dumps([self.truth(), files], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -109,12 +109,12 @@ def _voc_record(folder: Path, name: str, image_id: int) -> Record:
     path = folder / "Annotations" / f"{name}.xml"
     root, objects = read_annotation(path)
     try:
-        height, width = (int(root.findtext(f"size/{side}")) for side in ("height", "width"))
+        height, width = (int(root.findtext(f"size/{side}", "")) for side in ("height", "width"))
         corners = [
-            [float(found.element.findtext(f"bndbox/{end}")) for end in ("xmin", "ymin", "xmax", "ymax")]
+            [float(found.element.findtext(f"bndbox/{end}", "")) for end in ("xmin", "ymin", "xmax", "ymax")]
             for found in objects
         ]
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not an annotation of PASCAL VOC ({error}); unpack {folder.name} again") from None
     return Record(
         path=folder / "JPEGImages" / f"{name}.jpg",
@@ -201,8 +201,10 @@ class DetectionImages(torch.utils.data.Dataset):
         sides = r.boxes[:, 2:] > r.boxes[:, :2]
         used = sides.all(1) & (self.keep_ignored | ~r.ignored)
         boxes = r.boxes[used].copy()
-        masks = [outline_mask(r.outlines[i], r.height, r.width) for i in np.flatnonzero(used)] if self.masks else []
-        masks = np.stack(masks) if masks else np.zeros((0, r.height, r.width), np.uint8)
+        masks = np.zeros((0, r.height, r.width), np.uint8)
+        if self.masks and used.any():
+            assert r.outlines is not None, "only COCO, whose objects have outlines, is trained on with masks"
+            masks = np.stack([outline_mask(r.outlines[i], r.height, r.width) for i in np.flatnonzero(used)])
         if epoch >= 0 and np.random.default_rng((self.seed, epoch, position)).random() < 0.5:
             pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
             boxes[:, [0, 2]] = r.width - boxes[:, [2, 0]]

@@ -136,9 +136,9 @@ def make_detector(
     """
     if not all(hasattr(backbone, name) for name in ("conv1", "bn1", "maxpool", *STAGES, "layer4")):
         raise UserError("detection needs a ResNet with layer1 … layer4; choose a checkpoint of one with --checkpoint")
-    body, test_px = C4Body(backbone), tuple(sizes_px)[-1]
+    body, layer4, test_px = C4Body(backbone), backbone.get_submodule("layer4"), tuple(sizes_px)[-1]
     with torch.no_grad():
-        channels = backbone.layer4.eval()(torch.zeros(1, body.out_channels, 2, 2)).shape[1]
+        channels = layer4.eval()(torch.zeros(1, body.out_channels, 2, 2)).shape[1]
     sides = tuple(max(1, round(side * test_px / 800)) for side in ANCHOR_SIDES_AT_800_PX)
     proposals = RegionProposalNetwork(
         AnchorGenerator((sides,), (ANCHOR_RATIOS,)),
@@ -152,7 +152,7 @@ def make_detector(
         nms_thresh=0.7,
     )
     align = RoIAlign(ROI_PX, spatial_scale=1 / body.stride, sampling_ratio=-1, aligned=True)
-    heads = C4Heads(align, backbone.layer4, channels, classes + 1, masks, rois)
+    heads = C4Heads(align, layer4, channels, classes + 1, masks, rois)
     resize = GeneralizedRCNNTransform(
         tuple(sizes_px), round(test_px * LONGEST_SHARE), list(normalization.mean), list(normalization.std)
     )

@@ -66,7 +66,7 @@ def decoded(images: DetectionImages, keys: Iterable[list], workers: int) -> Iter
         for sample in samples:
             if isinstance(sample, UserError):
                 raise sample
-        yield tuple(map(list, zip(*samples, strict=True)))
+        yield [image for image, _ in samples], [target for _, target in samples]
 
 
 def moved(images: list, targets: list, device: torch.device) -> tuple[list, list]:
@@ -115,7 +115,8 @@ class Training:
             state, _ = read_state(self.path)
         except DamagedFile as error:
             raise UserError(f"{error}; delete it to start over") from None
-        ours = isinstance(state, dict) and (state.get("format"), state.get("version")) == (FORMAT, VERSION)
+        state = state if isinstance(state, dict) else {}
+        ours = (state.get("format"), state.get("version")) == (FORMAT, VERSION)
         found = state["about"] if ours else {}
         if found != self.about:
             other = [name for name in self.about if found.get(name) != self.about[name]]

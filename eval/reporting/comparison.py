@@ -72,7 +72,7 @@ def matching(published: Published, results: list[dict]) -> list[dict]:
     def fits(r: dict) -> bool:
         name = r["protocol"].removesuffix("-modified")
         return (
-            (name == published.protocol or (published.similar and name.startswith(published.similar)))
+            (name == published.protocol or (published.similar != "" and name.startswith(published.similar)))
             and r["encoder"] == "trained"
             and r["method"] == published.method
             and (published.dataset in NAMED_BY_PROTOCOL or r["fraction"] == published.fraction)

@@ -23,6 +23,7 @@ from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.methods.barlow_twins import cross_correlation
 from train.methods.choose import make_method
+from train.methods.contract import Method
 from train.model import make_backbone
 from train.run_data import dataset_sha256, loader_config, train_beton
 
@@ -68,7 +69,7 @@ def config_from(plain: dict) -> PretrainConfig:
     return PretrainConfig(**plain | {"data": Path(plain["data"]), "without": tuple(plain.get("without", ()))})
 
 
-def load_method(state: dict) -> tuple[torch.nn.Module, PretrainConfig]:
+def load_method(state: dict) -> tuple[Method, PretrainConfig]:
     """The whole pretrained network of a run's state, in evaluation mode on the CPU. Raises UserError."""
     if not state["config"]:
         raise UserError("the checkpoint does not tell how it was trained, so its projector cannot be rebuilt")
@@ -108,11 +109,12 @@ def correlate(run: Path) -> Correlation:
     method, config = load_method(state)
     refuse_other_images(state, config.data, dataset_sha256(open_stored(train_beton(config.data))), path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    method = method.to(device, memory_format=torch.channels_last)
+    method = method.to(device).to(memory_format=torch.channels_last)
     loading = shown_loader_config(config, device)
     large_on_cpu = device.type == "cpu" and loading.resolution_at(0) >= LARGE_PX
-    loader, embeddings, pairs = make_loader(loading), ([], []), []
-    try:
+    embeddings: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    pairs: list[tuple[np.ndarray, np.ndarray]] = []
+    with make_loader(loading) as loader:
         # The run's first epoch leaves out what does not fill one of its own batches.
         seen = steps_per_epoch(loader.images, config.global_batch) * config.global_batch
         images = min(IMAGES_LARGE_ON_CPU if large_on_cpu else IMAGES, seen)
@@ -122,8 +124,6 @@ def correlate(run: Path) -> Correlation:
             if not pairs:
                 shown = (shown_pixels(view[:SHOWN_VIEWS], loading.normalization) for view in batch.views)
                 pairs = list(zip(*shown, strict=True))
-    finally:
-        loader.close()
     z1, z2 = (torch.cat(parts) for parts in embeddings)
     if not (z1.isfinite().all() and z2.isfinite().all()):
         raise UserError("the embeddings are not all finite numbers: the run has diverged")

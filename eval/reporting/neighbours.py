@@ -125,17 +125,16 @@ def embedding_map(kept: KeptFeatures) -> tuple[np.ndarray, np.ndarray, list[str]
         raise UserError(f"{len(ids)} validation images are too few for a map of their features")
     rows = normalize(kept.val[torch.from_numpy(ids)].float(), dim=1)
     refuse_equal(rows)
-    rows = rows.numpy()
     with threadpool_limits(1):  # so few rows: waking the other threads takes longer, on a busy machine three times
-        rows = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows)
+        components = PCA(min(50, *rows.shape), random_state=0).fit_transform(rows.numpy())
         tsne = TSNE(perplexity=min(30, len(ids) / 4), init="pca", max_iter=500, random_state=0)
-        places = tsne.fit_transform(rows)
+        places = tsne.fit_transform(components)
     return places, np.searchsorted(classes, labels[ids]), [kept.dataset.train.classes[c] for c in classes]
 
 
 @dataclass(frozen=True)
 class Vote:
-    """Of each query, a val image: its nearest training images and whether their vote hits. Rows (n, VOTERS), sorted."""
+    """The nearest training images of each query, a val image, and whether their vote hits. Rows (n, VOTERS), sorted."""
 
     queries: np.ndarray
     rows: np.ndarray
@@ -163,8 +162,7 @@ def vote(kept: KeptFeatures) -> Vote:
         votes = knn_votes(similarity, labels[rows], len(kept.dataset.train.classes))
         hits = label_ranks(votes, own[start : start + CHUNK]) == 0
         parts.append([part.cpu().numpy() for part in (rows, similarity, hits)])
-    rows, similarity, hits = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return Vote(queries, rows, similarity, hits)
+    return Vote(queries, *(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
 def class_accuracy(kept: KeptFeatures, found: Vote) -> dict[str, float]:

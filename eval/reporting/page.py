@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -26,11 +27,11 @@ def with_code(text: str) -> Markup:
 
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(HERE), autoescape=lambda name: name.endswith(".html"), trim_blocks=True
+    loader=jinja2.FileSystemLoader(HERE), autoescape=jinja2.select_autoescape(), trim_blocks=True
 )
 _TEMPLATES.filters["code"] = with_code
-PARTS = _TEMPLATES.get_template("parts.html").module
-TABLES = _TEMPLATES.get_template("tables.md").module
+PARTS: Any = _TEMPLATES.get_template("parts.html").module
+TABLES: Any = _TEMPLATES.get_template("tables.md").module
 
 
 def readable(text: str) -> str:
@@ -52,7 +53,7 @@ def left_out(title: str, error: UserError) -> str:
 
 
 def whose(shown: dict, other: tuple[str, int] | None = None) -> str:
-    """Of which checkpoint a part is: of the one of the result `shown`, or of an `other` (digest, step)."""
+    """Says which checkpoint a part is about: that of the result `shown`, or an `other` (digest, step)."""
     own = f"Checkpoint {shown['checkpoint_sha256'][:12]}, step {shown['step']}."
     if other is None or other[0] == shown["checkpoint_sha256"]:
         return own
@@ -83,6 +84,6 @@ def picture(pixels: np.ndarray | Image.Image, alt: str, most_px: int = 224) -> M
 def matrix_picture(matrix: np.ndarray, alt: str) -> Markup:
     """An <img> of a (d, d) matrix in [−1, 1]: blue above 0, orange below, at 0 clear, so that the page shows."""
     strength = (np.abs(matrix).clip(0, 1) * 255).round().astype(np.uint8)
-    colour = np.where((matrix > 0)[..., None], np.uint8([43, 116, 200]), np.uint8([226, 110, 25])).astype(np.uint8)
+    colour = np.where((matrix > 0)[..., None], [43, 116, 200], [226, 110, 25]).astype(np.uint8)
     rgba = np.concatenate([colour, strength[..., None]], 2)
     return _image(Image.fromarray(rgba), alt, lossless=True, pixelated=False)

@@ -34,11 +34,11 @@ def newest_of_encoder(results: list[dict]) -> dict | None:
 def row_key(result: dict) -> tuple:
     """What results of one row share. Of raw pixels the checkpoint only decides how they are normalized."""
     if result["encoder"] == "raw pixels":
-        of = (json.dumps(result.get("normalization")),)
+        of = [json.dumps(result.get("normalization"))]
     else:
-        of = (result["checkpoint_sha256"], result.get("key", ""))
+        of = [result["checkpoint_sha256"], result.get("key", "")]
     data = json.dumps(result["dataset_sha256"], sort_keys=True)
-    return KINDS.index(result["encoder"]), result["resolution_px"], data, of
+    return KINDS.index(result["encoder"]), result["resolution_px"], data, *of
 
 
 def row_title(result: dict, run: Path) -> str:
@@ -63,10 +63,11 @@ def facts_of(result: dict) -> list[str]:
 
 def told_apart(titles: list[str], facts: list[list[str]]) -> list[str]:
     """The titles, those that are equal with as many facts in their parentheses as make them differ."""
-    told = []
+    told: list[str] = []
     for title in titles:
         group = [own for other, own in zip(titles, facts, strict=True) if other == title]
-        chosen, apart = [], 1
+        apart = 1
+        chosen: list[int] = []
         for i in range(len(group[0])):
             now = len({tuple(own[c] for c in (*chosen, i)) for own in group})
             if now > apart:
@@ -106,13 +107,13 @@ def table_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
 
 def protocol_notes(rows: Rows) -> list[str]:
     """One line a protocol, column by column: its name, headline metric, seed, number of images, what was changed."""
-    notes = {}
+    notes: list[str] = []
     for column in COLUMNS:
         for r in (cells[column] for cells in rows.values() if column in cells):
             changed = "".join(f", {key} {value}" for key, value in r["changed"].items())
             images = f"{r['train_images']} training and {r['val_images']} validation images of {r['dataset']}"
-            notes[f"`{r['protocol']}` {r['metric']}, seed {r['seed']}{changed}; {r['split']}: {images}"] = None
-    return list(notes)
+            notes.append(f"`{r['protocol']}` {r['metric']}, seed {r['seed']}{changed}; {r['split']}: {images}")
+    return list(dict.fromkeys(notes))
 
 
 def summary_markdown(rows: Rows) -> str:

@@ -121,7 +121,7 @@ def stored_jpegs(path: Path, ids: np.ndarray) -> tuple[int, list[bytes]]:
 
 
 def mean_difference_255(ours: bytes, theirs: bytes) -> float:
-    """Of two JPEGs. FFCV rounds sizes down, we to the nearest: compared at FFCV's size."""
+    """How far two JPEGs are apart. FFCV rounds sizes down, we to the nearest: compared at FFCV's size."""
     images = [Image.open(io.BytesIO(jpeg)).convert("RGB") for jpeg in (ours, theirs)]
     a, b = (np.asarray(image.resize(images[1].size), np.float32) for image in images)
     return float(np.abs(a - b).mean())

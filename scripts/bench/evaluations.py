@@ -8,11 +8,13 @@ before a speed is given. Probe: an epoch that extracts the features of all train
 an epoch on kept ones, and the whole protocol of --epochs epochs both ways: extracting once, or in every epoch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import tyro
 from measure import as_text, in_turn, interval, machine, seconds_of, write_json
 from neighbours import brute_force_votes
 
@@ -31,18 +33,19 @@ CHECKED_QUERIES = 200
 class BenchConfig(SubjectConfig):
     """What to measure."""
 
-    checkpoint: Path | None = None
+    checkpoint: Annotated[Path, tyro.conf.Fixed, tyro.conf.Suppress] = Path()  # it is `probed` here
+    probed: Annotated[Path | None, tyro.conf.arg(name="checkpoint")] = None
     """A run folder or checkpoint for the linear probe; None: it is left out."""
     bank: int = 50_000
     """Features that vote."""
     queries: int = 10_000
     """Features that are classified."""
     dimensions: int = 512
-    """Of each of them."""
+    """Numbers in each of these features."""
     classes: int = 100
-    """Of the random labels."""
+    """How many classes the random labels have."""
     epochs: int = 30
-    """Of the probe's whole protocol."""
+    """Epochs of the probe's whole protocol."""
     repeats: int = 5
     """Measurements of everything."""
     json: Path | None = None
@@ -58,26 +61,26 @@ def record(name: str, seconds: list[float], **facts) -> dict:
 
 def brute_force_ranks(bank, labels, queries, truth, *, classes: int, k: int) -> np.ndarray:
     """The rank of each query's label in the float64 vote of its k nearest; K where no neighbour has it."""
-    features, queries = bank.double().numpy(), queries.double().numpy()
-    votes = brute_force_votes(features, labels.numpy(), queries, classes=classes, k=k)
-    own = votes[np.arange(len(queries)), truth.numpy()]
+    bank, labels, queries, truth = (x.cpu().numpy() for x in (bank.double(), labels, queries.double(), truth))
+    votes = brute_force_votes(bank, labels, queries, classes=classes, k=k)
+    own = votes[np.arange(len(queries)), truth]
     return np.where(own > 0, (votes > own[:, None]).sum(axis=1), classes)
 
 
 def bench_neighbours(config: BenchConfig) -> dict:
-    """Of random features; raises AssertionError unless the vote is the brute force's."""
+    """Times the vote of random features; raises AssertionError unless the vote is the brute force's."""
     random = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(n, config.dimensions, generator=random) for n in (config.bank, config.queries))
     labels, truth = (torch.randint(config.classes, (n,), generator=random) for n in (config.bank, config.queries))
-    few = (bank, labels, queries[:CHECKED_QUERIES], truth[:CHECKED_QUERIES])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    case, few_there = ([x.to(device) for x in of] for of in ((bank, labels, queries, truth), few))
-    for k, ranks in knn_ranks(*few_there, config.classes).items():
-        expected = brute_force_ranks(*few, classes=config.classes, k=k)
+    bank, labels, queries, truth = (x.to(device) for x in (bank, labels, queries, truth))
+    few, few_truth = queries[:CHECKED_QUERIES], truth[:CHECKED_QUERIES]
+    for k, ranks in knn_ranks(bank, labels, few, few_truth, config.classes).items():
+        expected = brute_force_ranks(bank, labels, few, few_truth, classes=config.classes, k=k)
         assert np.array_equal(ranks.cpu().numpy(), expected), f"k = {k} disagrees with the brute force"
 
     def vote() -> None:
-        ranks = knn_ranks(*case, config.classes)
+        ranks = knn_ranks(bank, labels, queries, truth, config.classes)
         float(ranks[max(ranks)].sum())  # waits for a GPU
 
     seconds = [seconds_of(vote) for _ in range(config.repeats)]
@@ -120,7 +123,9 @@ def bench_probe(config: BenchConfig) -> list[dict]:
 def main(config: BenchConfig) -> None:
     if min(config.repeats, config.epochs, config.queries, config.bank) < 1:
         raise UserError("--repeats, --epochs, --queries and --bank expect at least 1")
-    records = [bench_neighbours(config)] + (bench_probe(config) if config.checkpoint else [])
+    records = [bench_neighbours(config)] + (
+        bench_probe(replace(config, checkpoint=config.probed)) if config.probed else []
+    )
     for one in records:
         seconds = f"{as_text({'mean': one['seconds'], 'ci95': one['ci95']})} s" if "seconds" in one else ""
         faster = f"{one['times_faster']:.1f} × faster" if "times_faster" in one else ""

@@ -24,6 +24,8 @@ from measure import GB, Interval, interval
 from pipeline.choices.draws import ViewParams, draw_views
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
+from pipeline.loaders.parts import PartsLoader
+from pipeline.loaders.resident import ResidentPixels
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig, Normalization
 from pipeline.views.augment_gpu import make_views
 from pipeline.views.gpu_plan import BLUR, BOX_HEIGHT, BOX_WIDTH, ViewPlan, plan_views
@@ -41,10 +43,12 @@ class Images:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.side_px = 8 if config.dry_run else 224
         path = config.data / "train.beton"
-        where = {"backend": "resident", "views_on": "gpu", "device": str(self.device)}
-        self.loader = make_loader(LoaderConfig(path, BARLOW_TWINS_VIEWS, self.side_px, 1, **where))
+        loading = LoaderConfig(path, BARLOW_TWINS_VIEWS, self.side_px, 1, views_on="gpu", device=str(self.device))
+        self.loader = PartsLoader(loading, ResidentPixels)
         self.ids = np.arange(images) % self.loader.images
-        self.pixels, self.starts = self.loader.pixels.pixels, self.loader.pixels.starts[self.ids]
+        decoded = self.loader.pixels
+        assert isinstance(decoded, ResidentPixels)
+        self.pixels, self.starts = decoded.pixels, decoded.starts[self.ids]
         self.heights, self.widths = (size[self.ids] for size in self.loader.sizes)
 
     def params(self, epoch: int) -> ViewParams:
@@ -60,13 +64,12 @@ class Images:
         return make_views(self.pixels, plan, Normalization(), dtype)
 
     def views_by_numba(self, epochs: int) -> Iterator[torch.Tensor]:
-        """Of each epoch (V, B, H, W, 3) float32, from the loader that makes them on the CPU; every image once."""
-        own = {"views_on": "cpu", "device": "cpu", "ids": self.ids, "global_batch": len(self.ids), "backend": "fast"}
-        loader = make_loader(replace(self.loader.config, **own))
-        for batch in loader.batches(0, epochs):
-            order = torch.argsort(batch.sample)
-            yield torch.stack([view[order].permute(0, 2, 3, 1) for view in batch.views])
-        loader.close()
+        """Each epoch's views (V, B, H, W, 3) float32, from the loader that makes them on the CPU; every image once."""
+        on_cpu = replace(self.loader.config, views_on="cpu", device="cpu", ids=self.ids, global_batch=len(self.ids))
+        with make_loader(on_cpu) as loader:
+            for batch in loader.batches(0, epochs):
+                order = torch.argsort(batch.sample)
+                yield torch.stack([view[order].permute(0, 2, 3, 1) for view in batch.views])
 
     def close(self) -> None:
         self.loader.close()
@@ -141,7 +144,7 @@ def work_ahead() -> None:
 
 
 def together_ms(work: Callable) -> tuple[float, float]:
-    """Of the device for all that `work` queues, and of the CPU for queueing it."""
+    """How long the device takes for all that `work` queues, and the CPU to queue it."""
     work_ahead()
     begin, start = mark(), time.perf_counter()
     work()
@@ -152,8 +155,8 @@ def together_ms(work: Callable) -> tuple[float, float]:
 
 
 def apart_ms(work: Callable, settings: dict | None = None) -> dict[str, float]:
-    """Of every launch by kernel; a kernel's second launch is called "name 2"."""
-    marks = {}
+    """How long every launch takes, by kernel; a kernel's second launch is called "name 2"."""
+    marks: dict[str, tuple] = {}
 
     def around(name: str, launch: Callable):
         count = sum(known.split()[0] == name for known in marks)
@@ -209,10 +212,10 @@ def least_bytes(plan: ViewPlan, bytes_per_value: int) -> int:
 
 
 def kernel_summary(ms: list[float], moved: int | None, copy: float) -> dict[str, Interval | float | None]:
-    """Of one kernel's launches; its share of the copy's bandwidth where its bytes are known and it took any time."""
+    """One kernel's times, and its share of the copy's bandwidth if its bytes are known and it took any time."""
     seconds = float(np.median(ms)) / 1000
-    known = moved is not None and seconds > 0
-    return {"ms": interval(ms), "share_of_copy_bandwidth": round(moved / seconds / copy, 3) if known else None}
+    share = round(moved / seconds / copy, 3) if moved is not None and seconds > 0 else None
+    return {"ms": interval(ms), "share_of_copy_bandwidth": share}
 
 
 def measure_kernels(config: StageConfig, record: Record) -> None:
@@ -222,7 +225,7 @@ def measure_kernels(config: StageConfig, record: Record) -> None:
     plans = [images.plan(epoch) for epoch in range(4)]  # several, so that no cache holds what a step would not find
     plan_ms = 1000 * (time.perf_counter() - start) / len(plans)
     on_device = [plan.to(images.device) for plan in plans]
-    found = {"images": len(images.ids), "views": len(INTERPOLATIONS), "side_px": images.side_px}
+    found: dict[str, object] = {"images": len(images.ids), "views": len(INTERPOLATIONS), "side_px": images.side_px}
     found |= {"copy_gb_per_s": round(copy / GB, 1), "plan_on_cpu_ms": round(plan_ms, 2)}
     for name, dtype in TYPES.items():
         moved, least = moved_bytes(plans[0], dtype.itemsize), least_bytes(plans[0], dtype.itemsize)
@@ -267,7 +270,7 @@ def measure_tune(config: StageConfig, record: Record) -> None:
 
 
 def ms_of(kernel: str, runs: list[dict[str, float]]) -> Interval:
-    """Of all its launches together."""
+    """The time of all launches of a kernel together, over several runs."""
     return interval([sum(ms for name, ms in run.items() if name.split()[0] == kernel) for run in runs])
 
 

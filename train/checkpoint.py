@@ -18,7 +18,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import nn
@@ -145,7 +145,7 @@ def read_stored(path: Path) -> Stored:
     return Stored(state, path, sha256)
 
 
-def _is_ours(state) -> bool:
+def _is_ours(state: object) -> TypeGuard[dict]:
     return isinstance(state, dict) and state.get("format") == FORMAT
 
 
@@ -209,17 +209,19 @@ def load_backbone(path: str | Path, key: str = "") -> tuple[nn.Module, BackboneI
 def read_network(path: str | Path, key: str = "") -> Network:
     """`load_backbone`, and the weights of what stands beside the backbone, {} where the file has none."""
     path = Path(path).expanduser()
+    content: object
+    tensors: dict[str, torch.Tensor] = {}
+    about: dict[str, str] = {}
     if path.is_dir():
         content, path, sha256 = newest_or_refuse(path)
-        about = None
     elif path.suffix == ".safetensors":
         data = read_once(path)
-        content, about = parsed_tensor_file(data, path)
-        sha256 = hashlib.sha256(data).hexdigest()
+        tensors, about = parsed_tensor_file(data, path)
+        content, sha256 = tensors, hashlib.sha256(data).hexdigest()
     else:
-        (content, sha256), about = read_state(path), None
+        content, sha256 = read_state(path)
 
-    if key and (_is_ours(content) or (about and "backbone" in about)):
+    if key and (_is_ours(content) or "backbone" in about):
         raise UserError(
             f"--key {key} chooses among several networks of a file, {path} is of a run and has one backbone"
         )
@@ -227,8 +229,8 @@ def read_network(path: str | Path, key: str = "") -> Network:
         _require_version(content, path)
         weights, info = _weights_below(content["model"], "backbone."), _info(content["backbone"])
         heads = {name: weight for name, weight in content["model"].items() if not name.startswith("backbone.")}
-    elif about and "backbone" in about:
-        weights, info, heads = content, _info(json.loads(about["backbone"])), {}
+    elif "backbone" in about:
+        weights, info, heads = tensors, _info(json.loads(about["backbone"])), {}
     else:
         place = find_resnet(content, path, key)
         weights, info, heads = place.weights, BackboneInfo(place.arch, place.stem, key=place.name), place.heads

@@ -33,8 +33,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.choices.order import rank_batch
 from pipeline.errors import UserError
-from train.config import AMP, PretrainConfig, resolution_rows
+from train.config import AMP, Activations, PretrainConfig, resolution_rows
 from train.distributed import Ranks, largest, say
+from train.methods.contract import Method
 from train.recorded import require_one_gpu
 from train.run_data import view_type
 
@@ -137,7 +138,7 @@ def largest_side(config: PretrainConfig) -> int:
     return max([config.resolution, *(side for _, side in resolution_rows(config.resolution_schedule))])
 
 
-def saved_bytes(method: nn.Module, images: int, config: PretrainConfig) -> Saved:
+def saved_bytes(method: Method, images: int, config: PretrainConfig) -> Saved:
     """What autograd saves of a forward pass of so many images, parameters left out."""
     side, device = largest_side(config), next(method.parameters()).device
     found, kept, at_blocks = {}, [], []
@@ -170,14 +171,14 @@ def saved_bytes(method: nn.Module, images: int, config: PretrainConfig) -> Saved
     return Saved(np.array(list(found.values()), float), np.array(at_blocks, float))
 
 
-def at_batch(method: nn.Module, batch: int, config: PretrainConfig) -> Saved:
+def at_batch(method: Method, batch: int, config: PretrainConfig) -> Saved:
     """What autograd saves of `batch` images: on the line through two small batches."""
     few, more = (saved_bytes(method, images, config) for images in PROBES)
     steps = (batch - PROBES[0]) / (PROBES[1] - PROBES[0])
     return Saved(*(a + steps * (b - a) for a, b in zip(few, more, strict=True)))
 
 
-def needed_bytes(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> dict[str, float]:
+def needed_bytes(method: Method, config: PretrainConfig, ranks: Ranks) -> dict[str, float]:
     """Peak of a step's memory by way of keeping activations; "blocks" only where the backbone has blocks.
 
     Takes a copy of the network, which lies on the ranks' device, and leaves random numbers as they were.
@@ -186,7 +187,7 @@ def needed_bytes(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> dic
     weights = sum(p.nbytes for p in method.parameters())
     trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     view = batch * 3 * largest_side(config) ** 2 * view_type(config, device).itemsize
-    always = weights + 2 * trained + BATCHES_OF_VIEWS * len(method.VIEWS[config.views]) * view
+    always: float = weights + 2 * trained + BATCHES_OF_VIEWS * len(method.VIEWS[config.views]) * view
     # Tensors that no one saves: the backward pass's gradients, or what a target network's own forward pass holds.
     passing = 3 if trained < weights else 1
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -216,12 +217,12 @@ def free_bytes(ranks: Ranks) -> float:
     return float(-largest(ranks, -int(usable)))
 
 
-def ways_allowed(config: PretrainConfig) -> list[str]:
+def ways_allowed(config: PretrainConfig) -> list[Activations]:
     """What auto may choose, the fastest first."""
     return ["all", "half", "blocks"] if config.compile else ["all", "blocks"]
 
 
-def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) -> PretrainConfig:
+def with_activations(config: PretrainConfig, method: Method, ranks: Ranks) -> PretrainConfig:
     """--activations auto decided for this network, which lies on the ranks' device.
 
     Raises UserError before the first step where nothing fits.
@@ -249,7 +250,7 @@ def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) ->
     return replace(config, activations=way)
 
 
-def apply_activations(config: PretrainConfig, method: nn.Module) -> None:
+def apply_activations(config: PretrainConfig, method: Method) -> None:
     """Lets the network keep what --activations says. In place; before `compile_parts`."""
     if config.activations == "blocks":
         recompute_blocks(method.backbone)

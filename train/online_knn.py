@@ -77,7 +77,8 @@ class OnlineKnn:
         self.chosen = choose_images(config)
         self.source, self.backbone = backbone, copy.deepcopy(backbone).eval().requires_grad_(False)
         self.stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
-        self.stopped, self.loaders = threading.Event(), []
+        self.stopped = threading.Event()
+        self.loaders: list[Loader] = []
         self.pool = ThreadPoolExecutor(1, "knn")
         self.running: tuple[int, Future] | None = None
 
@@ -114,7 +115,7 @@ class OnlineKnn:
     def _measure(self, weights_are_there: torch.cuda.Event | None) -> dict[str, float]:
         """Runs in the thread. Grad mode, autocast and stream are each thread's own."""
         with torch.cuda.stream(self.stream), torch.no_grad():
-            if self.stream:
+            if self.stream and weights_are_there:
                 self.stream.wait_event(weights_are_there)
             self.loaders = self.loaders or [self._loader(*chosen) for chosen in self.chosen]
             (bank, bank_labels), (queries, labels) = (self._features(loader) for loader in self.loaders)

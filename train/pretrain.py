@@ -29,10 +29,10 @@ from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.flags import chosen_preset, resolved
 from train.memory import with_device_defaults
 from train.online_knn import OnlineKnn
-from train.plots import plot_loss
 from train.run_data import dataset_sha256, loader_config, train_beton
-from train.runlog import RunLog, describe_run, open_run_folder
+from train.runlog import METRICS, RunLog, describe_run, open_run_folder
 from train.runstate import RunState
+from train.sinks import plot_loss
 from train.update import make_update
 from train.watchdog import Watchdog
 
@@ -45,7 +45,7 @@ def main(config: PretrainConfig) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     ranks = start_ranks(2 * config.timeout_minutes)  # the watchdog speaks first
     try:
         images = dataset_sha256(open_stored(train_beton(config.data)))
@@ -76,8 +76,15 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: 
     """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
     update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids)
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
-    about = {"features": update.features, "dataset_sha256": images_sha256}
-    state = RunState(config, ranks, loader, parts=update.state, writer=writer, **about)
+    state = RunState(
+        config,
+        ranks,
+        loader,
+        parts=update.state,
+        features=update.features,
+        dataset_sha256=images_sha256,
+        writer=writer,
+    )
     start_step = state.resume()
     if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
         state.save(0)
@@ -120,7 +127,7 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: 
 
     if ranks.rank == 0:
         export_backbone(folder, update.method.backbone, state.info(stop_step))
-        plot_loss(folder)
+        plot_loss(folder / METRICS)
     return EXIT_FINISHED
 
 

@@ -40,7 +40,9 @@ class RecordedStep:
     def __init__(self, gradients: Callable[[tuple[torch.Tensor, ...]], Metrics], optimizer: LARS):
         self.gradients, self.optimizer = gradients, optimizer
         self.stream = torch.cuda.Stream()
-        self.shape, self.done, self.graph = None, 0, None
+        self.shape: torch.Size | None = None
+        self.done = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def _update(self, views: tuple[torch.Tensor, ...]) -> Metrics:
         metrics = self.gradients(views)
@@ -57,11 +59,10 @@ class RecordedStep:
         self.done += 1
         if self.done <= ORDINARY:
             return self._ordinary(views)
-        if self.graph is None:
-            self._record(views)
+        graph = self.graph or self._record(views)
         for own, view in zip(self.views, views, strict=True):
             own.copy_(view)
-        self.graph.replay()
+        graph.replay()
         return self.metrics
 
     def _ordinary(self, views: tuple[torch.Tensor, ...]) -> Metrics:
@@ -72,9 +73,10 @@ class RecordedStep:
         torch.cuda.current_stream().wait_stream(self.stream)
         return metrics
 
-    def _record(self, views: tuple[torch.Tensor, ...]) -> None:
+    def _record(self, views: tuple[torch.Tensor, ...]) -> torch.cuda.CUDAGraph:
         self.views = tuple(torch.empty_like(view) for view in views)
         self.graph = torch.cuda.CUDAGraph()
         # Errors for what this thread must not do while recording; the loader's threads allocate and copy meanwhile.
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.metrics = self._update(self.views)
+        return self.graph

@@ -12,8 +12,8 @@ from pipeline.choices.order import rank_batch
 from pipeline.choices.subsets import balanced_subset
 from pipeline.errors import UserError
 from pipeline.spec import LoaderConfig
-from pipeline.storage.beton import Beton
-from pipeline.storage.shards import Shards, open_stored
+from pipeline.storage.beton import Stored
+from pipeline.storage.shards import open_stored
 from train.config import AMP, NORMALIZATIONS, PretrainConfig, order_blocks, resolution_rows
 from train.distributed import Ranks
 from train.methods.choose import view_table
@@ -30,7 +30,7 @@ def train_beton(data: Path) -> Path:
     return path
 
 
-def dataset_sha256(stored: Beton | Shards) -> str:
+def dataset_sha256(stored: Stored) -> str:
     """One digest for all pixels, labels and names, the same for a .beton and its shards, from their manifest's."""
     return hashlib.sha256((stored.manifest["tables_sha256"] + stored.manifest["files_sha256"]).encode()).hexdigest()
 

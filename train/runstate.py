@@ -96,8 +96,10 @@ class RunState:
         self.config, self.ranks, self.parts, self.features = config, ranks, parts, features
         self.images, self.steps_per_epoch = loader.images, loader.steps_per_epoch
         self.folder = Path(config.run)
-        self.on_disk = None  # the step of the good checkpoint.pt that is there
-        self.thread, self.error, self.since = None, None, time.monotonic()
+        self.on_disk: int | None = None  # the step of the good checkpoint.pt that is there
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.since = time.monotonic()
 
     def resume(self) -> int:
         """Loads the newest good checkpoint, where there is one and --resume allows it; returns its step, else 0."""

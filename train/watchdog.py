@@ -98,7 +98,8 @@ class Watchdog:
         for rank in range(self.ranks.world_size):
             key = f"rank {rank}"
             text = self.store.get(key).decode() if self.store.check([key]) else "0 0"
-            found[rank] = tuple(map(int, text.split()))
+            steps, beats = map(int, text.split())
+            found[rank] = steps, beats
         return found
 
     def _end(self, reason: str) -> None:

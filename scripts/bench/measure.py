@@ -28,7 +28,7 @@ def in_turn(
 
     Yields what they have returned so far after each repeat; the first round, to warm up, does not count.
     """
-    found = {name: [] for name in candidates}
+    found: dict[str, list[Measured]] = {name: [] for name in candidates}
     for repeat in range(-1 if warm_up else 0, repeats):
         for name, run in candidates.items():
             value = run()

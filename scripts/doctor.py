@@ -231,11 +231,11 @@ def answer(times: dict[str, float], machine: Machine) -> Answer:
     With a GPU the CPU decodes and the GPU makes the views, which is the loader's default; without one the views and
     the network share the cores, so that the larger of their shares is the bound.
     """
-    cpu_parts = {"decode": times["decode"]}
+    cpu_parts: dict[str, float] = {"decode": times["decode"]}
     if not machine.gpu:
         cpu_parts |= {"crop": times["crop"], "colour and blur": max(times["views"] - times["crop"], 0.0)}
     cpu_s = sum(cpu_parts.values())
-    step_parts = {name: times[name] for name in ("train", "views_gpu") if name in times}
+    step_parts: dict[str, float] = {name: times[name] for name in ("train", "views_gpu") if name in times}
     rates = {"cpu": machine.cores / cpu_s, "train": 1 / sum(step_parts.values())}
     if machine.gpu:
         rates["to_device"] = 1 / times["to_device"]

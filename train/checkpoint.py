@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.spec import Normalization
 from train.config import recipe
 from train.content import DamagedFile, MissingFile, parsed_tensor_file, read_once, read_state, tensor_file, write_state
-from train.foreign import find_resnet
+from train.foreign import below, find_resnet
 from train.model import make_backbone
 
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
@@ -227,7 +227,7 @@ def read_network(path: str | Path, key: str = "") -> Network:
         )
     if _is_ours(content):
         _require_version(content, path)
-        weights, info = _weights_below(content["model"], "backbone."), _info(content["backbone"])
+        weights, info = below(content["model"], "backbone."), _info(content["backbone"])
         heads = {name: weight for name, weight in content["model"].items() if not name.startswith("backbone.")}
     elif "backbone" in about:
         weights, info, heads = tensors, _info(json.loads(about["backbone"])), {}
@@ -251,10 +251,6 @@ def newest_or_refuse(folder: Path) -> Stored:
         text = f"note: {folder / CHECKPOINT} is damaged or missing; taken is {newest.path.name} of step"
         print(text, newest.state["step"], file=sys.stderr, flush=True)
     return newest
-
-
-def _weights_below(weights: dict, prefix: str) -> dict:
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def _info(plain: dict) -> BackboneInfo:

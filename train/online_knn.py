@@ -92,14 +92,9 @@ class OnlineKnn:
         self.report(log, wait=True)
         if not self.active:
             return
-        for copied, own in zip(self._tensors(self.backbone), self._tensors(self.source), strict=True):
-            copied.copy_(own)
+        self.backbone.load_state_dict(self.source.state_dict())
         event = torch.cuda.current_stream().record_event() if self.stream else None
         self.running = step, self.pool.submit(self._measure, event)
-
-    @staticmethod
-    def _tensors(module: nn.Module) -> list[torch.Tensor]:
-        return [*module.parameters(), *module.buffers()]
 
     def report(self, log: RunLog, wait: bool = False) -> None:
         """Writes the accuracy that is under way, if it is there. An error is noted once and ends no training."""

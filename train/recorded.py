@@ -18,20 +18,10 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.errors import UserError
-from train.distributed import Ranks
 from train.lars import LARS
 from train.methods.contract import Metrics
 
 ORDINARY = 3
-
-
-def require_one_gpu(ranks: Ranks) -> None:
-    """Raises UserError where a step cannot be recorded."""
-    if ranks.device.type != "cuda" or ranks.world_size > 1:
-        raise UserError(
-            f"--cuda-graph records the step of one GPU, here are {ranks.world_size} × {ranks.device.type}; leave it out"
-        )
 
 
 class RecordedStep:

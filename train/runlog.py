@@ -30,7 +30,7 @@ from train.config import PretrainConfig
 from train.distributed import Ranks, say, total
 from train.guard import note_lost_step
 from train.methods.contract import Method, Metrics
-from train.sinks import Bar, Sink, TensorBoard, Wandb
+from train.sinks import Bar, TensorBoard, Wandb
 
 METRICS = "metrics.jsonl"
 PICTURED = 8  # images whose views are shown
@@ -104,7 +104,7 @@ class RunLog:
         self.config, self.ranks, self.ids = config, ranks, ids
         self.steps_per_epoch, self.stop_step = steps_per_epoch, stop_step
         self.pending: Pending | None = None
-        self.sinks: list[Sink] = []
+        self.sinks: list[TensorBoard | Bar | Wandb] = []
         self.said_collapse = False
         self._start_interval()
         if ranks.rank == 0:

@@ -1,12 +1,15 @@
 """Where the numbers of a run go beside metrics.jsonl: TensorBoard, Weights & Biases, the progress bar, and at its end
-loss.png. On rank 0 only. None of them can end a run, except that wandb must be installed if it is asked for.
+loss.png. On rank 0 only.
+
+Each sink has `line` for a line of training metrics, `accuracy` for what was measured of the weights after a step, and
+`close`. None of them can end a run, except that wandb must be installed if it is asked for.
 """
 
 import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -49,19 +52,6 @@ def plot_loss(metrics: Path) -> None:
 def is_number(value: object) -> bool:
     """Whether a value of metrics.jsonl can be drawn."""
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-class Sink(Protocol):
-    """What every sink has. A value that is not finite is None."""
-
-    def line(self, line: Mapping[str, Any]) -> None:
-        """Takes a line of training metrics."""
-
-    def accuracy(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes what was measured of the weights after `step` updates."""
-
-    def close(self) -> None:
-        """Ends it."""
 
 
 class TensorBoard:

@@ -27,7 +27,7 @@ from train.config import AMP, PretrainConfig
 from train.distributed import Ranks, averaging_gradients, say
 from train.guard import UpdateGuard
 from train.lars import LARS, gradient_norm
-from train.memory import apply_activations, compile_parts, with_activations, with_device_defaults
+from train.memory import compile_parts, recompute_blocks, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.methods.contract import Method, Metrics, keep_views_apart
 from train.model import make_backbone
@@ -183,7 +183,8 @@ def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 
     # The order matters: what replaces batch norms is done, what is compiled comes last.
     if config.views_together:
         keep_views_apart(method)
-    apply_activations(config, method)
+    if config.activations == "blocks":
+        recompute_blocks(method.backbone)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
     if config.compile:
         compile_parts(config, method)

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from step import SYNTHETIC, Bench, BenchConfig
 
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
+from pipeline.storage.beton import open_beton
 from train.cards import PRESETS
 from train.config import PretrainConfig
 from train.distributed import Ranks, start_ranks
@@ -257,9 +259,7 @@ def measure_real(config: StageConfig, record: Record, name: str, bench: Bench, r
         use_cores(len(all_cores), all_cores)
 
 
-def repeated(data, least: int) -> np.ndarray:
+def repeated(data: Path, least: int) -> np.ndarray:
     """Ids of all images of a .beton, again and again until there are `least`: an epoch needs full batches."""
-    from pipeline.storage.beton import open_beton
-
     images = len(open_beton(data))
     return np.arange(max(images, least)) % images

@@ -39,7 +39,7 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """An untrained backbone and its number of features D. Weights come from torch's generator.
 
     ResNets of torchvision start with the last batch norm of every block at zero (Goyal 2017; Zbontar 2021).
-    Raises UserError for an unknown name, with the nearest known ones, and for a stem the network has not.
+    Raises UserError for an unknown name, with the nearest known ones, and for a stem that the network does not have.
     """
     if arch == "resnet10_narrow":
         return resnet10_narrow(), 256

@@ -12,7 +12,7 @@ only when the next one is due before this one is done, and so does the end of th
              are slower by as much work as that. Memory: the backbone once more, and 128 images without gradients.
 
 Protocol of eval/knn.py (centre views, cosine, weighted votes of the 20 nearest), but with fewer images and in the
-training's autocast: a curve to look at, no result.
+training's autocast: a curve to look at, not a result.
 """
 
 import copy

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pipeline.command import run_command
-from pipeline.loader import make_loader
+from pipeline.loader import Loader, make_loader
 from pipeline.one_writer import OneWriter
 from pipeline.storage.shards import open_stored
 from train.agreement import only_writer, require_same_start
@@ -60,7 +60,7 @@ def main(config: PretrainConfig) -> None:
     sys.exit(code)
 
 
-def train(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: str = "") -> int:
+def train(config: PretrainConfig, ranks: Ranks, loader: Loader, *, images_sha256: str = "") -> int:
     """Trains from wherever the run stands to its end, or to a signal; returns the exit code.
 
     `images_sha256` is the digest of the loader's dataset, "" where there is none to compare.
@@ -72,7 +72,9 @@ def train(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: str = 
         return train_alone(config, ranks, loader, images_sha256=images_sha256, writer=writer)
 
 
-def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: str, writer: OneWriter | None) -> int:
+def train_alone(
+    config: PretrainConfig, ranks: Ranks, loader: Loader, *, images_sha256: str, writer: OneWriter | None
+) -> int:
     """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
     update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids)
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
@@ -101,7 +103,7 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: 
     log = RunLog(config, ranks, ids=loader.ids, **steps)
     watchdog = Watchdog(ranks, config.timeout_minutes)
     with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state, knn:
-        batches = iter(loader.batches(start_step, stop_step))
+        batches = loader.batches(start_step, stop_step)
         for step in range(start_step, stop_step):
             asked = time.perf_counter()
             batch = next(batches)

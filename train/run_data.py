@@ -31,17 +31,17 @@ def train_beton(data: Path) -> Path:
 
 
 def dataset_sha256(stored: Stored) -> str:
-    """One digest for all pixels, labels and names, the same for a .beton and its shards, from their manifest's."""
+    """One digest of all pixels, labels and names, made from the manifest's: the same for a .beton and its shards."""
     return hashlib.sha256((stored.manifest["tables_sha256"] + stored.manifest["files_sha256"]).encode()).hexdigest()
 
 
 def view_type(config: PretrainConfig, device: torch.device) -> torch.dtype:
-    """Of the views' values: on a GPU what autocast rounds them to before the first layer."""
+    """The type of the views' values: on a GPU what autocast rounds them to before the first layer."""
     return AMP[config.amp] if device.type == "cuda" else torch.float32
 
 
 def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
-    """What loads this rank's share of the run's batches. Raises UserError for data or a batch that does not do."""
+    """What loads this rank's share of the run's batches. Raises UserError for data or a batch that cannot work."""
     rank_batch(config.global_batch, ranks.world_size)
     data, ids = train_beton(config.data), None
     if config.fraction != 1:

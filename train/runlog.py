@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline.command import RUNS
@@ -99,7 +100,14 @@ class RunLog:
     """Writes metrics.jsonl on rank 0, and gives the same numbers to the sinks, which the other ranks have none of."""
 
     def __init__(
-        self, config: PretrainConfig, ranks: Ranks, *, start_step: int, stop_step: int, steps_per_epoch: int, ids
+        self,
+        config: PretrainConfig,
+        ranks: Ranks,
+        *,
+        start_step: int,
+        stop_step: int,
+        steps_per_epoch: int,
+        ids: np.ndarray,
     ):
         self.config, self.ranks, self.ids = config, ranks, ids
         self.steps_per_epoch, self.stop_step = steps_per_epoch, stop_step

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from pipeline.errors import UserError
+from pipeline.loader import Loader
 from pipeline.one_writer import OneWriter
 from train.checkpoint import (
     CHECKPOINT,
@@ -85,7 +86,7 @@ class RunState:
         self,
         config: PretrainConfig,
         ranks: Ranks,
-        loader,
+        loader: Loader,
         *,
         parts: dict,
         features: int,

@@ -2,12 +2,12 @@
 
     step         ResNet-50 on synthetic images at batch 512, ours and the published way in turn; ours on real images and
                  on synthetic ones in turn, with the same cores; ours at batch 1024
-    ways         the step of --preset cifar10 on resident images, way by way, each then in turn
+    ways         the step of --preset cifar10 on resident images, the ways of stepping in turn
     loader-dali  real ÷ synthetic where DALI decodes
 
 The published way (facebookresearch/barlowtwins): fp16 autocast with a loss scaler, NCHW, not compiled, every activation
 kept, LARS as a loop over parameters. At 1024 images it needs more than 80 GB, so the two are compared at 512. Between
-turns each keeps its weights and momentum alone in GPU memory. Ratios are of turns of one process.
+turns each keeps only its weights and momentum in GPU memory. Ratios are of turns of one process.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Where the time of a training step goes, and how many images a second come out.
 
-    python scripts/bench/step.py                                        random images that are there already
+    python scripts/bench/step.py                                        random images, already on the device
     python scripts/bench/step.py --global-batch 16 --steps 3            the same on a CPU: 1024 need over 24 GB
     python scripts/bench/step.py --data data/imagenet --views-on gpu    real ones, through the loader
     torchrun --nproc-per-node=8 scripts/bench/step.py --data data/imagenet --json step.json
@@ -14,7 +14,7 @@ images a second, then the same with marks between the stages. Figures are means 
     forward        both views through backbone and heads, batch norm's messages to other ranks included
     loss           the rest of the method
     backward       with the gradients' way to the other ranks
-    communication  that part of backward that is gone when the gradients stay at home
+    communication  by how much backward is shorter when the gradients are not sent
     optimizer      LARS, the schedule of its rates left out
 
 MFU is the share of the GPU's dense bf16 peak that the operations of one forward and backward pass would need.

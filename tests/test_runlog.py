@@ -25,7 +25,8 @@ IDS = np.arange(IMAGES)
 def run_log(folder, ranks=CPU, stop_step=8, **flags) -> RunLog:
     """Of a run of four steps an epoch."""
     config = PretrainConfig(run=str(folder), **{"global_batch": 10} | flags)
-    return RunLog(config, ranks, start_step=0, stop_step=stop_step, steps_per_epoch=4, ids=IDS)
+    update = SimpleNamespace(config=config, ranks=ranks, stop_step=stop_step, steps_per_epoch=4)
+    return RunLog(update, ids=IDS, start_step=0)
 
 
 def metrics(loss: float) -> dict[str, torch.Tensor]:

@@ -78,15 +78,7 @@ def train_alone(
     """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
     update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids)
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
-    state = RunState(
-        config,
-        ranks,
-        loader,
-        parts=update.state,
-        features=update.features,
-        dataset_sha256=images_sha256,
-        writer=writer,
-    )
+    state = RunState(update, loader.images, dataset_sha256=images_sha256, writer=writer)
     start_step = state.resume()
     if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
         state.save(0)
@@ -98,9 +90,8 @@ def train_alone(
     where += ", then replayed as one CUDA graph" if config.cuda_graph else ""
     say(ranks, f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images on {where}")
 
-    knn = OnlineKnn(config, ranks, update.method.backbone, loader.steps_per_epoch)
-    steps = {"start_step": start_step, "stop_step": stop_step, "steps_per_epoch": loader.steps_per_epoch}
-    log = RunLog(config, ranks, ids=loader.ids, **steps)
+    knn = OnlineKnn(update)
+    log = RunLog(update, ids=loader.ids, start_step=start_step)
     watchdog = Watchdog(ranks, config.timeout_minutes)
     with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state, knn:
         batches = loader.batches(start_step, stop_step)
@@ -113,7 +104,7 @@ def train_alone(
             log.record(step, metrics, update.rates, waited_s=waited_s, substituted=batch.substituted)
 
             knn.report(log)
-            if knn.due(step + 1, stop_step):
+            if knn.due(step + 1):
                 knn.begin(step + 1, log)
             stopping = stop.agreed(state.failed)  # a signal, or a checkpoint that could not be written
             if stopping or state.due(step + 1):

@@ -27,11 +27,11 @@ from pipeline.command import RUNS
 from pipeline.disk import append_line, read_lines, write_whole
 from pipeline.errors import UserError
 from train.checkpoint import NO_ROOM
-from train.config import PretrainConfig
 from train.distributed import Ranks, say, total
 from train.guard import note_lost_step
 from train.methods.contract import Method, Metrics
 from train.sinks import Bar, TensorBoard, Wandb
+from train.update import Update
 
 METRICS = "metrics.jsonl"
 PICTURED = 8  # images whose views are shown
@@ -99,28 +99,19 @@ class Pending(NamedTuple):
 class RunLog:
     """Writes metrics.jsonl on rank 0, and gives the same numbers to the sinks, which the other ranks have none of."""
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        ranks: Ranks,
-        *,
-        start_step: int,
-        stop_step: int,
-        steps_per_epoch: int,
-        ids: np.ndarray,
-    ):
-        self.config, self.ranks, self.ids = config, ranks, ids
-        self.steps_per_epoch, self.stop_step = steps_per_epoch, stop_step
+    def __init__(self, update: Update, *, ids: np.ndarray, start_step: int):
+        self.config, self.ranks, self.ids = update.config, update.ranks, ids
+        self.steps_per_epoch, self.stop_step = update.steps_per_epoch, update.stop_step
         self.pending: Pending | None = None
         self.sinks: list[TensorBoard | Bar | Wandb] = []
         self.said_collapse = False
         self._start_interval()
-        if ranks.rank == 0:
-            folder = Path(config.run)
+        if self.ranks.rank == 0:
+            folder = Path(self.config.run)
             self.lines = folder / METRICS
             keep_lines_before(self.lines, start_step)
-            self.board, self.bar = TensorBoard(folder, start_step), Bar(start_step, stop_step)
-            self.sinks = [self.board, self.bar, *([Wandb(config)] if config.wandb else [])]
+            self.board, self.bar = TensorBoard(folder, start_step), Bar(start_step, self.stop_step)
+            self.sinks = [self.board, self.bar, *([Wandb(self.config)] if self.config.wandb else [])]
 
     def _start_interval(self) -> None:
         self.rows: dict[int, torch.Tensor] = {}  # the metrics (M,) of a step, from 0, on the device

@@ -151,7 +151,7 @@ class Stages:
         params, heights, widths = self.params(views)
         bicubic = np.ones(len(views), bool)
         views_of_images(
-            *(self.pixels, self.starts, heights, widths, params, bicubic, self.scratch, self.table, 0), self.views
+            self.pixels, self.starts, heights, widths, params, bicubic, self.scratch, self.table, 0, self.views
         )
 
     def to_device(self, ids: np.ndarray) -> None:

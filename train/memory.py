@@ -218,11 +218,6 @@ def free_bytes(ranks: Ranks) -> float:
     return float(-largest(ranks, -int(usable)))
 
 
-def ways_allowed(config: PretrainConfig) -> list[Activations]:
-    """What auto may choose, the fastest first."""
-    return ["all", "half", "blocks"] if config.compile else ["all", "blocks"]
-
-
 def with_activations(config: PretrainConfig, method: Method, ranks: Ranks) -> PretrainConfig:
     """--activations auto decided for this network, which lies on the ranks' device.
 
@@ -234,11 +229,12 @@ def with_activations(config: PretrainConfig, method: Method, ranks: Ranks) -> Pr
         return replace(config, activations="all")
     needed, own = needed_bytes(method, config, ranks), sum(p.nbytes for p in method.parameters())
     usable, asked = free_bytes(ranks) + own, config
-    way = next((way for way in ways_allowed(config) if needed.get(way, np.inf) <= usable), None)
+    ways: list[Activations] = ["all", "half", "blocks"] if config.compile else ["all", "blocks"]  # the fastest first
+    way = next((way for way in ways if needed.get(way, np.inf) <= usable), None)
     batch = rank_batch(config.global_batch, ranks.world_size)
     where = f"{batch} images a GPU, {usable / GB:.0f} GB usable"
     if way is None:
-        least = min(needed[way] for way in ways_allowed(config) if way in needed)
+        least = min(needed[way] for way in ways if way in needed)
         raise UserError(
             f"a step needs about {least / GB:.0f} GB even with the fewest activations kept ({where}); give a smaller"
             " --global-batch, more GPUs, a smaller --resolution or a narrower --projector"

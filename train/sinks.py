@@ -92,8 +92,9 @@ class Wandb:
         import wandb
 
         folder = Path(config.run)
-        about = {"project": config.wandb, "id": folder.name, "name": folder.name, "dir": folder}
-        self.run = wandb.init(resume="allow", config=as_plain(config), **about)
+        self.run = wandb.init(
+            project=config.wandb, id=folder.name, name=folder.name, dir=folder, resume="allow", config=as_plain(config)
+        )
 
     def line(self, line: Mapping[str, Any]) -> None:
         self.run.log(line, step=line["step"])

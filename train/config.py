@@ -83,7 +83,7 @@ class Recipe:
     loss_scale: float = 1.0
     """Factor on the whole loss of Barlow Twins."""
     temperature: float = 0.1
-    """Of the softmax over cosines in SimCLR, and of --loss cross-entropy."""
+    """Temperature of the softmax over cosines in SimCLR, and of --loss cross-entropy."""
     ema: float = 0.99
     """How much of its target network BYOL keeps in a step, at the start; it rises to 1 along a cosine."""
     stop_gradient: bool = False
@@ -108,7 +108,7 @@ class Recipe:
     GPUs; LARS hides that for weights, but the published --lr-biases was chosen with 16 GPUs. Gradients here are the
     true ones on any number of ranks: 16 reproduces the published bias steps, 1 leaves them as they are."""
     weight_decay: float = 1e-6
-    """Of the weights; 1-d parameters have none."""
+    """Weight decay of the weights; 1-d parameters have none."""
     lars_eta: float = 0.001
     """LARS trust coefficient: the ratio of a weight's step to its norm."""
     lars_clip: bool = False

@@ -10,19 +10,20 @@ Each stage runs alone on real images of the dataset, the CPU's on one core:
     to_device      decoded pixels into GPU memory                 views_gpu    both views, as the GPU makes them
     train          one update of the network, not compiled, on the GPU where there is one
 
-The answer takes it that cores add up and that stages overlap, as they do in the loaders. Close other programs.
+The answer assumes that cores add up and that stages overlap, as they do in the loaders. Close other programs.
 """
 
 import math
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from bench.measure import GB, seconds_of
 
 from pipeline.choices.draws import draw_views
 from pipeline.command import run_command
@@ -39,7 +40,6 @@ from train.update import make_update
 
 CHUNK = 32  # images a call of a stage gets
 CROPS = (ViewSpec(p_jitter=0, p_grey=0), ViewSpec(p_jitter=0, p_grey=0))
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Stages:
         params, heights, widths = self.params(views)
         bicubic = np.ones(len(views), bool)
         views_of_images(
-            *(self.pixels, self.starts, heights, widths, params, bicubic, self.scratch, self.table, 0), self.views
+            self.pixels, self.starts, heights, widths, params, bicubic, self.scratch, self.table, 0, self.views
         )
 
     def to_device(self, ids: np.ndarray) -> None:
@@ -173,11 +173,15 @@ class Stages:
 def make_train_step(config: DoctorConfig, ranks: Ranks) -> Callable[[], None]:
     """One update with a batch of noise, as the trainer makes it by default, but not compiled: that takes minutes."""
     card = PretrainConfig(
-        arch=config.arch, projector=config.projector, resolution=config.resolution, global_batch=config.rank_batch,
-        activations="all", compile=False,
-    )  # fmt: skip
+        arch=config.arch,
+        projector=config.projector,
+        resolution=config.resolution,
+        global_batch=config.rank_batch,
+        activations="all",
+        compile=False,
+    )
     update, shape = make_update(resolved(card), ranks), (config.rank_batch, 3, config.resolution, config.resolution)
-    views = [torch.rand(shape, device=ranks.device).to(memory_format=torch.channels_last) for _ in range(2)]
+    views = tuple(torch.rand(shape, device=ranks.device).to(memory_format=torch.channels_last) for _ in range(2))
 
     def step() -> None:
         update(views)
@@ -197,10 +201,9 @@ def measure(stages: Stages, seconds: float) -> dict[str, float]:
         while calls < 1 or (spent < seconds and calls < len(chunks) - 1):
             ids = chunks[calls + 1]
             stages.before(name, ids)
-            start = time.perf_counter()
-            run(ids)
+            took_s = seconds_of(partial(run, ids))
             if calls >= 0:
-                spent += time.perf_counter() - start
+                spent += took_s
             calls += 1
         times[name] = spent / (calls * stages.images(name))
     return times
@@ -228,19 +231,19 @@ def answer(times: dict[str, float], machine: Machine) -> Answer:
     With a GPU the CPU decodes and the GPU makes the views, which is the loader's default; without one the views and
     the network share the cores, so that the larger of their shares is the bound.
     """
-    cpu_parts = {"decode": times["decode"]}
+    cpu_parts: dict[str, float] = {"decode": times["decode"]}
     if not machine.gpu:
         cpu_parts |= {"crop": times["crop"], "colour and blur": max(times["views"] - times["crop"], 0.0)}
     cpu_s = sum(cpu_parts.values())
-    step_parts = {name: times[name] for name in ("train", "views_gpu") if name in times}
+    step_parts: dict[str, float] = {name: times[name] for name in ("train", "views_gpu") if name in times}
     rates = {"cpu": machine.cores / cpu_s, "train": 1 / sum(step_parts.values())}
     if machine.gpu:
         rates["to_device"] = 1 / times["to_device"]
     if not machine.fits:
         rates["read"] = 1 / times["read"]
-    slowest = min(rates, key=rates.get)
-    parts = {"cpu": cpu_parts, "train": step_parts}.get(slowest, {slowest: 0})
-    bound = max(parts, key=parts.get)
+    slowest = min(rates, key=lambda name: rates[name])
+    parts = {"cpu": cpu_parts, "train": step_parts}.get(slowest) or {slowest: 0.0}
+    bound = max(parts, key=lambda name: parts[name])
     needed = math.ceil(rates["train"] * cpu_s)
     return Answer(bound, rates, needed, _words(bound, rates, needed, times, machine))
 

@@ -24,7 +24,7 @@ from train.config import AMP, METHOD_NAMES
 from train.distributed import Ranks
 from train.flags import resolved
 from train.lars import LARS
-from train.memory import apply_activations, compile_parts, needed_bytes, with_activations, with_device_defaults
+from train.memory import compile_parts, needed_bytes, recompute_blocks, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.model import make_backbone
 from train.pretrain import train
@@ -75,7 +75,8 @@ def memory(way: str, batch: str) -> dict:
     config = resolved(replace(PRESETS["imagenet"], run="null", global_batch=int(batch), activations=way))
     method = network(config)
     estimate = needed_bytes(method, config, GPU)[way]
-    apply_activations(config, method)
+    if way == "blocks":
+        recompute_blocks(method.backbone)
     if way == "half":
         compile_parts(config, method)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta)

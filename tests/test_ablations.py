@@ -1,16 +1,18 @@
 """The ablations of Barlow Twins against their definitions in Zbontar 2021, section 4, written out in NumPy, float64."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from pipeline.spec import BARLOW_TWINS_VIEWS, views_without
+from pipeline.spec import BARLOW_TWINS_VIEWS, WITHOUT, views_without
 from tests.oracles_train import numeric_gradient
 from tests.test_methods import embeddings, method
 from train.cards import PRESETS
+from train.config import Augmentation
 from train.flags import resolved
 from train.methods.barlow_ablations import AblatedBarlowTwins, ablated_loss, is_ablated
 from train.methods.barlow_twins import BarlowTwins
@@ -120,4 +122,5 @@ def test_augmentations_left_out():
         assert (view.p_grey, view.p_solarize) == (0, 0)
         assert replace(view, p_grey=before.p_grey, p_solarize=before.p_solarize) == before
     assert view_table(replace(card, without=())) == BARLOW_TWINS_VIEWS
+    assert get_args(Augmentation) == tuple(WITHOUT)
     assert all(view.area == (1, 1) for view in views_without(BARLOW_TWINS_VIEWS, ["crop"]))

@@ -39,9 +39,9 @@ from train.content import (
     write_state,
 )
 from train.flags import resolved
-from train.initial import initial_network, start_heads_
 from train.methods.barlow_twins import BarlowTwins
 from train.model import make_backbone
+from train.update import initial_network, start_heads_
 
 INFO = BackboneInfo("resnet18", "small", 512, 32, NORMALIZATIONS["cifar10"], "/somewhere/cifar10", 3, 40, 5)
 

@@ -11,7 +11,7 @@ from pipeline.errors import UserError
 from train.cards import PRESETS
 from train.checkpoint import load_backbone, save_checkpoint
 from train.foreign import find_resnet
-from train.initial import initial_network
+from train.update import initial_network
 
 
 def resnet18_of(value: float, **others) -> dict:

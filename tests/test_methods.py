@@ -3,6 +3,7 @@ each promises beyond its loss."""
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from pipeline.errors import UserError
 from tests.oracles_train import numeric_gradient
 from train.cards import PRESETS
-from train.config import METHOD_NAMES, PretrainConfig
+from train.config import METHOD_NAMES, Preset, PretrainConfig
 from train.flags import chosen_preset, resolved
 from train.methods.byol import momentum_at
 from train.methods.choose import METHODS, make_method
@@ -227,7 +228,8 @@ def test_a_card_is_found_by_its_name_or_by_the_method():
     assert chosen_preset(["--preset", "cifar10-byol"]) == chosen_preset(["--preset", "cifar10", "--method=byol"])
     assert chosen_preset(["--method", "vicreg"]).preset == "imagenet-vicreg"
     assert chosen_preset([]).method == "barlow_twins"
-    assert len(PRESETS) == 3 * len(METHOD_NAMES) and set(METHODS) == set(METHOD_NAMES)
+    assert set(PRESETS) == set(get_args(Preset)) and set(METHODS) == set(METHOD_NAMES)
+    assert len(PRESETS) == 3 * len(METHOD_NAMES)
     assert all(name.endswith(preset.method) or preset.method == "barlow_twins" for name, preset in PRESETS.items())
     assert all(resolved(preset).preset == name for name, preset in PRESETS.items())
 

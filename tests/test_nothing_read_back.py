@@ -5,18 +5,19 @@ The whole step runs on `meta` tensors: they have shapes and no values, so whatev
 
 import contextlib
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 
 from tests.test_ablations import ABLATIONS
 from train.cards import PRESETS
-from train.config import EMBEDDING_NORMS, LOSSES, METHOD_NAMES
+from train.config import METHOD_NAMES, EmbeddingNorm, Loss
 from train.flags import resolved
 from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method
+from train.methods.contract import keep_views_apart
 from train.model import make_backbone
-from train.together import keep_views_apart
 
 CASES = {name: {"preset": "cifar10" + ("" if name == "barlow_twins" else f"-{name}")} for name in METHOD_NAMES}
 CASES |= ABLATIONS | {
@@ -27,8 +28,8 @@ CASES |= {f"{name} together": CASES[name] | {"views_together": True} for name in
 
 
 def test_every_ablation_is_here():
-    assert {flags.get("loss", "barlow-twins") for flags in CASES.values()} == set(LOSSES)
-    assert {flags.get("embedding_norm", "batch") for flags in CASES.values()} == set(EMBEDDING_NORMS)
+    assert {flags.get("loss", "barlow-twins") for flags in CASES.values()} == set(get_args(Loss))
+    assert {flags.get("embedding_norm", "batch") for flags in CASES.values()} == set(get_args(EmbeddingNorm))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,8 +12,9 @@ from train.checkpoint import read_checkpoint
 from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.flags import resolved
+from train.memory import with_device_defaults
 from train.pretrain import EXIT_FINISHED, train
-from train.recorded import ORDINARY, require_one_gpu
+from train.recorded import ORDINARY
 
 TINY = PretrainConfig(
     arch="resnet18", stem="small", projector="64-64", resolution=16, global_batch=16, epochs=5, warmup_epochs=1,
@@ -26,7 +27,7 @@ TINY = PretrainConfig(
 )
 def test_only_one_gpu_records(ranks):
     with pytest.raises(UserError, match="records the step of one GPU"):
-        require_one_gpu(ranks)
+        with_device_defaults(replace(TINY, cuda_graph=True), ranks)
 
 
 @pytest.mark.parametrize("flags", [{"amp": "fp16"}, {"on_nan": "skip"}])

@@ -129,14 +129,14 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
 
 
 def test_a_network_with_dropout_resumes_to_the_same_bits(tmp_path, monkeypatch):
-    import train.initial as initial
+    from train import update
 
     def with_dropout(arch, stem):
         backbone, features = real(arch, stem)
         return torch.nn.Sequential(backbone, torch.nn.Dropout(0.5)), features
 
-    real = initial.make_backbone
-    monkeypatch.setattr(initial, "make_backbone", with_dropout)
+    real = update.make_backbone
+    monkeypatch.setattr(update, "make_backbone", with_dropout)
     assert run(tmp_path / "whole", epochs=2) == EXIT_FINISHED
     assert run(tmp_path / "cut", StoppingLoader(3, signal.SIGTERM), epochs=2) == EXIT_REQUEUE
     torch.rand(100)

@@ -14,8 +14,8 @@ from pipeline.choices.order import epoch_order
 from pipeline.errors import UserError
 from train.config import PretrainConfig, as_plain
 from train.distributed import Ranks
-from train.plots import plot_loss
 from train.runlog import RunLog, describe_run, installed_version, keep_lines_before, open_run_folder
+from train.sinks import plot_loss
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 IMAGES = 40
@@ -25,7 +25,8 @@ IDS = np.arange(IMAGES)
 def run_log(folder, ranks=CPU, stop_step=8, **flags) -> RunLog:
     """Of a run of four steps an epoch."""
     config = PretrainConfig(run=str(folder), **{"global_batch": 10} | flags)
-    return RunLog(config, ranks, start_step=0, stop_step=stop_step, steps_per_epoch=4, ids=IDS)
+    update = SimpleNamespace(config=config, ranks=ranks, stop_step=stop_step, steps_per_epoch=4)
+    return RunLog(update, ids=IDS, start_step=0)
 
 
 def metrics(loss: float) -> dict[str, torch.Tensor]:
@@ -197,7 +198,7 @@ def test_picture(tmp_path):
     for lines in (full, holes, [{"epoch": 0.5, "loss": 2.0}], [{"epoch": 1.0, "loss": None}], []):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"epo')
         (tmp_path / "loss.png").unlink(missing_ok=True)
-        plot_loss(tmp_path)
+        plot_loss(tmp_path / "metrics.jsonl")
         png = (tmp_path / "loss.png").read_bytes() if (tmp_path / "loss.png").exists() else None
         widths.append(png and Image.open(io.BytesIO(png)).width // 440)
     assert widths == [3, 4, 1, None, None]

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,7 +38,10 @@ def state_of(folder, **flags) -> tuple[RunState, torch.nn.Module]:
     folder.mkdir(exist_ok=True)
     model = torch.nn.Linear(4, 3)
     config = resolved(replace(TINY, run=str(folder), **flags))
-    return RunState(config, CPU, StoppingLoader(), parts={"model": model}, features=3), model
+    loader = StoppingLoader()
+    about = {"steps_per_epoch": loader.steps_per_epoch, "stop_step": config.epochs * loader.steps_per_epoch}
+    update = SimpleNamespace(config=config, ranks=CPU, state={"model": model}, features=3, **about)
+    return RunState(update, loader.images), model
 
 
 def steps(folder) -> list[int]:

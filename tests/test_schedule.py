@@ -3,7 +3,7 @@
 import pytest
 
 from tests.oracles_train import learning_rate
-from train.schedule import lr_share
+from train.update import lr_share
 
 
 @pytest.mark.parametrize(("per_epoch", "epochs", "warmup"), [(7, 30, 10), (1251, 300, 10), (5, 4, 0), (3, 5, 10)])

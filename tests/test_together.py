@@ -16,8 +16,8 @@ from train.config import METHOD_NAMES
 from train.flags import resolved
 from train.lars import LARS
 from train.methods.choose import make_method
+from train.methods.contract import keep_views_apart
 from train.model import make_backbone
-from train.together import keep_views_apart
 
 HEADS = {"byol": ("24-16", "24-16"), "simsiam": ("24-16", "8-16")}
 

@@ -95,7 +95,7 @@ def smooth_backbone(arch: str, stem: str) -> tuple[nn.Module, int]:
 
 def smooth_run(folder: Path, ranks: Ranks, **flags) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.initial.make_backbone", smooth_backbone)
+        patch.setattr("train.update.make_backbone", smooth_backbone)
         return run(folder, ranks, torch.float32, projector="16", **flags)
 
 

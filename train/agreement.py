@@ -30,8 +30,8 @@ def require_same_start(ranks: Ranks, config: PretrainConfig, dataset_sha256: str
     """Ends all ranks where they differ in a flag, in the images, or in the program. One sentence says in what."""
     if ranks.control is None:
         return
-    named = {"run": "name"}  # the field and its flag
-    own = {f"--{named.get(n, n).replace('_', '-')}": v for n, v in as_plain(config).items() if n not in MAY_DIFFER}
+    flags = {"run": "name"}  # the field and its flag
+    own = {f"--{flags.get(n, n).replace('_', '-')}": v for n, v in as_plain(config).items() if n not in MAY_DIFFER}
     own |= {"the digest of the images of --data": dataset_sha256[:12]}
     own |= {"the digest of the program": source_digest(REPO / "train") + source_digest(REPO / "pipeline")}
     own |= {"PyTorch": torch.__version__}

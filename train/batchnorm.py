@@ -8,6 +8,8 @@ torch.compile makes there, and refuses CPU tensors. Here the message alone is an
 look into; what is computed before and after it becomes part of the kernels around it.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import library, nn
@@ -15,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.errors import UserError
 from train.distributed import world_size
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @library.custom_op("barlow_twins::from_all_ranks", mutates_args=())
@@ -142,7 +146,7 @@ def _to_cross_rank(norm: _BatchNorm) -> CrossRankBatchNorm:
     return new.train(norm.training)
 
 
-def with_global_batch_norm(module: nn.Module) -> nn.Module:
+def with_global_batch_norm(module: Network) -> Network:
     """Every batch norm inside made to see the global batch. Parameter names stay. At world size 1: unchanged."""
     if world_size() == 1:
         return module

@@ -4,6 +4,7 @@ python train/pretrain.py --preset cifar10 --help     shows a card's values
 """
 
 from dataclasses import replace
+from typing import Any
 
 from pipeline.command import DATA
 from train.config import PretrainConfig
@@ -68,8 +69,8 @@ PRESETS = {
 # The other methods on the same cards: what differs from Barlow Twins there. Published ImageNet recipes: Chen 2020,
 # Grill 2020 (300 epochs), Chen & He 2021, Bardes 2022. CIFAR-10 as solo-learn trains them: linear top-1 after 1000
 # epochs 90.74 (SimCLR), 92.58 (BYOL), 90.51 (SimSiam), 92.07 (VICReg), beside Barlow Twins' 92.10.
-_RIVALS = {"lr_biases": None, "paper_world_size": 1}
-RIVALS = {
+_RIVALS: dict[str, Any] = {"lr_biases": None, "paper_world_size": 1}
+RIVALS: dict[str, dict[str, dict[str, Any]]] = {
     "imagenet": {
         "simclr": {"projector": "2048-128", "lr_weights": 0.3},
         "byol": {"projector": "4096-256", "predictor": "4096-256", "lr_weights": 0.3},
@@ -105,4 +106,4 @@ RIVALS = {
 for _base, _methods in RIVALS.items():
     for _method, _values in _methods.items():
         _name = f"{_base}-{_method}"
-        PRESETS[_name] = replace(PRESETS[_base], preset=_name, method=_method, **_RIVALS | _values)
+        PRESETS[_name] = replace(PRESETS[_base], **_RIVALS | _values | {"preset": _name, "method": _method})

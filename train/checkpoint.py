@@ -18,7 +18,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from pipeline.errors import UserError
 from pipeline.spec import Normalization
 from train.config import recipe
 from train.content import DamagedFile, MissingFile, parsed_tensor_file, read_once, read_state, tensor_file, write_state
-from train.foreign import find_resnet
+from train.foreign import below, find_resnet
 from train.model import make_backbone
 
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
@@ -145,7 +145,7 @@ def read_stored(path: Path) -> Stored:
     return Stored(state, path, sha256)
 
 
-def _is_ours(state) -> bool:
+def _is_ours(state: object) -> TypeGuard[dict]:
     return isinstance(state, dict) and state.get("format") == FORMAT
 
 
@@ -209,26 +209,28 @@ def load_backbone(path: str | Path, key: str = "") -> tuple[nn.Module, BackboneI
 def read_network(path: str | Path, key: str = "") -> Network:
     """`load_backbone`, and the weights of what stands beside the backbone, {} where the file has none."""
     path = Path(path).expanduser()
+    content: object
+    tensors: dict[str, torch.Tensor] = {}
+    about: dict[str, str] = {}
     if path.is_dir():
         content, path, sha256 = newest_or_refuse(path)
-        about = None
     elif path.suffix == ".safetensors":
         data = read_once(path)
-        content, about = parsed_tensor_file(data, path)
-        sha256 = hashlib.sha256(data).hexdigest()
+        tensors, about = parsed_tensor_file(data, path)
+        content, sha256 = tensors, hashlib.sha256(data).hexdigest()
     else:
-        (content, sha256), about = read_state(path), None
+        content, sha256 = read_state(path)
 
-    if key and (_is_ours(content) or (about and "backbone" in about)):
+    if key and (_is_ours(content) or "backbone" in about):
         raise UserError(
             f"--key {key} chooses among several networks of a file, {path} is of a run and has one backbone"
         )
     if _is_ours(content):
         _require_version(content, path)
-        weights, info = _weights_below(content["model"], "backbone."), _info(content["backbone"])
+        weights, info = below(content["model"], "backbone."), _info(content["backbone"])
         heads = {name: weight for name, weight in content["model"].items() if not name.startswith("backbone.")}
-    elif about and "backbone" in about:
-        weights, info, heads = content, _info(json.loads(about["backbone"])), {}
+    elif "backbone" in about:
+        weights, info, heads = tensors, _info(json.loads(about["backbone"])), {}
     else:
         place = find_resnet(content, path, key)
         weights, info, heads = place.weights, BackboneInfo(place.arch, place.stem, key=place.name), place.heads
@@ -249,10 +251,6 @@ def newest_or_refuse(folder: Path) -> Stored:
         text = f"note: {folder / CHECKPOINT} is damaged or missing; taken is {newest.path.name} of step"
         print(text, newest.state["step"], file=sys.stderr, flush=True)
     return newest
-
-
-def _weights_below(weights: dict, prefix: str) -> dict:
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def _info(plain: dict) -> BackboneInfo:

@@ -9,7 +9,7 @@ The experiment cards are in cards.py; flags.py makes a checked configuration of 
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import torch
 import tyro
@@ -18,19 +18,22 @@ from tyro.constructors import PrimitiveConstructorSpec
 from pipeline.command import DATA
 from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
 from pipeline.errors import UserError
-from pipeline.spec import WITHOUT, Blocks, Normalization
+from pipeline.spec import Blocks, Normalization
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}  # the type that --amp computes in
 NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_MEAN, CIFAR10_STD)}
 
-LOSSES = ("barlow-twins", "invariance", "redundancy", "cross-entropy")
-EMBEDDING_NORMS = ("batch", "feature", "none")
-METHOD_NAMES = ("barlow_twins", "simclr", "byol", "simsiam", "vicreg")
-CARDS = tuple(
-    base if method == "barlow_twins" else f"{base}-{method}"
-    for base in ("imagenet", "cifar10", "cifar10-demo")
-    for method in METHOD_NAMES
-)
+Loss = Literal["barlow-twins", "invariance", "redundancy", "cross-entropy"]
+EmbeddingNorm = Literal["batch", "feature", "none"]
+MethodName = Literal["barlow_twins", "simclr", "byol", "simsiam", "vicreg"]
+Augmentation = Literal["crop", "flip", "jitter", "grey", "blur", "solarize"]  # the keys of pipeline.spec.WITHOUT
+Activations = Literal["auto", "all", "half", "blocks"]
+Preset = Literal[
+    "imagenet", "imagenet-simclr", "imagenet-byol", "imagenet-simsiam", "imagenet-vicreg",
+    "cifar10", "cifar10-simclr", "cifar10-byol", "cifar10-simsiam", "cifar10-vicreg",
+    "cifar10-demo", "cifar10-demo-simclr", "cifar10-demo-byol", "cifar10-demo-simsiam", "cifar10-demo-vicreg",
+]  # fmt: skip
+METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 GONE = {"checkpoint_activations", "accumulate"}  # in older checkpoints; like Running, they did not change the weights
 
 # A flag that may be left out (None: the device decides), given alone, or given with True or False.
@@ -51,7 +54,7 @@ Switch = Annotated[
 class Recipe:
     """What decides the weights."""
 
-    method: Literal[METHOD_NAMES] = "barlow_twins"
+    method: MethodName = "barlow_twins"
     """What is optimized. Given here, that method's card is used; everything else stays shared."""
     fraction: float = 1.0
     """Share of the training images to use, the same of every class; the seed chooses which."""
@@ -80,20 +83,20 @@ class Recipe:
     loss_scale: float = 1.0
     """Factor on the whole loss of Barlow Twins."""
     temperature: float = 0.1
-    """Of the softmax over cosines in SimCLR, and of --loss cross-entropy."""
+    """Temperature of the softmax over cosines in SimCLR, and of --loss cross-entropy."""
     ema: float = 0.99
     """How much of its target network BYOL keeps in a step, at the start; it rises to 1 along a cosine."""
     stop_gradient: bool = False
     """Used by SimSiam's cards: without it the network collapses, which effective_dimensions shows. With Barlow Twins an
     ablation (table 6): the second view gets no gradient."""
-    loss: Literal[LOSSES] = "barlow-twins"
+    loss: Loss = "barlow-twins"
     """Ablation of Barlow Twins (table 5): one term alone, or a cross-entropy of C's entries with --temperature."""
-    embedding_norm: Literal[EMBEDDING_NORMS] = "batch"
+    embedding_norm: EmbeddingNorm = "batch"
     """Ablation of Barlow Twins (table 5): how embeddings are normalized before C. batch: every dimension to mean 0 and
     deviation 1; feature: then also every embedding to length 1, and C is not divided by the batch; none: mean 0."""
     projector_norm: Literal["batch", "none"] = "batch"
     """Ablation of Barlow Twins (table 5): none leaves batch norm out of the projector's hidden layers."""
-    without: tuple[Literal[tuple(WITHOUT)], ...] = ()
+    without: tuple[Augmentation, ...] = ()
     """Augmentations to leave out of both views (figure 3): --without grey solarize."""
     lr_weights: float | None = None
     """Learning rate of the weights, × global batch / 256. None: chosen by the global batch, as measured for 300 epochs
@@ -105,7 +108,7 @@ class Recipe:
     GPUs; LARS hides that for weights, but the published --lr-biases was chosen with 16 GPUs. Gradients here are the
     true ones on any number of ranks: 16 reproduces the published bias steps, 1 leaves them as they are."""
     weight_decay: float = 1e-6
-    """Of the weights; 1-d parameters have none."""
+    """Weight decay of the weights; 1-d parameters have none."""
     lars_eta: float = 0.001
     """LARS trust coefficient: the ratio of a weight's step to its norm."""
     lars_clip: bool = False
@@ -137,7 +140,7 @@ class Recipe:
 class Running:
     """What does not change the weights."""
 
-    preset: Literal[CARDS] = "imagenet"
+    preset: Preset = "imagenet"
     """The experiment card to start from; every other flag changes one value of it. imagenet, cifar10 and
     cifar10-demo are Barlow Twins; with -simclr, -byol, -simsiam or -vicreg appended, that method."""
     data: Path = DATA / "imagenet"
@@ -157,7 +160,7 @@ class Running:
     the seed, the epoch and the image, takes its place, and metrics.jsonl counts such images."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the run's checkpoint if there is one. never: start over and replace it."""
-    activations: Literal["auto", "all", "half", "blocks"] = "auto"
+    activations: Activations = "auto"
     """What a step keeps for its backward pass; the rest is computed again. all: everything, the fastest. half: half of
     it; needs --compile. blocks: only the input of each block, not compiled: the same bits, the least memory, about a
     third more work. auto: the first of these that fits the GPU; on a CPU all."""

@@ -46,7 +46,9 @@ def start_ranks(timeout_minutes: float = 0) -> Ranks:
     store = dist.PrefixStore(f"start {start_number()}", store)
     backend, on = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=on)
-    return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(control, dist.ProcessGroup), "every rank is in the group of all"
+    return Ranks(rank, world_size, device, control)
 
 
 def start_number() -> str:
@@ -138,7 +140,7 @@ def total(ranks: Ranks, value: int) -> int:
     return _reduced(ranks, value, dist.ReduceOp.SUM)
 
 
-def _reduced(ranks: Ranks, value: int, operation: dist.ReduceOp) -> int:
+def _reduced(ranks: Ranks, value: int, operation: dist.ReduceOp.RedOpType) -> int:
     if ranks.control is None:
         return value
     message = torch.tensor([value])
@@ -167,7 +169,7 @@ class StopRequest:
     def __init__(self, ranks: Ranks):
         self.ranks = ranks
         self.signal = 0
-        self.pending = None
+        self.pending: tuple[torch.Tensor, dist.Work] | None = None
         self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def _note(self, number, frame):

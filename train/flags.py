@@ -10,6 +10,7 @@ import os
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from pipeline.disk import followed_once
 from pipeline.errors import UserError
 from train.cards import PRESETS
 from train.config import PretrainConfig, as_plain, projector_widths, recipe, resolution_rows
+
+Config = TypeVar("Config", bound=PretrainConfig)  # a benchmark's configuration has flags of its own
 
 # Global batch → learning rate of the weights, 300 epochs of ResNet-50. Source: Barlow Twins, issue 7
 # (linear top-1 in this order: 69.7, 70.7, 71.4, 71.7, 71.4, 70.7).
@@ -59,7 +62,7 @@ def lr_weights_for(global_batch: int) -> float:
     return float(np.interp(np.log2(global_batch), np.log2(batches), rates))
 
 
-def resolved(config: PretrainConfig) -> PretrainConfig:
+def resolved(config: Config) -> Config:
     """The configuration with nothing left open: checked values, absolute paths, the learning rate, the run's folder.
 
     Raises UserError for values that are out of range or do not go together. What is left to the device stays so.

@@ -55,7 +55,7 @@ def find_resnet(content, path: Path, key: str = "") -> Place:
         for prefix in _prefixes(tensors):
             name = ".".join([*way, prefix]).strip(".")
             place = _place(name, prefix, tensors)
-            places.append(place) if place else rejected.append((name, _below(tensors, prefix)))
+            places.append(place) if place else rejected.append((name, below(tensors, prefix)))
     chosen = _chosen(places, path, key) if places else _refuse(path, rejected)
     if told := _anti_aliased(content, path):
         raise UserError(
@@ -79,13 +79,14 @@ def _prefixes(tensors: dict) -> list[str]:
     return [prefix for prefix in starts if f"{prefix}layer4.0.conv1.weight" in tensors]
 
 
-def _below(tensors: dict, prefix: str) -> dict:
+def below(tensors: dict, prefix: str) -> dict:
+    """The weights whose names begin with `prefix`, without it."""
     return {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
 
 
 def _place(name: str, prefix: str, tensors: dict) -> Place | None:
     """The ResNet below a prefix; None where its parameters are not exactly those of one of torchvision."""
-    found = {n: w for n, w in _below(tensors, prefix).items() if not n.startswith("fc.")}
+    found = {n: w for n, w in below(tensors, prefix).items() if not n.startswith("fc.")}
     shapes = {n: tuple(w.shape) for n, w in found.items()}
     stem = "small" if shapes["conv1.weight"][-1:] == (3,) else "imagenet"
     uncounted = {n: s for n, s in shapes.items() if not n.endswith("num_batches_tracked")}
@@ -96,7 +97,7 @@ def _place(name: str, prefix: str, tensors: dict) -> Place | None:
         ):
             weights = {n: found.get(n, torch.tensor(0)) for n in expected}
             above = prefix.removesuffix("backbone.")
-            beside = _below(tensors, above) if above != prefix else {}
+            beside = below(tensors, above) if above != prefix else {}
             heads = {n: w for n, w in beside.items() if not n.startswith("backbone.")}
             return Place(name, arch, stem, weights, heads)
     return None

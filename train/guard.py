@@ -30,14 +30,14 @@ def samples_of_step(config: PretrainConfig, ids: np.ndarray, step: int) -> np.nd
 
 def note_lost_step(config: PretrainConfig, ids: np.ndarray, step: int) -> str:
     """Writes the sample ids of a step (from 0) into the run's folder, one a line; a phrase that says so."""
-    ids = samples_of_step(config, ids, step)
+    lost = samples_of_step(config, ids, step)
     path = Path(config.run) / f"lost-step-{step + 1}.txt"
+    told = f"its {len(lost)} images, {', '.join(map(str, lost[:4]))}, …, are listed in"
     try:
-        write_whole(path, "".join(f"{sample}\n" for sample in ids))
+        write_whole(path, "".join(f"{sample}\n" for sample in lost))
     except UserError:
-        path = "(not written)"
-    first = ", ".join(map(str, ids[:4]))
-    return f"its {len(ids)} images, {first}, …, are listed in {path}"
+        return f"{told} (not written)"
+    return f"{told} {path}"
 
 
 class UpdateGuard:

@@ -71,7 +71,7 @@ def knn_ranks(
     """
     neighbours = tuple(k for k in neighbours if k <= len(bank))
     scale = inverse_lengths(bank)
-    ranks = {k: [] for k in neighbours}
+    ranks: dict[int, list[torch.Tensor]] = {k: [] for k in neighbours}
     for start in range(0, len(queries) if neighbours else 0, QUERY_CHUNK):
         chunk = normalize(queries[start : start + QUERY_CHUNK].float(), dim=1)
         labels = query_labels[start : start + QUERY_CHUNK]

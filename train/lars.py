@@ -67,7 +67,7 @@ class LARS(torch.optim.Optimizer):
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         momentum = [self.state[p]["momentum"] for p in parameters]
-        update = [p.grad for p in parameters]
+        update = [p.grad for p in parameters if p.grad is not None]
         if group["weight_decay"]:
             torch._foreach_add_(update, parameters, alpha=group["weight_decay"])
         if group["adapt"]:

@@ -33,9 +33,9 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.choices.order import rank_batch
 from pipeline.errors import UserError
-from train.config import AMP, PretrainConfig, resolution_rows
+from train.config import AMP, Activations, PretrainConfig, resolution_rows
 from train.distributed import Ranks, largest, say
-from train.recorded import require_one_gpu
+from train.methods.contract import Method
 from train.run_data import view_type
 
 GB = 1e9
@@ -125,8 +125,10 @@ def with_device_defaults(config: PretrainConfig, ranks: Ranks) -> PretrainConfig
         reads = config.amp == "fp16" or config.on_nan == "skip"
         small = config.preset.startswith("cifar10") and cuda and ranks.world_size == 1
         config = replace(config, cuda_graph=small and not again and not reads)
-    if config.cuda_graph:
-        require_one_gpu(ranks)
+    if config.cuda_graph and not (cuda and ranks.world_size == 1):
+        raise UserError(
+            f"--cuda-graph records the step of one GPU, here are {ranks.world_size} × {ranks.device.type}; leave it out"
+        )
     if config.views_together is None:  # faster by 7 % there, slower where batch norm's outputs are joined by a copy
         config = replace(config, views_together=bool(config.compile and config.cuda_graph))
     return config
@@ -137,7 +139,7 @@ def largest_side(config: PretrainConfig) -> int:
     return max([config.resolution, *(side for _, side in resolution_rows(config.resolution_schedule))])
 
 
-def saved_bytes(method: nn.Module, images: int, config: PretrainConfig) -> Saved:
+def saved_bytes(method: Method, images: int, config: PretrainConfig) -> Saved:
     """What autograd saves of a forward pass of so many images, parameters left out."""
     side, device = largest_side(config), next(method.parameters()).device
     found, kept, at_blocks = {}, [], []
@@ -170,14 +172,14 @@ def saved_bytes(method: nn.Module, images: int, config: PretrainConfig) -> Saved
     return Saved(np.array(list(found.values()), float), np.array(at_blocks, float))
 
 
-def at_batch(method: nn.Module, batch: int, config: PretrainConfig) -> Saved:
+def at_batch(method: Method, batch: int, config: PretrainConfig) -> Saved:
     """What autograd saves of `batch` images: on the line through two small batches."""
     few, more = (saved_bytes(method, images, config) for images in PROBES)
     steps = (batch - PROBES[0]) / (PROBES[1] - PROBES[0])
     return Saved(*(a + steps * (b - a) for a, b in zip(few, more, strict=True)))
 
 
-def needed_bytes(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> dict[str, float]:
+def needed_bytes(method: Method, config: PretrainConfig, ranks: Ranks) -> dict[str, float]:
     """Peak of a step's memory by way of keeping activations; "blocks" only where the backbone has blocks.
 
     Takes a copy of the network, which lies on the ranks' device, and leaves random numbers as they were.
@@ -186,7 +188,7 @@ def needed_bytes(method: nn.Module, config: PretrainConfig, ranks: Ranks) -> dic
     weights = sum(p.nbytes for p in method.parameters())
     trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     view = batch * 3 * largest_side(config) ** 2 * view_type(config, device).itemsize
-    always = weights + 2 * trained + BATCHES_OF_VIEWS * len(method.VIEWS[config.views]) * view
+    always: float = weights + 2 * trained + BATCHES_OF_VIEWS * len(method.VIEWS[config.views]) * view
     # Tensors that no one saves: the backward pass's gradients, or what a target network's own forward pass holds.
     passing = 3 if trained < weights else 1
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -216,12 +218,7 @@ def free_bytes(ranks: Ranks) -> float:
     return float(-largest(ranks, -int(usable)))
 
 
-def ways_allowed(config: PretrainConfig) -> list[str]:
-    """What auto may choose, the fastest first."""
-    return ["all", "half", "blocks"] if config.compile else ["all", "blocks"]
-
-
-def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) -> PretrainConfig:
+def with_activations(config: PretrainConfig, method: Method, ranks: Ranks) -> PretrainConfig:
     """--activations auto decided for this network, which lies on the ranks' device.
 
     Raises UserError before the first step where nothing fits.
@@ -232,11 +229,12 @@ def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) ->
         return replace(config, activations="all")
     needed, own = needed_bytes(method, config, ranks), sum(p.nbytes for p in method.parameters())
     usable, asked = free_bytes(ranks) + own, config
-    way = next((way for way in ways_allowed(config) if needed.get(way, np.inf) <= usable), None)
+    ways: list[Activations] = ["all", "half", "blocks"] if config.compile else ["all", "blocks"]  # the fastest first
+    way = next((way for way in ways if needed.get(way, np.inf) <= usable), None)
     batch = rank_batch(config.global_batch, ranks.world_size)
     where = f"{batch} images a GPU, {usable / GB:.0f} GB usable"
     if way is None:
-        least = min(needed[way] for way in ways_allowed(config) if way in needed)
+        least = min(needed[way] for way in ways if way in needed)
         raise UserError(
             f"a step needs about {least / GB:.0f} GB even with the fewest activations kept ({where}); give a smaller"
             " --global-batch, more GPUs, a smaller --resolution or a narrower --projector"
@@ -247,12 +245,6 @@ def with_activations(config: PretrainConfig, method: nn.Module, ranks: Ranks) ->
     told = f", so not {' or '.join(lost)}" if lost and way == "blocks" else ""
     say(ranks, f"--activations {way}{told}: about {needed[way] / GB:.1f} GB for a step of {where}")
     return replace(config, activations=way)
-
-
-def apply_activations(config: PretrainConfig, method: nn.Module) -> None:
-    """Lets the network keep what --activations says. In place; before `compile_parts`."""
-    if config.activations == "blocks":
-        recompute_blocks(method.backbone)
 
 
 def compile_parts(config: PretrainConfig, method: nn.Module) -> None:

@@ -6,6 +6,7 @@ weights load there. torchvision's ResNets are looked up first, then timm's model
 """
 
 import difflib
+from typing import Any
 
 from torch import nn
 
@@ -24,12 +25,13 @@ def resnet10_narrow() -> nn.Module:
     import timm
     from timm.models.resnet import BasicBlock
 
-    backbone = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
+    backbone: Any = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
     backbone.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     backbone.bn1, backbone.maxpool = nn.BatchNorm2d(32), nn.Identity()
-    backbone.layer1 = nn.Sequential(BasicBlock(32, 32))
-    nn.init.zeros_(backbone.layer1[0].bn2.weight)
+    block: Any = BasicBlock(32, 32)
+    nn.init.zeros_(block.bn2.weight)
+    backbone.layer1 = nn.Sequential(block)
     return backbone
 
 
@@ -37,7 +39,7 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """An untrained backbone and its number of features D. Weights come from torch's generator.
 
     ResNets of torchvision start with the last batch norm of every block at zero (Goyal 2017; Zbontar 2021).
-    Raises UserError for an unknown name, with the nearest known ones, and for a stem the network has not.
+    Raises UserError for an unknown name, with the nearest known ones, and for a stem that the network does not have.
     """
     if arch == "resnet10_narrow":
         return resnet10_narrow(), 256
@@ -57,15 +59,15 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
         raise UserError(f"--arch {arch!r} is neither a ResNet of torchvision nor a model of timm; {hint}")
     if stem != "imagenet":
         raise UserError(f"--stem {stem} is made for torchvision's ResNets, not for {arch}; leave it out")
-    backbone = timm.create_model(arch, num_classes=0)
-    return backbone, getattr(backbone, "head_hidden_size", backbone.num_features)
+    model: Any = timm.create_model(arch, num_classes=0)
+    return model, getattr(model, "head_hidden_size", model.num_features)
 
 
 def with_small_stem(resnet: nn.Module) -> nn.Module:
     """For images of about 32 px: the 7×7 stride-2 convolution becomes 3×3 stride 1, the max-pool goes."""
-    resnet.conv1 = nn.Conv2d(3, resnet.conv1.out_channels, 3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(resnet.conv1.weight, mode="fan_out", nonlinearity="relu")
-    resnet.maxpool = nn.Identity()
+    stem = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
+    resnet.conv1, resnet.maxpool = stem, nn.Identity()
     return resnet
 
 

@@ -12,7 +12,7 @@ only when the next one is due before this one is done, and so does the end of th
              are slower by as much work as that. Memory: the backbone once more, and 128 images without gradients.
 
 Protocol of eval/knn.py (centre views, cosine, weighted votes of the 20 nearest), but with fewer images and in the
-training's autocast: a curve to look at, no result.
+training's autocast: a curve to look at, not a result.
 """
 
 import copy
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from pipeline.choices.subsets import balanced_subset
 from pipeline.errors import UserError
@@ -32,10 +31,11 @@ from pipeline.storage.beton import require_same_classes
 from pipeline.storage.shards import SUFFIX as SHARDS
 from pipeline.storage.shards import open_stored
 from train.config import AMP, NORMALIZATIONS, PretrainConfig
-from train.distributed import Ranks, say
+from train.distributed import say
 from train.knn_vote import KNN_HEADLINE, knn_ranks
 from train.run_data import train_beton
 from train.runlog import RunLog
+from train.update import Update
 
 BATCH = 128
 MOST_THAT_VOTE = 0.8  # of the training images, where the others are to be asked
@@ -68,22 +68,24 @@ def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
 class OnlineKnn:
     """As a context; `begin` after an update, `report` once a step. Does nothing without --knn-every or off rank 0."""
 
-    def __init__(self, config: PretrainConfig, ranks: Ranks, backbone: nn.Module, steps_per_epoch: int):
-        self.config, self.ranks = config, ranks
-        self.every_steps = config.knn_every * steps_per_epoch
-        self.active = config.knn_every > 0 and ranks.rank == 0
+    def __init__(self, update: Update):
+        self.update, self.config, self.ranks = update, update.config, update.ranks
+        self.every_steps = self.config.knn_every * update.steps_per_epoch
+        self.active = self.config.knn_every > 0 and self.ranks.rank == 0
         if not self.active:
             return
-        self.chosen = choose_images(config)
-        self.source, self.backbone = backbone, copy.deepcopy(backbone).eval().requires_grad_(False)
-        self.stream = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
-        self.stopped, self.loaders = threading.Event(), []
+        self.chosen = choose_images(self.config)
+        self.backbone = copy.deepcopy(update.method.backbone).eval().requires_grad_(False)
+        device = self.ranks.device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stopped = threading.Event()
+        self.loaders: list[Loader] = []
         self.pool = ThreadPoolExecutor(1, "knn")
         self.running: tuple[int, Future] | None = None
 
-    def due(self, step: int, stop_step: int) -> bool:
+    def due(self, step: int) -> bool:
         """Whether it is to be measured after `step` updates."""
-        return self.active and (step % self.every_steps == 0 or step == stop_step)
+        return self.active and (step % self.every_steps == 0 or step == self.update.stop_step)
 
     @torch.no_grad()
     def begin(self, step: int, log: RunLog) -> None:
@@ -91,14 +93,9 @@ class OnlineKnn:
         self.report(log, wait=True)
         if not self.active:
             return
-        for copied, own in zip(self._tensors(self.backbone), self._tensors(self.source), strict=True):
-            copied.copy_(own)
+        self.backbone.load_state_dict(self.update.method.backbone.state_dict())
         event = torch.cuda.current_stream().record_event() if self.stream else None
         self.running = step, self.pool.submit(self._measure, event)
-
-    @staticmethod
-    def _tensors(module: nn.Module) -> list[torch.Tensor]:
-        return [*module.parameters(), *module.buffers()]
 
     def report(self, log: RunLog, wait: bool = False) -> None:
         """Writes the accuracy that is under way, if it is there. An error is noted once and ends no training."""
@@ -114,7 +111,7 @@ class OnlineKnn:
     def _measure(self, weights_are_there: torch.cuda.Event | None) -> dict[str, float]:
         """Runs in the thread. Grad mode, autocast and stream are each thread's own."""
         with torch.cuda.stream(self.stream), torch.no_grad():
-            if self.stream:
+            if self.stream and weights_are_there:
                 self.stream.wait_event(weights_are_there)
             self.loaders = self.loaders or [self._loader(*chosen) for chosen in self.chosen]
             (bank, bank_labels), (queries, labels) = (self._features(loader) for loader in self.loaders)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from pipeline.command import run_command
-from pipeline.loader import make_loader
+from pipeline.loader import Loader, make_loader
 from pipeline.one_writer import OneWriter
 from pipeline.storage.shards import open_stored
 from train.agreement import only_writer, require_same_start
@@ -29,10 +29,10 @@ from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.flags import chosen_preset, resolved
 from train.memory import with_device_defaults
 from train.online_knn import OnlineKnn
-from train.plots import plot_loss
 from train.run_data import dataset_sha256, loader_config, train_beton
-from train.runlog import RunLog, describe_run, open_run_folder
+from train.runlog import METRICS, RunLog, describe_run, open_run_folder
 from train.runstate import RunState
+from train.sinks import plot_loss
 from train.update import make_update
 from train.watchdog import Watchdog
 
@@ -45,7 +45,7 @@ def main(config: PretrainConfig) -> None:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     ranks = start_ranks(2 * config.timeout_minutes)  # the watchdog speaks first
     try:
         images = dataset_sha256(open_stored(train_beton(config.data)))
@@ -60,7 +60,7 @@ def main(config: PretrainConfig) -> None:
     sys.exit(code)
 
 
-def train(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: str = "") -> int:
+def train(config: PretrainConfig, ranks: Ranks, loader: Loader, *, images_sha256: str = "") -> int:
     """Trains from wherever the run stands to its end, or to a signal; returns the exit code.
 
     `images_sha256` is the digest of the loader's dataset, "" where there is none to compare.
@@ -72,12 +72,13 @@ def train(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: str = 
         return train_alone(config, ranks, loader, images_sha256=images_sha256, writer=writer)
 
 
-def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: str, writer: OneWriter | None) -> int:
+def train_alone(
+    config: PretrainConfig, ranks: Ranks, loader: Loader, *, images_sha256: str, writer: OneWriter | None
+) -> int:
     """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
     update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids)
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
-    about = {"features": update.features, "dataset_sha256": images_sha256}
-    state = RunState(config, ranks, loader, parts=update.state, writer=writer, **about)
+    state = RunState(update, loader.images, dataset_sha256=images_sha256, writer=writer)
     start_step = state.resume()
     if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
         state.save(0)
@@ -89,12 +90,11 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: 
     where += ", then replayed as one CUDA graph" if config.cuda_graph else ""
     say(ranks, f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images on {where}")
 
-    knn = OnlineKnn(config, ranks, update.method.backbone, loader.steps_per_epoch)
-    steps = {"start_step": start_step, "stop_step": stop_step, "steps_per_epoch": loader.steps_per_epoch}
-    log = RunLog(config, ranks, ids=loader.ids, **steps)
+    knn = OnlineKnn(update)
+    log = RunLog(update, ids=loader.ids, start_step=start_step)
     watchdog = Watchdog(ranks, config.timeout_minutes)
     with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state, knn:
-        batches = iter(loader.batches(start_step, stop_step))
+        batches = loader.batches(start_step, stop_step)
         for step in range(start_step, stop_step):
             asked = time.perf_counter()
             batch = next(batches)
@@ -104,7 +104,7 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: 
             log.record(step, metrics, update.rates, waited_s=waited_s, substituted=batch.substituted)
 
             knn.report(log)
-            if knn.due(step + 1, stop_step):
+            if knn.due(step + 1):
                 knn.begin(step + 1, log)
             stopping = stop.agreed(state.failed)  # a signal, or a checkpoint that could not be written
             if stopping or state.due(step + 1):
@@ -120,7 +120,7 @@ def train_alone(config: PretrainConfig, ranks: Ranks, loader, *, images_sha256: 
 
     if ranks.rank == 0:
         export_backbone(folder, update.method.backbone, state.info(stop_step))
-        plot_loss(folder)
+        plot_loss(folder / METRICS)
     return EXIT_FINISHED
 
 

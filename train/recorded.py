@@ -18,20 +18,10 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.errors import UserError
-from train.distributed import Ranks
 from train.lars import LARS
 from train.methods.contract import Metrics
 
 ORDINARY = 3
-
-
-def require_one_gpu(ranks: Ranks) -> None:
-    """Raises UserError where a step cannot be recorded."""
-    if ranks.device.type != "cuda" or ranks.world_size > 1:
-        raise UserError(
-            f"--cuda-graph records the step of one GPU, here are {ranks.world_size} × {ranks.device.type}; leave it out"
-        )
 
 
 class RecordedStep:
@@ -40,7 +30,9 @@ class RecordedStep:
     def __init__(self, gradients: Callable[[tuple[torch.Tensor, ...]], Metrics], optimizer: LARS):
         self.gradients, self.optimizer = gradients, optimizer
         self.stream = torch.cuda.Stream()
-        self.shape, self.done, self.graph = None, 0, None
+        self.shape: torch.Size | None = None
+        self.done = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def _update(self, views: tuple[torch.Tensor, ...]) -> Metrics:
         metrics = self.gradients(views)
@@ -57,11 +49,10 @@ class RecordedStep:
         self.done += 1
         if self.done <= ORDINARY:
             return self._ordinary(views)
-        if self.graph is None:
-            self._record(views)
+        graph = self.graph or self._record(views)
         for own, view in zip(self.views, views, strict=True):
             own.copy_(view)
-        self.graph.replay()
+        graph.replay()
         return self.metrics
 
     def _ordinary(self, views: tuple[torch.Tensor, ...]) -> Metrics:
@@ -72,9 +63,10 @@ class RecordedStep:
         torch.cuda.current_stream().wait_stream(self.stream)
         return metrics
 
-    def _record(self, views: tuple[torch.Tensor, ...]) -> None:
+    def _record(self, views: tuple[torch.Tensor, ...]) -> torch.cuda.CUDAGraph:
         self.views = tuple(torch.empty_like(view) for view in views)
         self.graph = torch.cuda.CUDAGraph()
         # Errors for what this thread must not do while recording; the loader's threads allocate and copy meanwhile.
         with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
             self.metrics = self._update(self.views)
+        return self.graph

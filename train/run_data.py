@@ -12,8 +12,8 @@ from pipeline.choices.order import rank_batch
 from pipeline.choices.subsets import balanced_subset
 from pipeline.errors import UserError
 from pipeline.spec import LoaderConfig
-from pipeline.storage.beton import Beton
-from pipeline.storage.shards import Shards, open_stored
+from pipeline.storage.beton import Stored
+from pipeline.storage.shards import open_stored
 from train.config import AMP, NORMALIZATIONS, PretrainConfig, order_blocks, resolution_rows
 from train.distributed import Ranks
 from train.methods.choose import view_table
@@ -30,18 +30,18 @@ def train_beton(data: Path) -> Path:
     return path
 
 
-def dataset_sha256(stored: Beton | Shards) -> str:
-    """One digest for all pixels, labels and names, the same for a .beton and its shards, from their manifest's."""
+def dataset_sha256(stored: Stored) -> str:
+    """One digest of all pixels, labels and names, made from the manifest's: the same for a .beton and its shards."""
     return hashlib.sha256((stored.manifest["tables_sha256"] + stored.manifest["files_sha256"]).encode()).hexdigest()
 
 
 def view_type(config: PretrainConfig, device: torch.device) -> torch.dtype:
-    """Of the views' values: on a GPU what autocast rounds them to before the first layer."""
+    """The type of the views' values: on a GPU what autocast rounds them to before the first layer."""
     return AMP[config.amp] if device.type == "cuda" else torch.float32
 
 
 def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
-    """What loads this rank's share of the run's batches. Raises UserError for data or a batch that does not do."""
+    """What loads this rank's share of the run's batches. Raises UserError for data or a batch that cannot work."""
     rank_batch(config.global_batch, ranks.world_size)
     data, ids = train_beton(config.data), None
     if config.fraction != 1:

@@ -16,19 +16,22 @@ import math
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pipeline.command import RUNS
 from pipeline.disk import append_line, read_lines, write_whole
 from pipeline.errors import UserError
 from train.checkpoint import NO_ROOM
-from train.config import PretrainConfig
 from train.distributed import Ranks, say, total
 from train.guard import note_lost_step
 from train.methods.contract import Method, Metrics
 from train.sinks import Bar, TensorBoard, Wandb
+from train.update import Update
 
 METRICS = "metrics.jsonl"
 PICTURED = 8  # images whose views are shown
@@ -83,26 +86,37 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+class Pending(NamedTuple):
+    """A line of metrics.jsonl that waits for its metrics (steps, M), whose copy to the host is under way."""
+
+    arrived: torch.cuda.Event | None  # None where nothing is to be waited for
+    step: int
+    steps: list[int]  # from 0: those with an update
+    rows: torch.Tensor
+    speed: dict[str, float]
+
+
 class RunLog:
     """Writes metrics.jsonl on rank 0, and gives the same numbers to the sinks, which the other ranks have none of."""
 
-    def __init__(
-        self, config: PretrainConfig, ranks: Ranks, *, start_step: int, stop_step: int, steps_per_epoch: int, ids
-    ):
-        self.config, self.ranks, self.ids = config, ranks, ids
-        self.steps_per_epoch, self.stop_step = steps_per_epoch, stop_step
-        self.pending, self.said_collapse, self.sinks = None, False, []
+    def __init__(self, update: Update, *, ids: np.ndarray, start_step: int):
+        self.config, self.ranks, self.ids = update.config, update.ranks, ids
+        self.steps_per_epoch, self.stop_step = update.steps_per_epoch, update.stop_step
+        self.pending: Pending | None = None
+        self.sinks: list[TensorBoard | Bar | Wandb] = []
+        self.said_collapse = False
         self._start_interval()
-        if ranks.rank == 0:
-            folder = Path(config.run)
+        if self.ranks.rank == 0:
+            folder = Path(self.config.run)
             self.lines = folder / METRICS
             keep_lines_before(self.lines, start_step)
-            self.board, self.bar = TensorBoard(folder, start_step), Bar(start_step, stop_step)
-            self.sinks = [self.board, self.bar, *([Wandb(config)] if config.wandb else [])]
+            self.board, self.bar = TensorBoard(folder, start_step), Bar(start_step, self.stop_step)
+            self.sinks = [self.board, self.bar, *([Wandb(self.config)] if self.config.wandb else [])]
 
     def _start_interval(self) -> None:
-        self.rows, self.steps, self.skipped, self.waited_s, self.since = {}, 0, 0, 0.0, time.perf_counter()
-        self.substituted = 0
+        self.rows: dict[int, torch.Tensor] = {}  # the metrics (M,) of a step, from 0, on the device
+        self.steps, self.skipped, self.substituted = 0, 0, 0
+        self.waited_s, self.since = 0.0, time.perf_counter()
 
     def record(
         self,
@@ -137,7 +151,7 @@ class RunLog:
         self.skipped += metrics is None
         self.waited_s += waited_s
         self.bar.update()
-        if self.pending and (self.pending[0] is None or self.pending[0].query()):
+        if self.pending and (self.pending.arrived is None or self.pending.arrived.query()):
             self.flush()
 
     def _send(self, step: int, rates: dict[str, float]) -> None:
@@ -146,7 +160,6 @@ class RunLog:
         if not self.rows:  # no update was kept
             return self._start_interval()
         seconds = time.perf_counter() - self.since
-        line = {"step": step, "epoch": step / self.steps_per_epoch}
         speed = {
             "images_per_s": self.steps * self.config.global_batch / seconds,
             "data_wait_share": self.waited_s / seconds,
@@ -159,7 +172,7 @@ class RunLog:
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=cuda)
         host.copy_(values, non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if cuda else None
-        self.pending = arrived, line, list(self.rows), host, speed
+        self.pending = Pending(arrived, step, list(self.rows), host, speed)
         self._start_interval()
         if arrived is None:
             self.flush()
@@ -168,21 +181,23 @@ class RunLog:
         """Writes the line that is under way, waiting for it if need be; UserError for a loss that is not finite."""
         if not self.pending:
             return
-        arrived, line, steps, host, speed = self.pending
-        self.pending = None
-        if arrived is not None:
-            arrived.synchronize()
-        values = dict(zip(self.names, host.double().mean(0).tolist(), strict=True))
+        pending, self.pending = self.pending, None
+        if pending.arrived is not None:
+            pending.arrived.synchronize()
+        values = dict(zip(self.names, pending.rows.double().mean(0).tolist(), strict=True))
         # Where fp16's scaler left a step out, its gradient was not finite: null in JSON.
-        line |= {name: value if math.isfinite(value) else None for name, value in values.items()} | speed
-        self._append(line)
+        written = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = self._append(pending.step, written | pending.speed)
         for sink in self.sinks:
             sink.line(line)
-        self._refuse_lost_loss(steps, host)
+        self._refuse_lost_loss(pending.steps, pending.rows)
         self._name_collapse(values)
 
-    def _append(self, line: dict) -> None:
+    def _append(self, step: int, values: Mapping[str, float | None]) -> dict:
+        """Writes a line of metrics.jsonl, and returns it."""
+        line = {"step": step, "epoch": step / self.steps_per_epoch, **values}
         append_line(self.lines, json.dumps(line), durable=False, advice=NO_ROOM)
+        return line
 
     def _name_collapse(self, values: dict[str, float]) -> None:
         """Says so once when the embeddings have shrunk to a point or a line."""
@@ -211,7 +226,7 @@ class RunLog:
 
     def note_accuracy(self, step: int, values: dict[str, float]) -> None:
         """Writes a line of its own for what was measured of the weights after `step` updates."""
-        self._append({"step": step, "epoch": step / self.steps_per_epoch} | values)
+        self._append(step, values)
         for sink in self.sinks:
             sink.accuracy(step, values)
 

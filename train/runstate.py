@@ -29,7 +29,8 @@ from train.checkpoint import (
     save_checkpoint,
 )
 from train.config import NORMALIZATIONS, PretrainConfig, as_plain
-from train.distributed import Ranks, largest, say
+from train.distributed import largest, say
+from train.update import Update
 
 EPOCHS_APART_S = 60.0  # since the last checkpoint, for the end of an epoch to be worth another
 
@@ -73,31 +74,23 @@ def refuse_lost_weights(model: dict[str, torch.Tensor], step: int) -> None:
 
 
 class RunState:
-    """`parts` are what has state_dict and load_state_dict, by name: model, optimizer, scaler.
+    """What a run's checkpoints hold (`Update.state`), saved and resumed.
 
     As a context it lets a write under way end, also where an error ends the run; the second Ctrl-C waits for nothing.
 
-        dataset_sha256   of the images, which a checkpoint must share with the run that resumes it; "" where unknown
+        images           size of the training set, which decides the order of samples
+        dataset_sha256   of these images, which a checkpoint must share with the run that resumes it; "" where unknown
         writer           rank 0's right to write the folder, asked for before each checkpoint
     """
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        ranks: Ranks,
-        loader,
-        *,
-        parts: dict,
-        features: int,
-        dataset_sha256: str = "",
-        writer: OneWriter | None = None,
-    ):
-        self.dataset_sha256, self.writer = dataset_sha256, writer
-        self.config, self.ranks, self.parts, self.features = config, ranks, parts, features
-        self.images, self.steps_per_epoch = loader.images, loader.steps_per_epoch
-        self.folder = Path(config.run)
-        self.on_disk = None  # the step of the good checkpoint.pt that is there
-        self.thread, self.error, self.since = None, None, time.monotonic()
+    def __init__(self, update: Update, images: int, *, dataset_sha256: str = "", writer: OneWriter | None = None):
+        self.update, self.config, self.ranks = update, update.config, update.ranks
+        self.images, self.dataset_sha256, self.writer = images, dataset_sha256, writer
+        self.folder = Path(self.config.run)
+        self.on_disk: int | None = None  # the step of the good checkpoint.pt that is there
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+        self.since = time.monotonic()
 
     def resume(self) -> int:
         """Loads the newest good checkpoint, where there is one and --resume allows it; returns its step, else 0."""
@@ -110,7 +103,7 @@ class RunState:
                 say(self.ranks, f"note: {path} {text} {self.config.data}")
             if path.name != CHECKPOINT:
                 say(self.ranks, f"note: {self.folder / CHECKPOINT} is damaged or missing; continuing from {path.name}")
-            for name, part in self.parts.items():
+            for name, part in self.update.state.items():
                 part.load_state_dict(saved[name])
             step, mark = saved["step"], int(sha256[:15], 16)
             self.on_disk = step if path.name == CHECKPOINT else None
@@ -124,9 +117,9 @@ class RunState:
         """Whether a checkpoint belongs after `step` updates. By the clock, ranks may differ: only rank 0 writes."""
         every, minutes = self.config.checkpoint_every_steps, self.config.checkpoint_every_minutes
         since_s = time.monotonic() - self.since
-        if step == self.config.epochs * self.steps_per_epoch or (every > 0 and step % every == 0):
+        if step == self.update.stop_step or (every > 0 and step % every == 0):
             return True
-        return 0 < minutes <= since_s / 60 or (step % self.steps_per_epoch == 0 and since_s >= EPOCHS_APART_S)
+        return 0 < minutes <= since_s / 60 or (step % self.update.steps_per_epoch == 0 and since_s >= EPOCHS_APART_S)
 
     def save(self, step: int) -> None:
         """Starts to write the state after `step` updates. An error shows in `failed` and is raised by `finish`."""
@@ -136,7 +129,7 @@ class RunState:
         if self.error:
             return
         about = {"config": as_plain(self.config), "backbone": asdict(self.info(step))}
-        parts = on_cpu({name: part.state_dict() for name, part in self.parts.items()})
+        parts = on_cpu({name: part.state_dict() for name, part in self.update.state.items()})
         if self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         content = {"step": step, "images": self.images, **about, **parts}
@@ -146,7 +139,7 @@ class RunState:
 
     def info(self, step: int) -> BackboneInfo:
         """`backbone_info` of this run."""
-        return backbone_info(self.config, self.features, step, dataset_sha256=self.dataset_sha256)
+        return backbone_info(self.config, self.update.features, step, dataset_sha256=self.dataset_sha256)
 
     def _write(self, content: dict) -> None:
         try:

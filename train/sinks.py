@@ -1,18 +1,57 @@
-"""Where the numbers of a run go beside metrics.jsonl: TensorBoard, Weights & Biases, the progress bar. On rank 0 only.
+"""Where the numbers of a run go beside metrics.jsonl: TensorBoard, Weights & Biases, the progress bar, and at its end
+loss.png. On rank 0 only.
 
 Each sink has `line` for a line of training metrics, `accuracy` for what was measured of the weights after a step, and
 `close`. None of them can end a run, except that wandb must be installed if it is asked for.
 """
 
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from pipeline.disk import read_lines, whole_file
 from train.config import PretrainConfig, as_plain
 
-Values = dict[str, float | None]
+TITLES = {
+    "loss": "loss",
+    "diagonal_mean": "mean of C's diagonal",
+    "off_diagonal_rms": "RMS of C off the diagonal",
+    "embedding_spread": "spread of embeddings",
+    "effective_dimensions": "effective dimensions",
+    "knn_top1": "kNN top-1, %",
+}
+
+
+def plot_loss(metrics: Path) -> None:
+    """Draws loss.png beside metrics.jsonl: the loss and what shows a collapse, each from the lines that have it."""
+    lines = [line for line in read_lines(metrics) if is_number(line.get("epoch"))]
+    curves = {name: [(line["epoch"], line[name]) for line in lines if is_number(line.get(name))] for name in TITLES}
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return
+    import matplotlib  # most of a second, and only the end of a run needs it
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(curves), figsize=(4 * len(curves), 3.5), layout="constrained", squeeze=False)
+    for axis, (name, points) in zip(axes[0], curves.items(), strict=True):
+        axis.plot(*zip(*points, strict=True), linewidth=1.2)
+        axis.set(title=TITLES[name], xlabel="epoch")
+        axis.grid(alpha=0.3)
+    with whole_file(metrics.with_name("loss.png")) as file:
+        figure.savefig(file, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of metrics.jsonl can be drawn."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class TensorBoard:
@@ -21,12 +60,12 @@ class TensorBoard:
     def __init__(self, folder: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
 
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
-    def line(self, line: Values) -> None:
+    def line(self, line: Mapping[str, Any]) -> None:
         self.accuracy(line["step"], {name: value for name, value in line.items() if value is not None})
 
-    def accuracy(self, step: int, values: Values) -> None:
+    def accuracy(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._add("add_scalar", name, value, step)
 
@@ -53,14 +92,16 @@ class Wandb:
         import wandb
 
         folder = Path(config.run)
-        about = {"project": config.wandb, "id": folder.name, "name": folder.name, "dir": folder}
-        self.run = wandb.init(resume="allow", config=as_plain(config), **about)
+        self.run = wandb.init(
+            project=config.wandb, id=folder.name, name=folder.name, dir=folder, resume="allow", config=as_plain(config)
+        )
 
-    def line(self, line: Values) -> None:
+    def line(self, line: Mapping[str, Any]) -> None:
         self.run.log(line, step=line["step"])
 
-    def accuracy(self, step: int, values: Values) -> None:
-        self.run.log(values | {"knn_step": step})  # as its own step it may lie before the last line's, which is refused
+    def accuracy(self, step: int, values: Mapping[str, float]) -> None:
+        # As its own step it may lie before the last line's, which is refused.
+        self.run.log({**values, "knn_step": step})
 
     def close(self) -> None:
         self.run.finish()
@@ -74,12 +115,12 @@ class Bar:
         self.bar = tqdm(total=stop_step, initial=start_step, unit="step", mininterval=interval_s, dynamic_ncols=True)
         self.update, self.close = self.bar.update, self.bar.close
 
-    def line(self, line: Values) -> None:
+    def line(self, line: Mapping[str, Any]) -> None:
         speed, wait = f"{line['images_per_s']:.0f} images/s", f"{line['data_wait_share']:.0%} data wait"
         loss = "not finite" if line["loss"] is None else f"{line['loss']:.4g}"
         self.bar.set_postfix_str(f"loss {loss}, {speed}, {wait}")
 
-    def accuracy(self, step: int, values: Values) -> None:
+    def accuracy(self, step: int, values: Mapping[str, float]) -> None:
         self.bar.set_description_str(f"kNN {values['knn_top1']:.1f} %")
 
     def warn(self, text: str) -> None:

@@ -6,28 +6,81 @@
 The loop in pretrain.py, scripts/bench and scripts/doctor.py all call it, so what is measured is what trains.
 Whether a step is compiled, recorded as a CUDA graph, recomputes activations or takes both views together is decided
 here by the configuration and the device; the update is the same up to rounding.
+
+The weights begin at random, or with --init-from in a checkpoint of ours or somebody else's. Such a run is a new one:
+its own schedule from step 0, no momentum, its own recipe. A run that was stopped continues by itself and needs no flag.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from pipeline.errors import UserError
 from train.batchnorm import with_global_batch_norm
+from train.checkpoint import read_network
 from train.config import AMP, PretrainConfig
 from train.distributed import Ranks, averaging_gradients, say
 from train.guard import UpdateGuard
-from train.initial import initial_network, start_heads_
 from train.lars import LARS, gradient_norm
-from train.memory import apply_activations, compile_parts, with_activations, with_device_defaults
+from train.memory import compile_parts, recompute_blocks, with_activations, with_device_defaults
 from train.methods.choose import make_method
-from train.methods.contract import Method, Metrics
+from train.methods.contract import Method, Metrics, keep_views_apart
+from train.model import make_backbone
 from train.recorded import RecordedStep
-from train.schedule import lr_share
-from train.together import keep_views_apart
 
+FINAL_SHARE = 0.001  # the cosine ends at this share of the peak (Zbontar 2021, section 2.2)
+NO_IDS = np.arange(0)
 Views = tuple[torch.Tensor, ...]
+
+
+def lr_share(step: int, warmup_steps: int, total_steps: int) -> float:
+    """The learning rate of a step as a share of its peak: a pure function, so a resumed run needs no state.
+
+    Linear from 0 over the warm-up, then half a cosine from 1 to FINAL_SHARE, which it nears but never runs at.
+    A run no longer than its warm-up ends on the way up.
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    done = (step - warmup_steps) / (total_steps - warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * done))
+    return cosine + FINAL_SHARE * (1 - cosine)
+
+
+def initial_network(config: PretrainConfig) -> tuple[nn.Module, int, dict[str, torch.Tensor]]:
+    """The configured backbone, its number of features, and what `start_heads_` takes.
+
+    With --init-from the weights are the file's, all from one read of it. Raises UserError.
+    """
+    backbone, features = make_backbone(config.arch, config.stem)
+    if not config.init_from:
+        return backbone, features, {}
+    theirs = read_network(config.init_from, config.key)
+    info = theirs.info
+    if (info.arch, info.stem) != (config.arch, config.stem):
+        raise UserError(
+            f"--init-from {config.init_from} is {info.arch} with the {info.stem} stem, this run is {config.arch} "
+            f"with the {config.stem} stem; pass --arch {info.arch} --stem {info.stem}, or another file"
+        )
+    backbone.load_state_dict(theirs.backbone.state_dict())
+    return backbone, features, theirs.heads
+
+
+def start_heads_(method: nn.Module, theirs: dict[str, torch.Tensor]) -> bool:
+    """Takes the weights of everything behind the backbone from `theirs`, and says whether it did.
+
+    All of it, or nothing where a part is missing or has another shape: a run's checkpoint has them all, the
+    published Barlow Twins checkpoint.pth the projector, a backbone file none.
+    """
+    own = {name: weight for name, weight in method.state_dict().items() if not name.startswith("backbone.")}
+    if any(name not in theirs or theirs[name].shape != weight.shape for name, weight in own.items()):
+        return False
+    method.load_state_dict({name: theirs[name] for name in own}, strict=False)
+    return True
 
 
 @dataclass
@@ -52,7 +105,7 @@ class Update:
     mark: Callable[[str], None] = lambda stage: None
 
     @property
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """What a checkpoint holds: with the step and the seed it is everything that later steps depend on."""
         return {"model": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
 
@@ -111,7 +164,7 @@ class Update:
         return loss, metrics
 
 
-def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1, ids: Sequence[int] = ()) -> Update:
+def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1, ids: np.ndarray = NO_IDS) -> Update:
     """Builds the network with the weights of its seed or of --init-from, and everything that steps it.
 
     `ids` are the samples in use, to name those of a step that is lost. Benchmarks need neither: they repeat step 0,
@@ -125,12 +178,13 @@ def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 
         heads = "backbone and heads" if start_heads_(method, theirs) else "the backbone alone"
         say(ranks, f"{config.run}: a new run begins with {heads} of {config.init_from}")
     del theirs  # hundreds of MB
-    method = with_global_batch_norm(method.to(ranks.device, memory_format=torch.channels_last))
+    method = with_global_batch_norm(method.to(ranks.device).to(memory_format=torch.channels_last))
     config = with_activations(config, method, ranks)
     # The order matters: what replaces batch norms is done, what is compiled comes last.
     if config.views_together:
         keep_views_apart(method)
-    apply_activations(config, method)
+    if config.activations == "blocks":
+        recompute_blocks(method.backbone)
     optimizer = LARS(method.parameter_groups(), eta=config.lars_eta, clip=config.lars_clip)
     if config.compile:
         compile_parts(config, method)

@@ -86,7 +86,7 @@ class Watchdog:
                         time.sleep(self.beat_s)
                         self._beat()
                     self._end(culprits(before, self._all()))
-            except (RuntimeError, ConnectionError) as error:  # the store answers no more: its host is the lost one
+            except (RuntimeError, ConnectionError) as error:  # the store no longer answers: its host is the lost one
                 if time.monotonic() - self.since > self.limit_s:
                     self._end(
                         f"the store at {os.environ['MASTER_ADDR']} does not answer ({str(error).splitlines()[0]})"
@@ -98,7 +98,8 @@ class Watchdog:
         for rank in range(self.ranks.world_size):
             key = f"rank {rank}"
             text = self.store.get(key).decode() if self.store.check([key]) else "0 0"
-            found[rank] = tuple(map(int, text.split()))
+            steps, beats = map(int, text.split())
+            found[rank] = steps, beats
         return found
 
     def _end(self, reason: str) -> None:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from eval.reporting.page import PARTS
 from pipeline.disk import read_lines
 from pipeline.errors import UserError
-from train.plots import TITLES, is_number
+from train.sinks import TITLES, is_number
 
 WIDTH, HEIGHT = 340, 210  # the view box, px; a chart fills the width of its place, a phone's or a third of a desk's
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 30, 34

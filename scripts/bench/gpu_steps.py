@@ -2,35 +2,39 @@
 
     step         ResNet-50 on synthetic images at batch 512, ours and the published way in turn; ours on real images and
                  on synthetic ones in turn, with the same cores; ours at batch 1024
-    ways         the step of --preset cifar10 on resident images, way by way, each then in turn
+    ways         the step of --preset cifar10 on resident images, the ways of stepping in turn
     loader-dali  real ÷ synthetic where DALI decodes
 
 The published way (facebookresearch/barlowtwins): fp16 autocast with a loss scaler, NCHW, not compiled, every activation
 kept, LARS as a loop over parameters. At 1024 images it needs more than 80 GB, so the two are compared at 512. Between
-turns each keeps its weights and momentum alone in GPU memory. Ratios are of turns of one process.
+turns each keeps only its weights and momentum in GPU memory. Ratios are of turns of one process.
 """
 
 import contextlib
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from gpu_record import Record, StageConfig
-from measure import GB, Interval, interval
-from step import PEAK, SYNTHETIC, Bench, BenchConfig
+from measure import GB, Interval, in_turn, interval
+from step import SYNTHETIC, Bench, BenchConfig
 
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
+from pipeline.storage.beton import open_beton
 from train.cards import PRESETS
 from train.config import PretrainConfig
 from train.distributed import Ranks, start_ranks
 from train.flags import resolved
 from train.methods.contract import Metrics
 from train.run_data import loader_config
-from train.update import Update, make_update
+from train.update import Update, Views, make_update
 
 PARTS = ("compile", "graph", "together")
 WAYS = ("compile+graph", "compile+graph+together", "graph", "graph+together", "compile", "eager")
@@ -81,7 +85,7 @@ def make_published_update(config: PretrainConfig, ranks: Ranks) -> PublishedUpda
 # ---- what is run ----
 
 
-def way_fields(way: str) -> dict:
+def way_fields(way: str) -> dict[str, Any]:
     """The fields of PretrainConfig that a way such as compile+graph means; eager is none of the parts."""
     parts = [part for part in way.split("+") if part != "eager"]
     if unknown := [part for part in parts if part not in PARTS]:
@@ -89,12 +93,12 @@ def way_fields(way: str) -> dict:
     return {"compile": "compile" in parts, "cuda_graph": "graph" in parts, "views_together": "together" in parts}
 
 
-def ours(activations: str = "all") -> dict:
+def ours(activations: str = "all") -> dict[str, Any]:
     """How this project steps ResNet-50 on one GPU: compiled. Only on a quiet machine may auto look at what is free."""
     return way_fields("compile") | {"activations": activations}
 
 
-def published(dry_run: bool) -> dict:
+def published(dry_run: bool) -> dict[str, Any]:
     """The published step's fields, as far as they are fields; PublishedUpdate is the rest."""
     amp = {"amp": "off" if dry_run else "fp16"}
     return way_fields("eager") | amp | {"activations": "all"}
@@ -109,16 +113,9 @@ def bench_card(config: StageConfig, preset: str, batch: int, chosen: dict) -> Be
     return replace(resolved(BenchConfig(**card | {"data": SYNTHETIC})), data=SYNTHETIC)
 
 
-def rounds_of(turns: dict[str, Callable[[], Run]], rounds: int) -> Iterator[dict[str, list[Run]]]:
-    """All turns one after the other, again and again; yields what there is after each round but the first."""
-    found = {name: [] for name in turns}
-    for repeat in range(-1, rounds):
-        for name, run in turns.items():
-            values = with_memory(run)
-            if repeat >= 0:
-                found[name].append(values)
-        if repeat >= 0:
-            yield found
+def rounds_of(turns: Mapping[str, Callable[[], Run]], rounds: int) -> Iterator[dict[str, list[Run]]]:
+    """All turns one after the other, again and again, each with its memory: what there is after each round."""
+    return in_turn({name: partial(with_memory, run) for name, run in turns.items()}, rounds)
 
 
 def with_memory(run: Callable[[], Run]) -> Run:
@@ -133,15 +130,13 @@ def with_memory(run: Callable[[], Run]) -> Run:
 def summary(bench: Bench, runs: list[Run]) -> dict:
     """Of some turns: speed, memory, the wait for data, the share of the GPU's bf16 peak."""
     step_ms = interval([run["step"] for run in runs])
-    name = torch.cuda.get_device_name() if bench.cuda else ""
-    peak = next((peak for part, peak in PEAK.items() if part in name), None)
     return {
         "batch": bench.config.global_batch,
         "activations": bench.config.activations,
         "images_per_s": interval([1000 * bench.config.global_batch / run["step"] for run in runs]),
         "step_ms": step_ms,
         "data_wait_share": interval([run["data_wait"] / run["step"] for run in runs]),
-        "mfu": round(bench.operations / (step_ms["mean"] / 1000) / peak, 4) if peak else None,
+        "mfu": bench.mfu(step_ms["mean"]),
         "memory_gb": round(max(run["memory_gb"] for run in runs), 2) if bench.cuda else None,
     }
 
@@ -184,7 +179,10 @@ def measure_ways(config: StageConfig, record: Record) -> None:
     ranks = start_ranks()
     card = replace(bench_card(config, "cifar10", 256, {}), data=config.cifar, loader="resident")
     loader = make_loader(loader_config(card, ranks))
-    benches, turns, runs, found = {}, {}, {}, {}
+    benches: dict[str, Bench] = {}
+    turns: dict[str, Generator[Views, None, None]] = {}
+    runs: dict[str, list[Run]] = {}
+    found: dict[str, dict[str, Any]] = {}
 
     def run(way: str) -> None:
         try:
@@ -192,7 +190,7 @@ def measure_ways(config: StageConfig, record: Record) -> None:
                 benches[way] = Bench(bench_card(config, "cifar10", 256, way_fields(way)), ranks)
                 turns[way] = benches[way].batches_of(loader)
                 benches[way].together(turns[way])
-            runs.setdefault(way, []).append(with_memory(lambda: benches[way].together(turns[way])))
+            runs.setdefault(way, []).append(with_memory(partial(benches[way].together, turns[way])))
         except Exception as error:
             traceback.print_exc()
             found[way] = {"error": f"{type(error).__name__}: {error}"[:300]}
@@ -228,8 +226,8 @@ def measure_dali(config: StageConfig, record: Record) -> None:
     ranks = start_ranks()
     card = bench_card(config, "imagenet", EQUAL_BATCH, ours())
     with contextlib.closing(real_loader(config, card, "dali", CORES[0], ranks)) as loader:
-        next(first := loader.batches(0, 1))
-        first.close()
+        for _ in loader.batches(0, 1):
+            pass
     bench = Bench(card, ranks)
     bench.together()  # compiled with all cores
     measure_real(config, record, "dali", bench, ranks)
@@ -248,7 +246,7 @@ def measure_real(config: StageConfig, record: Record, name: str, bench: Bench, r
         use_cores(cores, all_cores)
         loader = real_loader(config, bench.config, name, cores, ranks)
         real, synthetic = bench.batches_of(loader), bench.batches_of(None)
-        turns = {"synthetic": lambda s=synthetic: bench.together(s), "real": lambda r=real: bench.together(r)}
+        turns = {"synthetic": partial(bench.together, synthetic), "real": partial(bench.together, real)}
         for runs in rounds_of(turns, 2 if config.dry_run else ROUNDS):
             found[str(cores)] = {
                 "real_over_synthetic": ratio(runs["real"], runs["synthetic"]),
@@ -261,9 +259,7 @@ def measure_real(config: StageConfig, record: Record, name: str, bench: Bench, r
         use_cores(len(all_cores), all_cores)
 
 
-def repeated(data, least: int) -> np.ndarray:
+def repeated(data: Path, least: int) -> np.ndarray:
     """Ids of all images of a .beton, again and again until there are `least`: an epoch needs full batches."""
-    from pipeline.storage.beton import open_beton
-
     images = len(open_beton(data))
     return np.arange(max(images, least)) % images

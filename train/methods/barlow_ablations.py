@@ -22,7 +22,7 @@ from train.model import make_projector
 
 
 def is_ablated(config: PretrainConfig) -> bool:
-    """Whether a configuration asks for anything that stands here."""
+    """Whether a configuration asks for any of these ablations."""
     changed = config.loss != "barlow-twins" or config.embedding_norm != "batch" or config.projector_norm != "batch"
     return changed or bool(config.predictor) or config.stop_gradient
 

@@ -16,7 +16,6 @@ from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks
 from train.methods.contract import Method, Metrics, collapse_metrics
 from train.model import Layers, make_projector
-from train.together import of_each_view
 
 
 def momentum_at(step: int, stop_step: int, start: float) -> float:
@@ -40,10 +39,9 @@ class BYOL(Method):
 
     def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Both views' predictions, then both views' targets."""
-        together = self.config.views_together
-        predictions = of_each_view(views, together, self.backbone, self.projector, self.predictor)
+        predictions = self.of_each_view(views, self.backbone, self.projector, self.predictor)
         with torch.no_grad():
-            return *predictions, *of_each_view(views, together, self.target)
+            return *predictions, *self.of_each_view(views, self.target)
 
     def loss(
         self, p1: torch.Tensor, p2: torch.Tensor, t1: torch.Tensor, t2: torch.Tensor
@@ -55,6 +53,6 @@ class BYOL(Method):
     @torch.no_grad()
     def after_step(self, step: int, stop_step: int) -> None:
         """The target follows. Its batch norms keep statistics of their own, which nothing reads."""
-        online = [*self.backbone.parameters(), *self.projector.parameters()]
-        share = 1 - momentum_at(step, stop_step, self.config.ema)
-        torch._foreach_lerp_(list(self.target.parameters()), online, share)
+        target: list[torch.Tensor] = [*self.target.parameters()]
+        online: list[torch.Tensor] = [*self.backbone.parameters(), *self.projector.parameters()]
+        torch._foreach_lerp_(target, online, 1 - momentum_at(step, stop_step, self.config.ema))

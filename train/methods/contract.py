@@ -3,19 +3,27 @@
 The update (train/update.py) calls what stands here and nothing else, and --compile compiles each child module. Heads,
 loss and any further state are the method's own affair; its `state_dict` holds everything that a resumed run needs
 beside step and optimizer. How to add one: train/README.md.
+
+--views-together sends both views through the networks in one forward pass: half as many kernels to start, each on
+twice the images. Everything but batch norm treats each image by itself, so the update is that of one pass a view, up
+to the rounding of sums in another order; only dropout draws other masks. A batch norm takes its part of each view in
+turn: statistics of that view alone, and running statistics that move once for view 1 and then for view 2, as they do
+in two passes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.spec import ViewSpec
 from train.config import PretrainConfig, projector_widths
-from train.model import make_projector
-from train.together import of_each_view
+from train.model import Layers, make_projector
 
+VIEWS = 2
 Metrics = dict[str, torch.Tensor]
 
 
@@ -23,12 +31,16 @@ class Method(nn.Module):
     """A backbone and a projector behind it; what a method adds is a subclass that has at least VIEWS and `loss`.
 
     VIEWS     the value of --views → the view table, one ViewSpec a view
-    TOGETHER  the networks that both views go through, by name: with --views-together in one pass (train/together.py)
+    TOGETHER  the networks that both views go through, by name: with --views-together in one pass
     backbone  the network that evaluations keep; all else is dropped after pretraining
+    loss      what `outputs` returns, float32 → the loss and its metrics, as `forward` returns them
     """
 
     VIEWS: dict[str, tuple[ViewSpec, ...]]
     TOGETHER: tuple[str, ...] = ("backbone", "projector")
+    backbone: nn.Module
+    projector: Layers
+    loss: Callable[..., tuple[torch.Tensor, Metrics]]
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__()
@@ -48,11 +60,18 @@ class Method(nn.Module):
 
     def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """What `loss` is made of, each (B, D), under autocast: by default the embeddings of the views."""
-        return of_each_view(views, self.config.views_together, self.backbone, self.projector)
+        return self.of_each_view(views, self.backbone, self.projector)
 
-    def loss(self, *outputs: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
-        """The loss and its metrics, as `forward` returns them, in float32."""
-        raise NotImplementedError
+    def of_each_view(self, views: Sequence[torch.Tensor], *networks: nn.Module) -> tuple[torch.Tensor, ...]:
+        """What the networks, one behind the other, make of every view (B, ...); in one pass with --views-together."""
+        together = self.config.views_together
+        inputs = [torch.cat(tuple(views))] if together else views
+        outputs = []
+        for x in inputs:
+            for network in networks:
+                x = network(x)
+            outputs.append(x)
+        return outputs[0].chunk(len(views)) if together else tuple(outputs)
 
     def parameter_groups(self) -> list[dict]:
         """The optimizer's groups: params, name, peak_lr, weight_decay, adapt (train/lars.py).
@@ -69,6 +88,24 @@ class Method(nn.Module):
         return {}
 
 
+def keep_views_apart(method: Method) -> None:
+    """Lets the batch norms of the networks that take both views together see one view at a time. In place.
+
+    Parameter names stay. After whatever replaces batch norms, and before anything is compiled.
+    """
+    modules = (module for name in method.TOGETHER for module in getattr(method, name).modules())
+    norms: list[nn.Module] = [module for module in modules if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.forward = partial(forward_by_view, norm, norm.forward)  # partial: a deep copy runs its own weights
+
+
+def forward_by_view(norm: nn.Module, forward: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """`forward`, a batch norm's, of both views in x (2B, ...), one after the other. Evaluating, it is the same."""
+    if not norm.training:
+        return forward(x)
+    return torch.cat([forward(view) for view in x.chunk(VIEWS)])
+
+
 def weight_and_bias_groups(parameters: Iterable[nn.Parameter], config: PretrainConfig) -> list[dict]:
     """Weights, and 1-d parameters without weight decay or adaptation.
 
@@ -76,7 +113,7 @@ def weight_and_bias_groups(parameters: Iterable[nn.Parameter], config: PretrainC
     which is the same as dividing its gradient.
     """
     trained, base = [p for p in parameters if p.requires_grad], config.global_batch / 256
-    lr_biases = config.lr_biases / config.paper_world_size
+    assert config.lr_weights is not None and config.lr_biases is not None, "flags.resolved fills in both"
     return [
         {
             "name": "weights",
@@ -88,7 +125,7 @@ def weight_and_bias_groups(parameters: Iterable[nn.Parameter], config: PretrainC
         {
             "name": "biases",
             "params": [p for p in trained if p.ndim <= 1],
-            "peak_lr": lr_biases * base,
+            "peak_lr": config.lr_biases / config.paper_world_size * base,
             "weight_decay": 0.0,
             "adapt": False,
         },

@@ -14,7 +14,6 @@ from train.config import PretrainConfig, projector_widths
 from train.distributed import mean_over_ranks
 from train.methods.contract import Method, Metrics, collapse_metrics
 from train.model import make_projector
-from train.together import of_each_view
 
 _VIEW = ViewSpec(area=(0.2, 1.0), saturation=0.4, p_blur=0.5)  # Chen & He 2021, section 3
 _CIFAR_VIEW = ViewSpec(saturation=0.4, p_blur=0.5)  # solo-learn's for CIFAR-10
@@ -28,15 +27,15 @@ class SimSiam(Method):
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__(backbone, features, config)
-        embedding_width, hidden = projector_widths(config.projector)[-1], projector_widths(config.predictor)
-        self.projector.append(nn.BatchNorm1d(embedding_width, affine=False))
-        self.predictor = make_projector(embedding_width, hidden)
-        self.predictor[-1] = nn.Linear(self.predictor[-1].in_features, hidden[-1])  # with a bias, as published
+        widths = [projector_widths(config.projector)[-1], *projector_widths(config.predictor)]
+        self.projector.append(nn.BatchNorm1d(widths[0], affine=False))
+        self.predictor = make_projector(widths[0], widths[1:])
+        self.predictor[-1] = nn.Linear(widths[-2], widths[-1])  # with a bias, as published
 
     def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Both views' embeddings, then both views' predictions."""
         z = super().outputs(views)
-        return *z, *of_each_view(z, self.config.views_together, self.predictor)
+        return *z, *self.of_each_view(z, self.predictor)
 
     def loss(
         self, z1: torch.Tensor, z2: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor
@@ -49,8 +48,9 @@ class SimSiam(Method):
 
     def parameter_groups(self) -> list[dict]:
         """Plain SGD, weight decay on everything; the predictor's learning rate stays where it starts."""
-        common = {"peak_lr": self.config.lr_weights * self.config.global_batch / 256, "adapt": False}
-        common["weight_decay"] = self.config.weight_decay
+        assert self.config.lr_weights is not None, "flags.resolved fills it in"
+        peak_lr = self.config.lr_weights * self.config.global_batch / 256
+        common = {"peak_lr": peak_lr, "weight_decay": self.config.weight_decay, "adapt": False}
         predictor = list(self.predictor.parameters())
         others = [*self.backbone.parameters(), *self.projector.parameters()]
         return [

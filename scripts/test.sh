@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up like the demo, with NVIDIA DALI, checks the style and runs the tests.
+# Sets up like the demo, with NVIDIA DALI, checks style and types, and runs the tests.
 #   usage: bash scripts/test.sh [--fast] [pytest arguments ...]      --fast leaves out the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -9,6 +9,7 @@ marks=""
 if [[ "${1:-}" == --fast ]]; then marks="not slow"; shift; fi
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
+.venv/bin/mypy --no-error-summary
 # Files side by side, as many as there are cores: most of the time is one thread's. More than four need too much memory.
 cores=$(nproc); workers=$((cores < 4 ? cores : 4))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / workers))}

@@ -24,10 +24,11 @@ pkg-config --exists libturbojpeg 2>/dev/null || for_ffcv+=(libturbojpeg0-dev)
 packages=(${needed[@]+"${needed[@]}"} ${for_ffcv[@]+"${for_ffcv[@]}"}) ffcv=",ffcv"
 if ((${#packages[@]})); then
   sudo=(); [[ $EUID -eq 0 ]] || sudo=(sudo -n)
-  if command -v apt-get >/dev/null && { [[ $EUID -eq 0 ]] || sudo -n true 2>/dev/null; }; then
+  if command -v apt-get >/dev/null && { [[ $EUID -eq 0 ]] || sudo -n true 2>/dev/null; } && {
     echo "setup: installing ${packages[*]} with apt" >&2
     "${sudo[@]}" apt-get update -qq
     "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+  }; then :
   elif ((${#needed[@]})); then
     echo "error: the system packages ${needed[*]} are missing; install them (Debian, Ubuntu: sudo apt-get install ${packages[*]}) and run this again" >&2; exit 2
   else

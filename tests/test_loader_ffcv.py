@@ -3,6 +3,7 @@
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -159,7 +160,11 @@ def test_an_early_end_leaves_no_thread_and_a_usable_loader(config, in_time):
     assert torch.equal(next(passes[0]).views[1], first.views[1])
     passes[0].close()
     assert torch.equal(next(passes[1]).views[1], first.views[1])
-    passes[1].close()
+    later = loader.batches(3, 9)
+    next(later)
+    with pytest.raises(RuntimeError, match="another pass was begun"):
+        next(passes[1])
+    later.close()
     assert threading.active_count() == before
     assert torch.get_num_threads() == threads
 
@@ -208,6 +213,14 @@ def test_the_readmes_pipeline(config, in_time):
     assert made["views"].shape == (16, 2, 224, 224, 3) and made["views"].dtype == torch.uint8
     assert made["label"].shape == (16,)
     assert not made["decoder"].status.any()
+
+
+@pytest.mark.ffcv
+@pytest.mark.slow
+def test_an_import_leaves_pytorch_its_threads():
+    code = "import torch; torch.set_num_threads(3); import pipeline.loaders.ffcv; print(torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3"]
 
 
 @pytest.mark.ffcv

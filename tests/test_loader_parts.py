@@ -1,6 +1,8 @@
 """The loader made of parts: the decoder that pipeline/README.md shows, and what every loader offers."""
 
+import gc
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +68,15 @@ def test_a_loader_is_closed_at_the_end_of_its_context(config):
         raise ZeroDivisionError
     with pytest.raises(RuntimeError, match="shutdown"):
         next(loader.epoch(1))
+
+
+def test_a_loader_that_nobody_has_is_let_go(config):
+    loader = make_loader(config)
+    next(loader.epoch())
+    kept = weakref.ref(loader)
+    del loader
+    gc.collect()
+    assert kept() is None
 
 
 def test_work_is_begun_in_advance():

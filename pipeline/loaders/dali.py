@@ -139,9 +139,11 @@ class DaliPixels(Pixels):
             images = self._images(graph, request.ids)
             addresses = np.array([images[b].data_ptr() for b in range(len(request.ids))], np.int64)
             sizes_bytes = self.dataset.heights[request.ids] * self.dataset.widths[request.ids] * 3
-            yield request, *spanned(addresses, sizes_bytes, device)
-            if cuda_stream:
-                cuda_stream.synchronize()  # the kernels have read the pixels
+            try:
+                yield request, *spanned(addresses, sizes_bytes, device)
+            finally:  # also where the pass ends here, and the graph with it
+                if cuda_stream:
+                    cuda_stream.synchronize()  # the kernels have read the pixels
             del images  # the memory is DALI's next batch's as soon as this object is gone, released or not
             graph.release_outputs()
             graph.schedule_run()

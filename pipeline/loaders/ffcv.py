@@ -84,14 +84,17 @@ class FfcvLoader(Loader):
         self._decoder.set_epoch(epoch)
         self._decoder.resolution_px = self.config.resolution_at(epoch)
         self._ffcv.traversal_order.indices = np.concatenate(parts)  # FFCV's sequential order goes through these
-        iterator = iter(self._ffcv)
+        iterator = self._newest = iter(self._ffcv)
         try:
             for ids in parts:  # FFCV makes no batch of none
                 views = _received(iterator) if len(ids) else np.empty((0, *self._decoder.shape), self._decoder.dtype)
+                if iterator is not self._newest:
+                    raise RuntimeError("another pass was begun on this loader: FFCV has one epoch's draws at a time")
                 torch.set_num_threads(threads)
                 yield ids, views
         finally:
             _stop(iterator)
+            torch.set_num_threads(threads)
 
     def _with_stand_ins(self, epoch: int, wanted: np.ndarray, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
         """The ids of a batch whose images are all decoded. Raises UserError if one may have no stand-in."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
+import torch
 
 from pipeline.choices.draws import ViewParams, ViewTable, empty_params, fill_centre_views, fill_views, view_table
 from pipeline.compiled import ByAddress, compiled
@@ -23,6 +24,7 @@ from pipeline.storage.decode import OK, decode_rgb, end_handle, start_handle
 from pipeline.storage.jpeg import turbojpeg
 from pipeline.views.augment_cpu import UNCHANGED, Scratch, apply_view, make_scratch, normalization_table
 
+_threads = torch.get_num_threads()
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # FFCV 1.0.2 imports what newer versions of Python call old
@@ -36,6 +38,8 @@ except ImportError as error:
         f"--loader ffcv needs FFCV, which cannot be imported ({error}); install it with bash scripts/setup.sh where"
         " there are a C++ compiler, OpenCV and libjpeg-turbo's headers, or choose --loader fast"
     ) from None
+finally:
+    torch.set_num_threads(_threads)  # to import FFCV leaves PyTorch one
 
 numba.config.THREADING_LAYER = "threadsafe"  # type: ignore[attr-defined]  # numba's plain one ends the process where two loaders run at once
 

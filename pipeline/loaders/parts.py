@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
@@ -81,18 +82,15 @@ class PartsLoader(Loader):
         self.gpu_views = config.views_on == "gpu" or (config.views_on == "auto" and self.on_gpu)
         self.pool = ThreadPoolExecutor(self.workers, "worker")
         self.bad = BadImages(config, self.dataset, self.ids, self.pool.map)
-        self._maker = ThreadPoolExecutor(1, "maker", initializer=self._start_maker)
+        # All that the maker copies and launches is on the loader's CUDA stream, never on the caller's.
+        start_maker = partial(torch.cuda.set_stream, self.cuda_stream) if self.cuda_stream else None
+        self._maker = ThreadPoolExecutor(1, "maker", start_maker)
         self.views = TritonViews(self) if self.gpu_views else NumbaViews(self)
         try:
             self.pixels = make_pixels(self)
         except BaseException:
             self.close()
             raise
-
-    def _start_maker(self) -> None:
-        """All that the maker copies and launches is on the loader's CUDA stream, never on the caller's."""
-        if self.cuda_stream:
-            torch.cuda.set_stream(self.cuda_stream)
 
     def on_workers(self, images: int, job: Callable[[slice], None]) -> list[Future]:
         """Has the worker threads call job(share) for each share of so many images."""

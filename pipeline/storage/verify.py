@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pipeline.errors import UserError
-from pipeline.storage.beton import Stored, file_rows, files_path
+from pipeline.storage.beton import Beton, Stored, file_rows, files_path
 from pipeline.storage.workers import CHUNK_IMAGES, Workers
 
 
@@ -28,9 +28,10 @@ def verify(stored: Stored, workers: int = 0) -> None:
         bad = [(rows[i][4], problem) for i, problem in enumerate(checked) if problem]
     if bad:
         names = "; ".join(f"{name}: {problem}" for name, problem in bad[:3])
-        raise UserError(
-            f"{path} has {len(bad)} bad images of {len(rows)} ({names}); convert again, with --check full --fresh"
-        )
+        advice = "convert again, with --check full --fresh"
+        if not isinstance(stored, Beton):  # tars that are there are not packed again
+            advice = f"remove {path.name} and its tars, and convert again"
+        raise UserError(f"{path} has {len(bad)} bad images of {len(rows)} ({names}); {advice}")
     print(f"{path}: all {len(rows)} images are in order")
 
 

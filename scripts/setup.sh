@@ -26,8 +26,11 @@ if ((${#packages[@]})); then
   sudo=(); [[ $EUID -eq 0 ]] || sudo=(sudo -n)
   if command -v apt-get >/dev/null && { [[ $EUID -eq 0 ]] || sudo -n true 2>/dev/null; }; then
     echo "setup: installing ${packages[*]} with apt" >&2
-    "${sudo[@]}" apt-get update -qq
-    "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null
+    { "${sudo[@]}" apt-get update -qq &&
+      "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${packages[@]}" >/dev/null; } || {
+      ((${#needed[@]} == 0)) || exit 1
+      echo "setup: apt could not install ${for_ffcv[*]} (see above), so FFCV is left out; only --loader ffcv needs it" >&2; ffcv=""
+    }
   elif ((${#needed[@]})); then
     echo "error: the system packages ${needed[*]} are missing; install them (Debian, Ubuntu: sudo apt-get install ${packages[*]}) and run this again" >&2; exit 2
   else

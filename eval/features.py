@@ -175,7 +175,8 @@ class FeatureSet:
             "ids_sha256": "all" if self.ids is None else sha256(self.ids.astype("<i8").tobytes()).hexdigest(),
             "view": asdict(centre_view(loading.resolution_px)),
             "resolution_px": loading.resolution_px,
-            "loader": loading.backend,
+            # fast's features were kept as ffcv's before it had a name of its own; both loaders give the same bits.
+            "loader": "ffcv" if loading.backend == "fast" else loading.backend,
             "normalization": [list(loading.normalization.mean), list(loading.normalization.std)],
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch": loading.global_batch,

@@ -56,8 +56,7 @@ def find_features(folder: Path, **wanted) -> torch.Tensor | None:
     for path in sorted(folder.glob("*.safetensors")):
         about = described(path)
         if all(about.get(name) == value for name, value in wanted.items()):
-            other_loader = about.get("loader") not in ("fast", "ffcv")  # which was fast's name once
-            candidates.append((about.get("dtype") != "float32", other_loader, path))
+            candidates.append((about.get("dtype") != "float32", about.get("loader") != "ffcv", path))
     for _, _, path in sorted(candidates):
         try:
             return read_whole(path)[1]

@@ -170,6 +170,8 @@ def test_everything_that_decides_the_numbers_is_in_the_description(encoder, val,
     ]
     assert len({describe(), *others}) == 7
     assert describe() == describe()
+    older = json.loads(describe())["loader"]
+    assert older == "ffcv" and describe(backend="ffcv") == describe(), "features that older runs kept are found again"
 
 
 def test_a_file_with_another_description_is_refused(tmp_path):
@@ -190,7 +192,7 @@ def test_a_file_without_a_digest_counts_as_damaged(tmp_path, capsys):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_changed_bit_is_noticed(tmp_path, dtype):
     """What is read is None or what was written, bit for bit; never a file of something else, and no other error."""
-    path, about = tmp_path / "kept.safetensors", {"version": FEATURES_VERSION, "dtype": "float32", "loader": "fast"}
+    path, about = tmp_path / "kept.safetensors", {"version": FEATURES_VERSION, "dtype": "float32", "loader": "ffcv"}
     description = json.dumps(about)
     features = torch.rand(64, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     keep_features(path, description, features)

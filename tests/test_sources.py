@@ -100,7 +100,7 @@ def test_splits_of_a_folder(tmp_path):
     write(tmp_path / "val" / "a" / "2.jpg")
     assert split_names(tmp_path) == ["train", "val"] and split_names(tmp_path / "train") == []
     assert open_source(tmp_path, "val").names == ["a/2.jpg"]
-    with pytest.raises(UserError, match="more than one possible split, found train and val"):
+    with pytest.raises(UserError, match="holds splits, and --out names one file, found train and val"):
         open_source(tmp_path)
 
 

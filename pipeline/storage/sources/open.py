@@ -50,6 +50,6 @@ def open_source(root: str | Path, split: str = "") -> Source:
     if not splits:
         return folders.class_folders(root, split)
     if split not in splits:
-        asked = f"no split {split!r}" if split else "more than one possible split"
-        raise UserError(f"{root} has {asked}, found {' and '.join(splits)}; choose one with --split")
+        asked = f"has no split {split!r}" if split else "holds splits, and --out names one file"
+        raise UserError(f"{root} {asked}, found {' and '.join(splits)}; choose one with --split")
     return next(kind.read(root, split, found) for kind in KINDS if (found := kind.find(root, split)))

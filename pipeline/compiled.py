@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numba
 import numpy as np
+from numba.core.types.function_type import CompileResultWAP
 
 _PACKAGE = Path(__file__).resolve().parent
 MONTH_S = 30 * 24 * 3600
@@ -80,26 +81,15 @@ def inlined(function):
     return numba.njit(inline="always")(function)
 
 
-class ByAddress(numba.types.WrapperAddressProtocol):
+def by_address(function, *arguments) -> CompileResultWAP:
     """A function of `compiled()` for other people's compiled code: called where it lies, not compiled into theirs.
 
     Code that calls a function of ours directly is linked with it and translated to machine code with it, at each
     start of a program: a minute for the views. `arguments` are some of the types that it will be called with.
     """
-
-    def __init__(self, function, *arguments) -> None:
-        types = tuple(numba.typeof(argument) for argument in arguments)
-        function.compile(types)
-        made = function.overloads[types]
-        self._signature = made.signature
-        self._address = made.library.get_pointer_to_function(made.fndesc.llvm_cfunc_wrapper_name)
-
-    def signature(self):
-        """Numba asks for it where it meets the object in a function."""
-        return self._signature
-
-    def __wrapper_address__(self) -> int:
-        return self._address
+    types = tuple(numba.typeof(argument) for argument in arguments)
+    function.compile(types)
+    return CompileResultWAP(function.overloads[types])
 
 
 # Numba lets a negative index count from the end and checks each index that it cannot prove positive, which keeps

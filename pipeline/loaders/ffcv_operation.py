@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.choices.draws import ViewParams, ViewTable, empty_params, fill_centre_views, fill_views, view_table
-from pipeline.compiled import ByAddress, compiled
+from pipeline.compiled import by_address, compiled
 from pipeline.errors import UserError
 from pipeline.spec import CentreCrop, Normalization, ViewSpec
 from pipeline.storage.beton import Stored, jpeg_bytes
@@ -167,9 +167,9 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         read, turns, lanes = self.memory_read, Compiler.get_iterator(), Compiler.num_threads
         views, largest, out = self._views, self._largest, np.empty(self.shape, self.dtype)
         epoch_address, status_address = self._epoch.ctypes.data, self.status.ctypes.data
-        start = ByAddress(start_worker, largest, *self.shape[:2])
+        start = by_address(start_worker, largest, *self.shape[:2])
         worker, stored = start_worker(largest, *self.shape[:2]), np.frombuffer(b" ", np.uint8)
-        make = ByAddress(make_views, worker, stored, 0, 0, 0, 0, 0, views, out)
+        make = by_address(make_views, worker, stored, 0, 0, 0, 0, 0, views, out)
         end_handle(worker.handle)
 
         def do_lane(lane, batch_indices, out, metadata, storage_state, epoch, status):

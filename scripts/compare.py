@@ -111,13 +111,17 @@ def results_of_checkpoint(run: Path) -> list[dict]:
     if not trained:
         return []
     path = run / CHECKPOINT
-    there = hashlib.sha256(read_once(path)).hexdigest() if path.is_file() else ""
-    of = [r for r in trained if r["checkpoint_sha256"] == there] or trained[-1:]
-    return [r for r in trained if r["checkpoint_sha256"] == of[-1]["checkpoint_sha256"]]
+    there = hashlib.sha256(read_once(path)).hexdigest() if path.is_file() else trained[-1]["checkpoint_sha256"]
+    of = [r for r in trained if r["checkpoint_sha256"] == there]
+    if not of:
+        raise UserError(
+            f"{path} has no results, only earlier checkpoints of the run have; run scripts/eval_all.sh {run}"
+        )
+    return of
 
 
 def column_name(result: dict) -> str:
-    """The protocol with what was changed of it: "knn-mmselfsup, resolution_px 32"; of a share of the labels, which."""
+    """The protocol and its changed settings: "knn-mmselfsup, resolution_px 32"; with fewer labels also how many."""
     facts = [f"{name} {value}" for name, value in result["changed"].items()]
     if result["fraction"] != 1:
         facts.append(f"fraction {result['fraction']}" if result["fraction"] else f"{result['train_images']} images")

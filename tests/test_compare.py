@@ -60,6 +60,14 @@ def test_of_a_run_started_over_the_network_that_is_there_counts(tmp_path, capsys
     assert "| byol | 91.00 | 0 |" in tabulate(tmp_path / "out", capsys, {("byol", 0): run})
 
 
+def test_a_checkpoint_without_results_is_named(tmp_path, capsys):
+    """The number of an earlier network does not stand for it."""
+    run = run_folder(tmp_path / "a", 96.0)
+    (run / "checkpoint.pt").write_bytes(b"its weights")
+    with pytest.raises(UserError, match=r"checkpoint\.pt has no results"):
+        tabulate(tmp_path / "out", capsys, {("byol", 0): run})
+
+
 def test_a_run_without_results_is_named(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty/results\.jsonl is missing"):

@@ -13,6 +13,7 @@ import torch
 from pipeline.loader import make_loader
 from pipeline.loaders.parts import PartsLoader, ahead_of
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig
+from tests.support import assert_same_batch
 
 README = Path(__file__).resolve().parents[1] / "pipeline" / "README.md"
 
@@ -31,16 +32,10 @@ def new_decoder() -> type:
     return names["PillowPixels"]
 
 
-def assert_equal(one, other):
-    assert (one.step, one.epoch, one.substituted) == (other.step, other.epoch, other.substituted)
-    assert torch.equal(one.sample, other.sample) and torch.equal(one.label, other.label)
-    assert all(torch.equal(view, same) for view, same in zip(one.views, other.views, strict=True))
-
-
 def test_the_decoder_of_the_readme_has_the_batches_of_the_fast_one(config, new_decoder):
     with PartsLoader(config, new_decoder) as theirs, make_loader(config) as ours:
         for one, other in zip(theirs.batches(1, 5), ours.batches(1, 5), strict=True):
-            assert_equal(one, other)
+            assert_same_batch(one, other)
 
 
 def test_a_new_decoder_needs_nothing_for_a_short_or_empty_last_batch(config, new_decoder):
@@ -59,7 +54,7 @@ def test_epochs_are_the_batches_from_step_to_step(config):
         batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
         assert [(batch.step, batch.epoch) for batch in batches] == [(s, s // 3) for s in range(6)]
         for one, other in zip(batches, loader.batches(0, 6), strict=True):
-            assert_equal(one, other)
+            assert_same_batch(one, other)
 
 
 def test_a_loader_is_closed_at_the_end_of_its_context(config):
@@ -87,5 +82,8 @@ def test_work_is_begun_in_advance():
             begun.append(number)
             yield number
 
+    passed_on = []
     for number in ahead_of(2, begin()):
         assert len(begun) == min(number + 3, 5)
+        passed_on.append(number)
+    assert passed_on == list(range(5))

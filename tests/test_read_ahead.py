@@ -115,3 +115,8 @@ def test_backends_and_ranks_share_the_order(config):
     ):
         assert torch.equal(sample, torch.cat([first, second])) and torch.equal(sample, same)
         assert torch.equal(view, pixels)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys):
+    read_ahead_module._read(tmp_path / "gone.beton", 0, 10)
+    assert "gone.beton cannot be read ahead from byte 0" in capsys.readouterr().err

@@ -130,8 +130,8 @@ class Recipe:
     published Barlow Twins resnet50.pth or checkpoint.pth (with its projector, if the widths are equal). If a file holds
     several ResNets, the one that was trained, not its average. The schedule and momentum start from scratch."""
     key: str = ""
-    """Chooses another of several networks in the file of --init-from, by its place in the file or by whole names of
-    that place (train/foreign.py)."""
+    """Chooses another network if the file of --init-from holds several: its path in the file, or whole parts of that
+    path (train/foreign.py)."""
     amp: Literal["bf16", "fp16", "off"] = "bf16"
     """Autocast of backbone and projector; the loss is always float32. fp16 scales the loss, at one host sync a step."""
 

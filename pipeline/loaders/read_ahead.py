@@ -5,6 +5,7 @@ The bytes go nowhere; what counts is that the page cache has them. So a disk see
 for two windows. (posix_fadvise and madvise would not do: they read no more than the first few 100 kB of a range.)
 """
 
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,9 +50,12 @@ def read_ahead(stream: Stream, config: LoaderConfig, dataset: Stored, ids: np.nd
 
 
 def _read(path: Path, start: int, end: int) -> None:
-    """Reads bytes start … end of a file, for the page cache."""
+    """Reads bytes start … end of a file, for the page cache. A fault is said here, and met again by the decoder."""
     buffer = bytearray(READ_BYTES)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while start < end and (count := file.readinto(memoryview(buffer)[: end - start])):
-            start += count
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(start)
+            while start < end and (count := file.readinto(memoryview(buffer)[: end - start])):
+                start += count
+    except OSError as error:
+        print(f"note: {path} cannot be read ahead from byte {start}: {error}", file=sys.stderr, flush=True)

@@ -51,7 +51,7 @@ class ConvertConfig:
     source: Path | None = None
     """The images: a folder with one folder a class, or one with train/ and val/ (or validation/) of these; ImageNet's
     own tar files; CIFAR-10, VOC2007, Places205 or iNaturalist 2018 as they are downloaded."""
-    split: Literal["", "train", "val"] = ""
+    split: Literal["", "train", "val", "unlabelled"] = ""
     """Which split to convert, if --source has several."""
     format: Literal["beton", "webdataset"] = "beton"
     """webdataset: the .beton, and beside it tar shards of the same JPEGs, for other programs and --loader dali."""
@@ -136,7 +136,7 @@ def _check_space(source: Source, writer: BetonWriter, config: ConvertConfig) -> 
         sizes = [source.pixels[0].nbytes]
     else:
         how = _how(config)._replace(decode_all=False)
-        kept = [keep_image(image_places(source, i, i + 1)[0], how)[0] for i in chosen]
+        kept = [keep_image(image_places(source, i, i + 1)[0], source.read, how)[0] for i in chosen]
         sizes = [item.size_bytes for item in kept if not isinstance(item, str)] or [0]
     row_bytes = np.mean(sizes) * 1.05 + 200  # page ends, the tables, the journal and the file list
     needed = (len(source) - writer.done) * row_bytes + 3 * beton.PAGE_BYTES

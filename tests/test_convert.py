@@ -160,7 +160,8 @@ def as_source(kind: str, root: Path) -> Source:
         if not (root / "all.tar").exists():
             (root / "all.tar").write_bytes(b"".join((source.where / name).read_bytes() for name in source.names))
         sizes = np.array([(source.where / name).stat().st_size for name in source.names])
-        return replace(source, where=root / "all.tar", extents=np.stack([np.cumsum(sizes) - sizes, sizes], 1))
+        extents = np.stack([np.zeros(len(sizes), int), np.cumsum(sizes) - sizes, sizes], 1)
+        return replace(source, where=root / "all.tar", files=[root / "all.tar"], extents=extents)
     if kind == "pixels":
         pixels = [np.array(Image.open(source.where / name).convert("RGB")) for name in source.names]
         return replace(source, pixels=np.stack(pixels))

@@ -35,7 +35,7 @@ def write(path: Path, content: bytes = b"x") -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_not_where_there_is_none_of_it(kind, tmp_path):
-    assert [kind.find(tmp_path, split) for split in SPLITS] == [None, None]
+    assert [kind.find(tmp_path, split) for split in SPLITS] == [None] * len(SPLITS)
 
 
 def test_a_kind_more_is_a_module_with_two_functions(tmp_path, monkeypatch):

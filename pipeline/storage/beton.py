@@ -103,6 +103,11 @@ class Stored:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the images have labels."""
+        return self.manifest.get("labelled", True)
+
     def file_names(self) -> list[str]:
         """The source file of each sample, by id, relative to the source's root. Read on each call: 1 s for ImageNet."""
         return [line[line.rindex("\t") + 1 :] for line in _file_lines(self)]

@@ -215,6 +215,7 @@ class BetonWriter:
             "images": len(kept),
             "bytes": self._end + allocations.nbytes,
             "classes": source.classes,
+            **({} if source.labelled else {"labelled": False}),
             "images_by_class": dict(
                 zip(source.classes, np.bincount(labels, minlength=len(source.classes)).tolist(), strict=True)
             ),

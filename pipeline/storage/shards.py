@@ -139,6 +139,7 @@ def _pack(source: Beton, shard_images: int, path: Path) -> None:
         "format_version": FORMAT_VERSION,
         "images": len(source),
         "classes": source.classes,
+        **({} if source.labelled else {"labelled": False}),
         "shard_images": shard_images,
         "shard_bytes": sizes,
         "tables_sha256": source.manifest["tables_sha256"],

@@ -23,7 +23,9 @@ _LABELS = {"train": "train_lables.json", "val": "test_lables.json"}  # so spelt 
 
 
 def find(root: Path, split: str) -> Path | None:
-    """The folder of either form; both hold all splits."""
+    """The folder of either form; both hold both splits."""
+    if split not in _BATCHES:
+        return None
     for folder in (root / "cifar-10-batches-py", root):
         if (folder / "data_batch_1").is_file():
             return folder

@@ -25,7 +25,7 @@ SUFFIXES = (
     *(".tif", ".tiff", ".gif", ".avif", ".jp2", ".j2k", ".j2c", ".jpx", ".jpf"),
 )
 NOT_DATA = ("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX")
-_SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid")}
+_SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "unlabelled": ("unlabelled", "unlabeled")}
 _LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _SUFFIX = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")  # "img.0001" has none
 

@@ -44,8 +44,8 @@ def read(root: Path, split: str, path: Path) -> Source:
     classes = sorted(images)
     rows = [(f"{c}/{name}", label, at, size) for label, c in enumerate(classes) for name, at, size in sorted(images[c])]
     names, labels, offsets, sizes = zip(*rows, strict=True)
-    extents = np.stack([offsets, sizes], 1).astype(np.int64)
-    return Source("imagenet tar", split, classes, list(names), np.array(labels), path, extents)
+    extents = np.stack([np.zeros(count), offsets, sizes], 1).astype(np.int64)
+    return Source("imagenet tar", split, classes, list(names), np.array(labels), path, files=[path], extents=extents)
 
 
 def _tar_members(path: Path, start: int, end: int) -> list[tarfile.TarInfo]:

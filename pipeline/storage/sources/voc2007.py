@@ -26,7 +26,7 @@ def voc_root(folder: Path) -> Path | None:
 def find(root: Path, split: str) -> Path | None:
     """The split's list."""
     voc = voc_root(root)
-    listed = voc / _MAIN / f"{_LISTS[split]}.txt" if voc else None
+    listed = voc / _MAIN / f"{_LISTS[split]}.txt" if voc and split in _LISTS else None
     return listed if listed and listed.is_file() else None
 
 

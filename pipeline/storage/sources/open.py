@@ -6,6 +6,9 @@ classes, names, labels, and where the images are. It opens no image that the con
 for a split that is not complete.
 """
 
+import os
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -26,30 +29,80 @@ KINDS: tuple[Kind, ...] = (
     cifar10,  # root/cifar-10-batches-py/ (pickles) or root/data_batch_*.png …         ids in file order
     voc2007,  # root[/VOCdevkit]/VOC2007; train is trainval, val is test                ids in list order, one class
     lists,  # Places205 and iNaturalist 2018 as downloaded                              ids in list order
-    folders,  # root/{train,val}/<class>/**/<image>                                     ids by class, then by name
+    folders,  # root/{train,val}/<class>/**/<image>, or without classes                 ids by class, then by name
     imagenet_tars,  # root/ILSVRC2012_img_{train,val}.tar, read in place                ids of the unpacked folder
 )
+
+NEAR_FOLDERS = 30  # of each folder, that are looked into for a dataset where --source is none
 
 
 def split_names(root: Path) -> list[str]:
     """The splits found under a folder; an empty list if the folder is itself one split. Raises UserError."""
     if not root.is_dir():
         found = "is not a folder" if root.exists() else "is missing"
-        raise UserError(f"{root} {found}; --source expects a folder of images, one folder a class")
+        raise UserError(f"{root} {found}; --source expects a folder of images, such as one folder a class")
     return [split for split in SPLITS if any(kind.find(root, split) for kind in KINDS)]
 
 
 def open_source(root: str | Path, split: str = "") -> Source:
-    """Lists one split of a dataset. `split` may be empty if `root` is itself one split, a folder of classes.
+    """Lists one split of a dataset. `split` may be empty if `root` is itself one split, a folder of images.
 
     Raises UserError for a missing or empty folder, a class without images, an incomplete tar file or list, CIFAR-10
-    with other pixels or labels than the published ones.
+    with other pixels or labels than the published ones, names that cannot be kept or that two images have.
     """
     root = Path(root)
     splits = split_names(root)
     if not splits:
-        return folders.class_folders(root, split)
-    if split not in splits:
+        source = _one_split(root, split)
+    elif split not in splits:
         asked = f"has no split {split!r}" if split else "holds splits, and --out names one file"
         raise UserError(f"{root} {asked}, found {' and '.join(splits)}; choose one with --split")
-    return next(kind.read(root, split, found) for kind in KINDS if (found := kind.find(root, split)))
+    else:
+        source = next(kind.read(root, split, found) for kind in KINDS if (found := kind.find(root, split)))
+    _check_names(source)
+    return source
+
+
+def _one_split(root: Path, split: str) -> Source:
+    """A folder of images. Raises UserError if it is none, and says which folder near it is a dataset."""
+    try:
+        source = folders.class_folders(root, split)
+    except UserError as error:
+        raise UserError(f"{error}{_known([*_below(root), *root.resolve().parents[:2]])}") from None
+    # One folder with a whole dataset inside is no class.
+    if len(source.classes) == 1 and source.labelled and (known := _known(_below(root))):
+        raise UserError(f"{root} has one folder, {source.classes[0]}, and no classes{known}")
+    return source
+
+
+def _below(root: Path) -> list[Path]:
+    """Some folders in a folder, and some in these."""
+    first = _folders_in(root)
+    return first + [folder for parent in first for folder in _folders_in(parent)]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    try:
+        return [folder / entry.name for entry in islice((e for e in os.scandir(folder) if e.is_dir()), NEAR_FOLDERS)]
+    except OSError:  # not to be listed: no place to recommend
+        return []
+
+
+def _known(near: list[Path]) -> str:
+    """Which of some folders is a dataset, as the end of a sentence; "" if none is."""
+    for folder in near:
+        for kind in KINDS:
+            if splits := [split for split in SPLITS if kind.find(folder, split)]:
+                name = getattr(kind, "__name__", "").rpartition(".")[2].replace("_", " ")
+                return f"; {folder} looks like a dataset ({name}: {' and '.join(splits)}), give --source {folder}"
+    return ""
+
+
+def _check_names(source: Source) -> None:
+    """Raises UserError for names that x.files.tsv cannot hold: one an image, without what parts columns and lines."""
+    for name in source.names:
+        if "\t" in name or "\n" in name:
+            raise UserError(f"{str(source.where / name)!r} has a tab or a line break in its name; rename it")
+    if len(set(source.names)) < len(source):
+        name, times = Counter(source.names).most_common(1)[0]
+        raise UserError(f"{source.where} has {times} images of the name {name}; every image needs a name of its own")

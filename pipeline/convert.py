@@ -240,10 +240,11 @@ def convert(source: Source, out: Path, config: ConvertConfig) -> None:
             ) from None
         except MemoryError:
             raise out_of_memory(f"after {writer.done} of {len(source)} images") from None
+    classes = f"{len(source.classes)} classes" if source.labelled else "without labels"
     stored = ", ".join(f"{count} {how}" for how, count in manifest["stored"].items() if count)
     left_out = ", ".join(f"{count} {what}" for what, count in manifest["left_out"].items())
     print(
-        f"{out}: {manifest['images']} images, {len(source.classes)} classes, {manifest['bytes'] / 1e6:.1f} MB"
+        f"{out}: {manifest['images']} images, {classes}, {manifest['bytes'] / 1e6:.1f} MB"
         f" ({stored}, {len(manifest['skipped'])} skipped){f'; left out: {left_out}' if left_out else ''}"
     )
 

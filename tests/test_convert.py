@@ -644,7 +644,7 @@ BAD = {
     "out is a file": (["--source", "good", "--out", "other.beton/o"], "cannot be made (Not a directory); give another"),
     "holdout in a file": (["--source", "good", "--out", "o.beton", "--holdout", "0.1"], "give --out a folder"),
     "half an image": (["--source", "good", "--out", "o", "--holdout", "1.5"], "a whole number of images"),
-    "holdout of one": (["--source", "good", "--out", "o", "--holdout", "0.5"], "of 1 images in 1 classes is 1"),
+    "holdout of one": (["--source", "good", "--out", "o", "--holdout", "0.5"], "takes 1 of 1 images"),
     "no list": (["--source", "good", "--out", "o", "--classes", "none.txt"], "none.txt cannot be read (No such file"),
     "which split": (["--source", "unequal", "--out", "o.beton"], "choose one with --split"),
     "unreadable": (["--source", "broken", "--out", "o.beton", "--workers", "1"], "html.jpg is not a readable image"),

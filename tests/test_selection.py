@@ -276,7 +276,7 @@ def test_every_class_keeps_an_image(place):
     with pytest.raises(UserError, match="--holdout takes all images of dog, which has 1"):
         convert(root, holdout=2)
     for count in (1, 3, 4):
-        with pytest.raises(UserError, match=f"--holdout {count} of 3 images in 2 classes is {count}; give 2 to"):
+        with pytest.raises(UserError, match=f"--holdout {count} takes {count} of 3 images; of each of the 2 classes"):
             convert(root, holdout=count)
     assert not left(root.parent / "out")
 

@@ -37,8 +37,8 @@ def held_out_subset(seed: int, labels: np.ndarray, holdout: float) -> np.ndarray
     count = max(count, fewest) if holdout < 1 else count
     if not fewest <= count < len(labels):
         raise UserError(
-            f"--holdout {holdout:g} of {len(labels)} images in {fewest} classes is {count}; give {fewest} to"
-            f" {len(labels) - fewest} images, or a share such as 0.1"
+            f"--holdout {holdout:g} takes {count} of {len(labels)} images; of each of the {fewest} classes it takes one"
+            " or more, and one must stay: give another number, or add images"
         )
     by_class = np.lexsort((random_keys(seed, DOMAIN_SPLIT, 0, np.arange(len(labels))), labels))
     members, first = np.bincount(labels)[labels[by_class]], np.searchsorted(labels[by_class], labels[by_class])

@@ -40,7 +40,7 @@ def find(root: Path, split: str) -> Path | None:
     beside_train = split != "train" and find(root, "train") is not None
     for name in _SPLIT_FOLDERS[split] if beside_train else _SPLIT_FOLDERS[split][:1]:
         folder = root / name
-        if folder.is_dir() and (beside_train or _data_folders(folder) or _only_like_splits(_data_folders(root))):
+        if folder.is_dir() and (beside_train or _only_like_splits(_data_folders(root)) or _data_folders(folder)):
             return folder
     return None
 

@@ -1,13 +1,14 @@
 """Finds what kind of dataset lies in a folder, and lists one split of it. To add a kind: a file here, a line in KINDS.
 
-A kind is a module with two functions. `find(root, split)` says where in a folder this split of it lies ("train" or
-"val"), by the names in it alone; None if there is none. `read(root, split, found)` lists the split as a Source:
+A kind is a module with two functions. `find(root, split)` says where in a folder this split of it lies (one of
+SPLITS), by the names in it alone; None if there is none. `read(root, split, found)` lists the split as a Source:
 classes, names, labels, and where the images are. It opens no image that the converter will read, and raises UserError
 for a split that is not complete.
 """
 
-import os
+import contextlib
 from collections import Counter
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +34,7 @@ KINDS: tuple[Kind, ...] = (
     imagenet_tars,  # root/ILSVRC2012_img_{train,val}.tar, read in place                ids of the unpacked folder
 )
 
-NEAR_FOLDERS = 30  # of each folder, that are looked into for a dataset where --source is none
+NEAR_FOLDERS = 300  # of each level below --source, that are looked into for a dataset where it is none
 
 
 def split_names(root: Path) -> list[str]:
@@ -68,33 +69,22 @@ def _one_split(root: Path, split: str) -> Source:
     try:
         source = folders.class_folders(root, split)
     except UserError as error:
-        raise UserError(f"{error}{_known([*_below(root), *root.resolve().parents[:2]])}") from None
+        raise UserError(f"{error}{_known_near(root, root.resolve().parents[:2])}") from None
     # One folder with a whole dataset inside is no class.
-    if len(source.classes) == 1 and source.labelled and (known := _known(_below(root))):
+    if len(source.classes) == 1 and source.labelled and (known := _known_near(root)):
         raise UserError(f"{root} has one folder, {source.classes[0]}, and no classes{known}")
     return source
 
 
-def _below(root: Path) -> list[Path]:
-    """Some folders in a folder, and some in these."""
-    first = _folders_in(root)
-    return first + [folder for parent in first for folder in _folders_in(parent)]
-
-
-def _folders_in(folder: Path) -> list[Path]:
-    try:
-        return [folder / entry.name for entry in islice((e for e in os.scandir(folder) if e.is_dir()), NEAR_FOLDERS)]
-    except OSError:  # not to be listed: no place to recommend
-        return []
-
-
-def _known(near: list[Path]) -> str:
-    """Which of some folders is a dataset, as the end of a sentence; "" if none is."""
-    for folder in near:
+def _known_near(root: Path, above: Sequence[Path] = ()) -> str:
+    """Which folder in `root`, in a folder of it, or among those above is a dataset, as the end of a sentence; or ""."""
+    below = [folder for level in ("*/", "*/*/") for folder in sorted(islice(root.glob(level), NEAR_FOLDERS))]
+    for folder in (*below, *above):
         for kind in KINDS:
-            if splits := [split for split in SPLITS if kind.find(folder, split)]:
-                name = getattr(kind, "__name__", "").rpartition(".")[2].replace("_", " ")
-                return f"; {folder} looks like a dataset ({name}: {' and '.join(splits)}), give --source {folder}"
+            with contextlib.suppress(OSError, UserError):  # a folder that may not be looked into is not recommended
+                if splits := [split for split in SPLITS if kind.find(folder, split)]:
+                    name = getattr(kind, "__name__", "").rpartition(".")[2].replace("_", " ")
+                    return f"; {folder} looks like a dataset ({name}: {' and '.join(splits)}), give --source {folder}"
     return ""
 
 

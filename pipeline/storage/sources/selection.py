@@ -48,10 +48,12 @@ def of_imagenet(source: Source) -> bool:
 
 
 def note_count(source: Source) -> None:
-    """ImageNet with missing images converts, but not silently."""
+    """ImageNet with missing images converts, and so does a folder in a folder, but not silently."""
     known = (constants.IMAGENET_TRAIN_IMAGES, constants.IMAGENET_VAL_IMAGES)
     if len(source.classes) == constants.IMAGENET_CLASSES and of_imagenet(source) and len(source) not in known:
         print(f"note: {source.where} has {len(source)} images; ImageNet has {known[0]} (train) and {known[1]} (val)")
+    if source.kind == "folder" and len(source.classes) == 1:
+        print(f"note: {source.where} has one class, {source.classes[0]}; if it is none, pass --unlabelled")
 
 
 def take(source: Source, ids: np.ndarray) -> Source:

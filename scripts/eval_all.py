@@ -186,7 +186,7 @@ def unfit_data(job: Job) -> str:
     """Why a converted dataset cannot be evaluated on, such as for want of labels; "" where it can, or is not here."""
     folder = job.data.parent if job.data.suffix == ".beton" else job.data
     try:
-        if (folder / "train.beton").is_file():
+        if job.needs != "voc" and (folder / "train.beton").is_file():  # what VOC lacks is converted on the way
             open_dataset(job.data)
     except UserError as error:
         return str(error)

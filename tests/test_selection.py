@@ -141,6 +141,12 @@ def test_a_val_without_classes_beside_a_train_with(place):
     assert not left(root.parent / "out")
 
 
+def test_a_folder_in_a_folder_is_noted(place, capsys):
+    root = place("photos/1.jpg", "photos/2.jpg")
+    assert open_beton(convert(root) / "train.beton").classes == ["photos"]
+    assert f"note: {root} has one class, photos; if it is none, pass --unlabelled" in capsys.readouterr().out
+
+
 def test_unlabelled_finds_no_image(tmp_path):
     for root, said in ((tmp_path / "none", "is missing"), (tmp_path, "and the folders below it have no images")):
         with pytest.raises(UserError, match=said):

@@ -50,7 +50,8 @@ class ConvertConfig:
     """The .beton file to write; or a folder, which gets train.beton and val.beton."""
     source: Path | None = None
     """The images: a folder with one folder a class, or one with train/ and val/ (or validation/) of these; ImageNet's
-    own tar files; CIFAR-10, VOC2007, Places205 or iNaturalist 2018 as they are downloaded."""
+    own tar files, Kaggle's folders, or val/ without class folders; CIFAR-10, CIFAR-100, STL-10, Tiny ImageNet, VOC2007,
+    Places205 or iNaturalist 2018 as they are downloaded; Hugging Face's parquet files."""
     split: Literal["", "train", "val", "unlabelled"] = ""
     """Which split to convert, if --source has several."""
     format: Literal["beton", "webdataset"] = "beton"
@@ -234,7 +235,7 @@ def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
             f"{config.source} has no train/ or val/; give --out a file name that ends with .beton, not {config.out}"
         )
     opened = [open_source(config.source, split) for split in splits]
-    for other in opened[1:]:
+    for other in [source for source in opened[1:] if source.labelled and opened[0].labelled]:
         beton.require_same_classes(str(opened[0].where), opened[0].classes, str(other.where), other.classes)
     return [(source, config.out / f"{source.split}.beton") for source in opened]
 

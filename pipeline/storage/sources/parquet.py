@@ -69,6 +69,8 @@ def read(root: Path, split: str, base: Path) -> Source:
         values += _values(path, columns.label)
         rows, size_bytes = np.arange(len(paths)), path.stat().st_size
         extents.append(np.stack([np.full_like(rows, number), rows, np.full_like(rows, size_bytes)], 1))
+    if not names:
+        raise UserError(f"{base} has no rows; download its files again")
     classes, index = _classes(base, columns)
     labels = np.array([index.get(value, -1) for value in values], np.int64)
     if (labels < 0).any():
@@ -102,7 +104,7 @@ def read_row(place: Place) -> tuple[bytes, Stamp]:
         group = int(np.searchsorted(ends, row, "right"))
         content = _row_group(path, stamp, group)[row - int(ends[group])].as_py()  # counted from the group's end
     except (_arrow().ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read at row {row} ({error}); download it again") from None
+        raise UserError(f"{path} cannot be read at row {row} ({_why(error)}); download it again") from None
     if content is None:
         raise _no_bytes(path)
     return content, stamp
@@ -120,25 +122,25 @@ def _files(base: Path, split: str) -> tuple[list[Path], Counter[str]]:
     used["val"] = used["val"][:1]  # not test beside validation
     files = [path for word in used[split] for path in by_word[word]]
     taken = {word for words in used.values() for word in words}
-    beside = {word: paths for word, paths in by_word.items() if word not in taken and paths}
-    return files, Counter({f"{word}.parquet beside the splits": len(paths) for word, paths in beside.items()})
+    beside = {word: len(paths) for word, paths in by_word.items() if word not in taken}
+    return files, Counter({f"{word}.parquet beside the splits": count for word, count in beside.items()})
 
 
 def _files_by_word(base: Path) -> dict[str, list[Path]]:
     """Parquet files by the word that says their split, "" for none."""
     by_word: dict[str, list[Path]] = {}
+    folders = [base / word for word in _ALL_WORDS if (base / word).is_dir()]
     if base.is_file():
         found = [base] if base.suffix == ".parquet" else []
     else:
         found = sorted(path for path in base.glob("*.parquet") if path.name[0] not in "._")
-        folders = [base / word for word in _ALL_WORDS if (base / word).is_dir()]
         inside = [path for folder in folders for path in sorted(folder.glob("*.parquet")) if path.name[0] not in "._"]
         if found and not inside:  # tables beside folders of images, such as metadata.parquet, are no dataset
             others = [entry for entry in os.scandir(base) if entry.is_dir() and entry.name[0] != "."]
             found = [] if folders else [path for path in found if _word(path.stem) or not others]
         found += inside
     for path in found:
-        by_word.setdefault(_word(path.stem) or _word(path.parent.name), []).append(path)
+        by_word.setdefault(_word(path.stem) or (path.parent.name if path.parent in folders else ""), []).append(path)
     return by_word
 
 
@@ -234,14 +236,18 @@ def _arrow() -> Any:
     return pyarrow
 
 
+def _why(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _open(path: str | Path) -> Any:
     """Without threads of pyarrow's own: the converter's workers are forked."""
     try:
         return _arrow().parquet.ParquetFile(path, pre_buffer=False)
     except (_arrow().ArrowException, OSError) as error:
         raise UserError(
-            f"{path} is not a parquet file, or not all of it ({error}); download it again (from a git clone: git lfs"
-            " pull)"
+            f"{path} is not a parquet file, or not all of it ({_why(error)}); download it again (in a git clone:"
+            " git lfs pull)"
         ) from None
 
 
@@ -253,7 +259,7 @@ def _values(path: Path, leaf: str) -> list[Any]:
     try:
         return file.read(columns=[leaf], use_threads=False).flatten().column(0).to_pylist()
     except (_arrow().ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); download it again") from None
+        raise UserError(f"{path} cannot be read ({_why(error)}); download it again") from None
 
 
 def _require_images(path: Path, columns: _Columns) -> None:

@@ -22,11 +22,12 @@ from eval.reporting.correlation import config_from, of_correlation
 from eval.reporting.neighbours import of_kept_features
 from eval.reporting.page import PARTS, or_sentence, page, readable
 from eval.reporting.summary import Rows, measured, newest_cells, newest_of_encoder, summary_markdown
-from eval.subject import read_results
+from eval.subject import RESULTS, read_results
 from pipeline.command import RUNS, run_command
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from train.methods.barlow_ablations import is_ablated
+from train.runlog import METRICS
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ def method_of(run: Path, otherwise: str) -> str:
     return config.method + (", ablated" if changed else "")
 
 
-def heading(run: Path, r: dict, method: str) -> str:
+def heading(run: Path, r: dict | None, method: str) -> str:
     """The run's name, and what its newest result is of."""
+    if r is None:
+        return PARTS.heading(run.resolve().name, f"{method.replace('_', ' ')} · no result yet")
     facts = [method.replace("_", " "), r["arch"], f"{r['epochs']} epochs, step {r['step']}" if r["epochs"] else ""]
     facts += [f"{r['resolution_px']} px", f"checkpoint {r['checkpoint_sha256'][:12]}", f"measured {r['time'][:10]}"]
     return PARTS.heading(run.resolve().name, " · ".join(filter(None, facts)))
@@ -63,7 +66,7 @@ def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows
     """The whole page about the last run."""
     run = config.runs[-1]
     plain, own = [r for _, r in results], [r for where, r in results if where == run]
-    shown = newest_of_encoder(own or plain) or (own or plain)[-1]
+    shown = newest_of_encoder(own or plain) or next(reversed(own or plain), None)
     parts = [
         heading(run, shown, method_of(run, config.method)),
         or_sentence("Results", lambda: measured(rows)),
@@ -76,12 +79,17 @@ def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows
 
 
 def main(config: ReportConfig) -> None:
-    """Prints the table and writes report.md and report.html. Raises UserError where there is no result."""
+    """Prints the table and writes report.md and report.html. Raises UserError where there is nothing to report."""
     config = replace(config, runs=tuple(run.expanduser().resolve() for run in config.runs))  # runs/latest may change
+    # Of a run that was trained here the training can be shown before the first result, or without labels.
+    trained = {run for run in config.runs if (run / METRICS).is_file()}
+    measured_runs = [run for run in config.runs if run not in trained or (run / RESULTS).is_file()]
     results = [
-        (run, result | {"method": method_of(run, config.method)}) for run in config.runs for result in read_results(run)
+        (run, result | {"method": method_of(run, config.method)})
+        for run in measured_runs
+        for result in read_results(run)
     ]
-    if not results:
+    if not results and config.runs[-1] not in trained:
         raise UserError(
             f"no result in {config.runs[-1]}; measure this run first, for example with `python eval/knn.py`"
         )

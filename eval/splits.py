@@ -55,14 +55,21 @@ class Subset:
 
 
 def open_dataset(data: Path) -> Dataset:
-    """Opens `data`, a folder or its train.beton. Raises UserError where a file or a class is missing.
+    """Opens `data`, a folder or its train.beton. Raises UserError where a file, a class or the labels are missing.
 
     Classes are matched by name, so a validation set may lack some of them; it may not have others. Every class needs
     a training image.
     """
     folder = data.parent if data.suffix == ".beton" else data
     train = open_beton(data if data.suffix == ".beton" else folder / "train.beton")
+    _require_labels(train)
+    if not (folder / "val.beton").is_file():
+        raise UserError(
+            f"{folder / 'val.beton'} is missing, whose images evaluations are judged on; pipeline/convert.py makes it,"
+            " with --holdout 0.1 of a tenth of the training images if the dataset has no other"
+        )
     val = open_beton(folder / "val.beton")
+    _require_labels(val)
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         raise UserError(
@@ -78,6 +85,14 @@ def open_dataset(data: Path) -> Dataset:
     index = {name: i for i, name in enumerate(train.classes)}
     val_labels = np.array([index[name] for name in val.classes], np.int64)[val.labels]
     return Dataset(folder.resolve().name, train, val, val_labels)
+
+
+def _require_labels(beton: Beton) -> None:
+    if not beton.labelled:
+        raise UserError(
+            f"{beton.path} has images without labels, and an evaluation needs them; name a labelled dataset with"
+            " --data, or convert these images again, sorted into one folder a class"
+        )
 
 
 @functools.cache

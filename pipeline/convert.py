@@ -1,7 +1,8 @@
 """Converts a dataset into .beton files, each with its manifest: in parallel, resumable, checked.
 
+    python pipeline/convert.py --source IMAGES --out data/mine            train/ and val/ of IMAGES, else all as train
+    python pipeline/convert.py --source IMAGES --out data/mine --holdout 0.1              a tenth of train becomes val
     python pipeline/convert.py --source IMAGES/train --out data/mine/train.beton
-    python pipeline/convert.py --source IMAGES --out data/mine            train/ and val/ of IMAGES, classes compared
     python pipeline/convert.py --source IMAGES --out data/mine --format webdataset        tar shards as well
     python pipeline/convert.py --verify --out data/mine/train.beton       reads a finished file again and checks it
 
@@ -16,11 +17,10 @@ at that image. What is not converted is counted in the last line and in the mani
 import contextlib
 import errno
 import hashlib
-import re
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,15 +28,21 @@ import numpy as np
 import PIL
 from tqdm import tqdm
 
-from pipeline import constants
 from pipeline.command import run_command
 from pipeline.errors import UserError
 from pipeline.storage import beton, shards, store
 from pipeline.storage.beton_writer import BetonWriter, remove_leftovers, state_sha256
 from pipeline.storage.kept_images import keep_image, kept_images
-from pipeline.storage.sources.open import open_source, split_names
+from pipeline.storage.sources.selection import (
+    hold_out,
+    note_count,
+    of_classes,
+    of_imagenet,
+    open_splits,
+    require_fitting,
+)
 from pipeline.storage.sources.source import Source, image_places, read_stamps
-from pipeline.storage.verify import verify
+from pipeline.storage.verify import note_shared_images, verify
 from pipeline.storage.workers import Workers, out_of_memory
 
 SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
@@ -47,19 +53,30 @@ class ConvertConfig:
     """What to convert, to what, and how."""
 
     out: Path
-    """The .beton file to write; or a folder, which gets train.beton and val.beton."""
+    """The .beton file to write; or a folder, which gets train.beton and, if there is one, val.beton."""
     source: Path | None = None
-    """The images: a folder with one folder a class, or one with train/ and val/ (or validation/) of these; ImageNet's
-    own tar files, Kaggle's folders, or val/ without class folders; CIFAR-10, CIFAR-100, STL-10, Tiny ImageNet, VOC2007,
-    Places205 or iNaturalist 2018 as they are downloaded; Hugging Face's parquet files."""
+    """The images: a folder of images, with one folder a class or without classes, or one with train/ and val/ (or
+    validation/) of these; ImageNet's own tar files, Kaggle's folders, or val/ without class folders; CIFAR-10,
+    CIFAR-100, STL-10, Tiny ImageNet, VOC2007, Places205 or iNaturalist 2018 as they are downloaded; Hugging Face's
+    parquet files."""
     split: Literal["", "train", "val", "unlabelled"] = ""
     """Which split to convert, if --source has several."""
+    unlabelled: bool = False
+    """Take every image below --source, without labels, whatever the folders are."""
+    classes: Path | None = None
+    """A file that names the classes to convert, one at the beginning of each line; None: all of them."""
+    holdout: float = 0
+    """Make val.beton of images of train, for a dataset that has no val: a share of each class (0.1), or from 1 on a
+    number of images (5000). 0: none is made."""
+    seed: int = 0
+    """Decides which images --holdout takes."""
     format: Literal["beton", "webdataset"] = "beton"
     """webdataset: the .beton, and beside it tar shards of the same JPEGs, for other programs and --loader dali."""
     shard_images: int = 5000
     """Images in one shard."""
-    max_side: int = 500
-    """Images with a longer side are resized to this many pixels and encoded again."""
+    max_side: int | None = None
+    """Images with a longer side are resized to this many pixels and encoded again. None: 500; but val of ImageNet, and
+    of any of its classes, keeps its pixels, as evaluations of it are published of these."""
     quality: int = 90
     """JPEG quality of images that are encoded again."""
     check: Literal["quick", "full"] = "quick"
@@ -76,18 +93,23 @@ class ConvertConfig:
 
 
 def _how(config: ConvertConfig) -> store.How:
-    return store.How(config.max_side, config.quality, decode_all=config.check == "full")
+    return store.How(config.max_side or store.SIDE_PX, config.quality, decode_all=config.check == "full")
 
 
-def _settings(config: ConvertConfig) -> dict:
-    return {"max_side_px": config.max_side, "quality": config.quality, "check": config.check}
+def _settings(source: Source, config: ConvertConfig) -> dict:
+    held_out = {"holdout": config.holdout, "seed": config.seed}
+    return {
+        **{"max_side_px": config.max_side or store.SIDE_PX, "quality": config.quality, "check": config.check},
+        **(held_out if config.holdout and source.split != "unlabelled" else {}),
+    }
 
 
 def _identity(source: Source, config: ConvertConfig) -> dict:
     """What decides the bytes of the result. The place of the source does not."""
     listing = hashlib.sha256("\n".join([*source.classes, "", *source.names]).encode("utf-8", "surrogateescape"))
     listing.update(source.labels.astype("<i8").tobytes())
-    return {**_settings(config), "kind": source.kind, "listing_sha256": listing.hexdigest(), "pillow": PIL.__version__}
+    about = {"kind": source.kind, "listing_sha256": listing.hexdigest(), "pillow": PIL.__version__}
+    return _settings(source, config) | about
 
 
 def _already_there(out: Path, identity: dict, source: Source) -> bool:
@@ -99,10 +121,12 @@ def _already_there(out: Path, identity: dict, source: Source) -> bool:
         found = manifest["identity"]
     except (UserError, KeyError) as error:
         raise UserError(f"{out} exists and is not in order ({error}); pass --fresh to replace it") from None
-    for key in identity.keys() - {"pillow"}:
-        if found.get(key) != identity[key]:
+    for key in sorted({**found, **identity}, key="listing_sha256".__eq__):  # a setting says more than a digest
+        if key != "pillow" and found.get(key) != identity.get(key):
+            keep = f" (the default for ImageNet's val); pass --max-side {found.get(key)} to keep it, or"
             raise UserError(
-                f"{out} exists with {key} {found.get(key)}, asked for is {identity[key]}; pass --fresh to replace it"
+                f"{out} exists with {key} {found.get(key)}, asked for is {identity.get(key)}"
+                f"{keep if identity.get(key) == store.ANY_SIDE_PX else ';'} pass --fresh to replace it"
             )
     what = "pixels" if source.pixels is not None else "size and time"
     state = manifest.get("source", {}).get("state_sha256")
@@ -189,13 +213,18 @@ def _fill(source: Source, writer: BetonWriter, config: ConvertConfig, workers: W
         again = "the same command without --fresh" if config.fresh else "the same command"
         print(f"{out.name}: stopped after {writer.done} of {len(source)} images; {again} continues", file=sys.stderr)
         raise
-    return writer.finish(source, _settings(config))
+    return writer.finish(source, _settings(source, config))
 
 
 def convert(source: Source, out: Path, config: ConvertConfig) -> None:
     """One split into one file. Raises UserError for an unreadable image, a full disk, a file of another conversion."""
+    if config.max_side is None and of_imagenet(source) and "val" in (source.split, out.stem, source.where.name):
+        config = replace(config, max_side=store.ANY_SIDE_PX)
     identity = _identity(source, config)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out.parent} cannot be made ({error.strerror}); give another folder with --out") from None
     if not config.fresh and _already_there(out, identity, source):
         return
     # The workers first: they are forked, which a process with threads must not be, and the writer has two.
@@ -212,10 +241,11 @@ def convert(source: Source, out: Path, config: ConvertConfig) -> None:
             ) from None
         except MemoryError:
             raise out_of_memory(f"after {writer.done} of {len(source)} images") from None
+    classes = f"{len(source.classes)} classes" if source.labelled else "without labels"
     stored = ", ".join(f"{count} {how}" for how, count in manifest["stored"].items() if count)
     left_out = ", ".join(f"{count} {what}" for what, count in manifest["left_out"].items())
     print(
-        f"{out}: {manifest['images']} images, {len(source.classes)} classes, {manifest['bytes'] / 1e6:.1f} MB"
+        f"{out}: {manifest['images']} images, {classes}, {manifest['bytes'] / 1e6:.1f} MB"
         f" ({stored}, {len(manifest['skipped'])} skipped){f'; left out: {left_out}' if left_out else ''}"
     )
 
@@ -227,45 +257,43 @@ def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
     """The conversions asked for. Splits of one dataset must have the same classes, checked before any starts."""
     if config.source is None:
         return []
-    if config.out.suffix == ".beton":
-        return [(open_source(config.source, config.split), config.out)]
-    splits = [config.split] if config.split else split_names(config.source)
-    if not splits:
-        raise UserError(
-            f"{config.source} has no train/ or val/; give --out a file name that ends with .beton, not {config.out}"
-        )
-    opened = [open_source(config.source, split) for split in splits]
-    for other in [source for source in opened[1:] if source.labelled and opened[0].labelled]:
-        beton.require_same_classes(str(opened[0].where), opened[0].classes, str(other.where), other.classes)
-    return [(source, config.out / f"{source.split}.beton") for source in opened]
+    one_file = config.out.suffix == ".beton"
+    sources = open_splits(config.source, config.split, one_file=one_file, unlabelled=config.unlabelled)
+    if config.classes:
+        sources = [of_classes(source, config.classes) for source in sources]
+    if config.holdout:
+        from pipeline.choices.subsets import held_out_subset  # with numba, which takes half a second to load
 
-
-def _note_count(source: Source) -> None:
-    """ImageNet with missing images converts, but not silently."""
-    known = (constants.IMAGENET_TRAIN_IMAGES, constants.IMAGENET_VAL_IMAGES)
-    imagenet = len(source.classes) == constants.IMAGENET_CLASSES and re.fullmatch(r"n\d{8}", source.classes[0])
-    if imagenet and len(source) not in known:
-        print(f"note: {source.where} has {len(source)} images; ImageNet has {known[0]} (train) and {known[1]} (val)")
+        sources = hold_out(sources, lambda labels: held_out_subset(config.seed, labels, config.holdout))
+    require_fitting(sources)
+    return [(source, config.out if one_file else config.out / f"{source.split}.beton") for source in sources]
 
 
 def main(config: ConvertConfig) -> None:
     """Converts, then verifies, what is asked for."""
     if config.source is None and not config.verify:
         raise UserError("nothing to do: give --source to convert, or --verify to check what --out has")
-    if not 1 <= config.max_side <= 65535 or not 1 <= config.quality <= 100 or config.workers < 0:
+    max_side = store.SIDE_PX if config.max_side is None else config.max_side
+    if not 1 <= max_side <= store.ANY_SIDE_PX or not 1 <= config.quality <= 100 or config.workers < 0:
         raise UserError(
-            f"--max-side {config.max_side} --quality {config.quality} --workers {config.workers}:"
+            f"--max-side {max_side} --quality {config.quality} --workers {config.workers}:"
             " expected 1 … 65535, 1 … 100 and 0 or more"
         )
     if config.shard_images < 1:
         raise UserError(f"--shard-images {config.shard_images}: expected 1 or more")
+    if not (0 <= config.holdout < 1 or (config.holdout > 0 and config.holdout % 1 == 0)):
+        raise UserError(f"--holdout {config.holdout:g}: expected a share below 1, or a whole number of images")
+    if config.holdout and config.out.suffix == ".beton":
+        raise UserError(f"--holdout makes train.beton and val.beton; give --out a folder, not {config.out}")
     tqdm.monitor_interval = 0  # its thread would keep the workers from being forked
     jobs = _jobs(config)
     for source, out in jobs:
-        _note_count(source)
+        note_count(source)
         convert(source, out, config)
         if config.format == "webdataset":
             shards.pack_shards(beton.open_beton(out), config.shard_images)
+    if config.holdout and jobs:
+        note_shared_images(*(beton.open_beton(config.out / f"{split}.beton") for split in ("train", "val")))
     if config.verify:
         outs = [out for _, out in jobs]
         if not outs:

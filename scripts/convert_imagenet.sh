@@ -3,8 +3,9 @@
 #   usage: IMAGENET=/path/to/imagenet bash scripts/convert_imagenet.sh [pipeline/convert.py flags ...]
 # $IMAGENET has train/ and val/ with one folder a class; or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as
 # downloaded, with ILSVRC2012_devkit_t12.tar.gz beside them (it knows the classes of the val images).
-# Images with a side above 500 px are resized to that (--max-side), JPEG quality 90 (--quality); the others are kept
-# byte for byte, after decoding each once to see that it is sound (--check quick looks at their start only: faster).
+# Of train, images with a side above 500 px are resized to that, JPEG quality 90 (--quality); val keeps its pixels, of
+# which evaluations are published (--max-side resizes both). All others are kept byte for byte, after decoding each once
+# to see that it is sound (--check quick looks at their start only: faster).
 # Interrupted, the same command continues where it stopped. --out FOLDER puts the files elsewhere.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

@@ -182,6 +182,17 @@ def missing_data(job: Job, root: Path) -> str:
     return "" if found else WANTED[job.needs].format(root=root)
 
 
+def unfit_data(job: Job) -> str:
+    """Why a converted dataset cannot be evaluated on, such as for want of labels; "" where it can, or is not here."""
+    folder = job.data.parent if job.data.suffix == ".beton" else job.data
+    try:
+        if (folder / "train.beton").is_file():
+            open_dataset(job.data)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def convert_voc(config: svm.SvmConfig) -> None:
     """VOC's images into the .beton files that the SVMs read; at once where they are there.
 
@@ -207,7 +218,9 @@ def main(config: EvalAllConfig) -> None:
         if config.only and job.name not in config.only:
             continue
         results = read_results(folder) if (folder / RESULTS).is_file() else []
-        if lacking := missing_data(job, root):
+        if problem := unfit_data(job):
+            states[job.name] = f"cannot run: {problem}"
+        elif lacking := missing_data(job, root):
             states[job.name], missing[job.needs] = f"{job.needs} is missing", lacking
         elif is_done(job, results, info):
             states[job.name] = "done before"
@@ -219,7 +232,7 @@ def main(config: EvalAllConfig) -> None:
         print(f"missing {name}: {text}")
     if not config.plan and (folder / RESULTS).is_file():
         report.main(report.ReportConfig(runs=(folder,)))
-    if any(state.startswith("failed") for state in states.values()):
+    if not config.plan and any(state.startswith(("failed", "cannot run")) for state in states.values()):
         sys.exit(1)
 
 

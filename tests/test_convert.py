@@ -24,6 +24,7 @@ from pipeline.convert import ConvertConfig
 from pipeline.errors import UserError
 from pipeline.one_writer import _machine
 from pipeline.storage import beton, beton_writer, store, workers
+from pipeline.storage.sources.open import open_source
 from pipeline.storage.sources.source import Source
 
 REPO = Path(__file__).resolve().parents[1]
@@ -155,7 +156,7 @@ def test_without_a_progress_bar(images, out):
 
 def as_source(kind: str, root: Path) -> Source:
     """The images as a folder, as a tar keeps them (here one after the other in a file), or as pixels."""
-    source = convert.open_source(root / "images")
+    source = open_source(root / "images")
     if kind == "tar":
         if not (root / "all.tar").exists():
             (root / "all.tar").write_bytes(b"".join((source.where / name).read_bytes() for name in source.names))
@@ -260,7 +261,7 @@ def test_skipping_has_to_be_asked_for_again(images, out, monkeypatch):
 
 def test_a_disk_error_is_never_skipped(images, out):
     """A file that is listed and then cannot be read is no bad image: the disk or its permissions are at fault."""
-    listed = convert.open_source(images)
+    listed = open_source(images)
     (images / "class_1" / "69.jpg").unlink()
     with pytest.raises(UserError, match=r"69\.jpg cannot be read from the disk \(No such file"):
         convert.convert(listed, out, ConvertConfig(out, workers=1, skip_unreadable=True))
@@ -570,7 +571,7 @@ def test_the_predicted_size_is_about_right(imagenet_sample, out, monkeypatch):
     config = ConvertConfig(out, imagenet_sample[0].parents[1], workers=2)
     convert.main(config)
     size = out.stat().st_size
-    source, other = convert.open_source(config.source), out.with_name("other.beton")
+    source, other = open_source(config.source), out.with_name("other.beton")
     writer = beton_writer.BetonWriter(other, 500, {})
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=size * 0.9))
     with pytest.raises(UserError, match="make room"):
@@ -640,7 +641,11 @@ BAD = {
     "no source": (["--out", "o.beton"], "give --source to convert, or --verify"),
     "class without images": (["--source", "hollow", "--out", "o.beton"], "dog has no images"),
     "other classes": (["--source", "unequal", "--out", "o"], "val lacks dog"),
-    "no splits": (["--source", "good", "--out", "o"], "ends with .beton"),
+    "out is a file": (["--source", "good", "--out", "other.beton/o"], "cannot be made (Not a directory); give another"),
+    "holdout in a file": (["--source", "good", "--out", "o.beton", "--holdout", "0.1"], "give --out a folder"),
+    "half an image": (["--source", "good", "--out", "o", "--holdout", "1.5"], "a whole number of images"),
+    "holdout of one": (["--source", "good", "--out", "o", "--holdout", "0.5"], "takes 1 of 1 images"),
+    "no list": (["--source", "good", "--out", "o", "--classes", "none.txt"], "none.txt cannot be read (No such file"),
     "which split": (["--source", "unequal", "--out", "o.beton"], "choose one with --split"),
     "unreadable": (["--source", "broken", "--out", "o.beton", "--workers", "1"], "html.jpg is not a readable image"),
     "side": (["--source", "good", "--out", "o.beton", "--max-side", "0"], "expected 1 … 65535"),

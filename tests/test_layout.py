@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "eval": PIPELINE | {"train"},
 }
 # The files in pipeline/ that users start or call, which stand above its folders.
-DOORS = {"pipeline.loader": PIPELINE, "pipeline.preview": PIPELINE, "pipeline.convert": GROUND | {"pipeline.storage"}}
+DOORS = {"pipeline.loader": PIPELINE, "pipeline.preview": PIPELINE}
+DOORS |= {"pipeline.convert": GROUND | {"pipeline.choices", "pipeline.storage"}}
 ENTRIES = {"pipeline.convert", "pipeline.preview", "train.pretrain"} | {
     f"eval.{name}"
     for name in ("extract", "knn", "linear", "heads", "semisup", "svm", "transfer", "detection", "report")

@@ -44,15 +44,14 @@ MOST_THAT_VOTE = 0.8  # of the training images, where the others are to be asked
 def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
     """Which images vote and which are asked, each as (file, sample ids): class-balanced, the same at every start.
 
-    Asked are images of val.beton beside the training file, which the training never sees; where there is none, training
-    images that do not vote. Raises UserError for files that do not belong together.
+    Asked are images of val.beton beside the training file, which the training never sees; where there is none, or none
+    with labels, training images that do not vote. Raises UserError for files that do not belong together.
     """
     path = train_beton(config.data)
     held_out = path.with_name("val" + (SHARDS if path.name.endswith(SHARDS) else ".beton"))
     train = open_stored(path)
     share = config.knn_images / len(train)
-    if held_out.is_file() and held_out != path:
-        val = open_stored(held_out)
+    if held_out.is_file() and held_out != path and (val := open_stored(held_out)).labelled:
         require_same_classes(str(path), train.classes, str(held_out), val.classes)
         votes = balanced_subset(config.seed, train.labels, min(1.0, share))
         asked = balanced_subset(config.seed, val.labels, min(1.0, config.knn_images / len(val)))
@@ -66,21 +65,26 @@ def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
 
 
 class OnlineKnn:
-    """As a context; `begin` after an update, `report` once a step. Does nothing without --knn-every or off rank 0."""
+    """As a context; `begin` after an update, `report` once a step.
+
+    Does nothing without --knn-every, off rank 0, and for images without labels, which a note says.
+    """
 
     def __init__(self, update: Update):
         self.update, self.config, self.ranks = update, update.config, update.ranks
         self.every_steps = self.config.knn_every * update.steps_per_epoch
         self.active = self.config.knn_every > 0 and self.ranks.rank == 0
+        self.stopped, self.pool = threading.Event(), ThreadPoolExecutor(1, "knn")
+        self.loaders: list[Loader] = []
+        if self.active and not open_stored(train_beton(self.config.data)).labelled:
+            say(self.ranks, f"note: no nearest-neighbour accuracies in this run: {self.config.data} has no labels")
+            self.active = False
         if not self.active:
             return
         self.chosen = choose_images(self.config)
         self.backbone = copy.deepcopy(update.method.backbone).eval().requires_grad_(False)
         device = self.ranks.device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.stopped = threading.Event()
-        self.loaders: list[Loader] = []
-        self.pool = ThreadPoolExecutor(1, "knn")
         self.running: tuple[int, Future] | None = None
 
     def due(self, step: int) -> bool:
@@ -153,8 +157,7 @@ class OnlineKnn:
         return self
 
     def __exit__(self, *_) -> None:
-        if self.config.knn_every > 0 and self.ranks.rank == 0:
-            self.stopped.set()
-            self.pool.shutdown(wait=True, cancel_futures=True)
-            for loader in self.loaders:
-                loader.close()
+        self.stopped.set()
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        for loader in self.loaders:
+            loader.close()

@@ -132,14 +132,15 @@ def correlate(run: Path) -> Correlation:
     return Correlation(sha256, state["step"], pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))
 
 
-def of_correlation(run: Path, shown: dict) -> list[str]:
-    """The sections about what the loss saw; one that says why where that cannot be made."""
+def of_correlation(run: Path, shown: dict | None) -> list[str]:
+    """The sections about what the loss saw; one that says why where that cannot be made. `shown`: a result, if any."""
     try:
         c = correlate(run)
     except UserError as error:
         return [left_out("Views and correlation matrix", error)]
     pairs = [[picture(pair[v], f"image {i}, view {v + 1}") for v in (0, 1)] for i, pair in enumerate(c.pairs, 1)]
-    named = whose(shown, (c.checkpoint_sha256, c.step))
+    of = c.checkpoint_sha256, c.step
+    named = whose(shown or dict(zip(("checkpoint_sha256", "step"), of, strict=True)), of)
     d = min(SHOWN_DIMENSIONS, len(c.matrix))
     drawn = matrix_picture(c.matrix[:d, :d], "cross-correlation matrix")
     return [

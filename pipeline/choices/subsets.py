@@ -27,6 +27,26 @@ def k_shot(seed: int, labels: np.ndarray, shots: int) -> np.ndarray:
     return _of_each_class(seed, labels, lambda members: shots)
 
 
+def held_out_subset(seed: int, labels: np.ndarray, holdout: float) -> np.ndarray:
+    """A share below 1 of a dataset, or so many images: labels (N,) → sorted ids, of each class its share and ≥ 1.
+
+    Whatever is asked for, the number is exact: the classes take turns by Webster's method, after one image each.
+    """
+    wanted = holdout * len(labels) if holdout < 1 else holdout
+    fewest, count = len(np.unique(labels)), round(wanted)
+    count = max(count, fewest) if holdout < 1 else count
+    if not fewest <= count < len(labels):
+        raise UserError(
+            f"--holdout {holdout:g} takes {count} of {len(labels)} images; of each of the {fewest} classes it takes one"
+            " or more, and one must stay: give another number, or add images"
+        )
+    by_class = np.lexsort((random_keys(seed, DOMAIN_SPLIT, 0, np.arange(len(labels))), labels))
+    members, first = np.bincount(labels)[labels[by_class]], np.searchsorted(labels[by_class], labels[by_class])
+    turn = np.arange(len(labels)) - first
+    due = np.where(turn == 0, 0, (turn + 0.5) / members)
+    return np.sort(by_class[np.argsort(due, kind="stable")[:count]])
+
+
 def _of_each_class(seed: int, labels: np.ndarray, keep: Callable[[int], int]) -> np.ndarray:
     """keep(n) of each class's n images, those with the lowest keys: labels (N,) → sorted ids."""
     ids = np.arange(len(labels))

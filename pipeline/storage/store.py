@@ -1,7 +1,8 @@
 """One image file → the bytes that a .beton keeps of it. A pure function of the file and three settings.
 
     kept      a readable greyscale or RGB JPEG, upright and not larger than max_side_px: its own bytes
-    resized   the longer side was larger: resized to max_side_px, bicubic with antialias, and encoded again
+    resized   the longer side was larger: resized to max_side_px, bicubic with antialias, and encoded again; with
+              max_side_px ANY_SIDE_PX only what a .beton's page cannot hold, to SIDE_PX
     recoded   anything else that can be read (CMYK, PNG, an EXIF rotation, damaged codes): encoded again
     raw       R G B pixels of sources without files
 
@@ -29,6 +30,8 @@ from pipeline.storage.jpeg import Decoded, decode_pixels
 HOW = ("skipped", "kept", "resized", "recoded", "raw")
 SKIPPED, KEPT, RESIZED, RECODED, RAW = range(5)
 
+SIDE_PX = 500  # of the longer side at most, unless another is asked for
+ANY_SIDE_PX = 65535  # a JPEG's largest
 MAX_SCANS = 500  # libjpeg-turbo's limit, TJFLAG_LIMITSCANS
 
 # libjpeg's words where a file ends too soon, and where the next marker comes too soon.
@@ -167,13 +170,17 @@ def _decode(data: bytes, max_side_px: int) -> _Decoded:
     return _Decoded(image, image.height, image.width, 1, False)
 
 
+class _TooLarge(Unreadable):
+    """For a page."""
+
+
 def _stored(how: int, mode: int, height: int, width: int, data: bytes) -> ImageBytes:
     return ImageBytes(how, mode, height, width, len(data), hashlib.sha256(data).digest(), data)
 
 
 def _encoded(how: int, data: bytes, height: int, width: int) -> ImageBytes:
     if len(data) > PAGE_BYTES:
-        raise Unreadable(f"{len(data)} bytes after encoding, a .beton holds at most {PAGE_BYTES}; lower --max-side")
+        raise _TooLarge(f"{len(data)} bytes after encoding, a .beton holds at most {PAGE_BYTES}; lower --max-side")
     return _stored(how, MODE_JPEG, height, width, data)
 
 
@@ -183,6 +190,15 @@ def store_image(data: bytes, how: How) -> ImageBytes:
     A JPEG is kept as it is when its markers are in order and it starts well; with `decode_all`, or if the
     markers leave a doubt, when all of it decodes without a warning.
     """
+    try:
+        return _store(data, how)
+    except _TooLarge:
+        if how.max_side_px != ANY_SIDE_PX:
+            raise
+        return _store(data, how._replace(max_side_px=SIDE_PX))
+
+
+def _store(data: bytes, how: How) -> ImageBytes:
     max_side_px, quality, decode_all = how
     found = jpeg_structure(data)
     may_turn = data[:2] == _SOI if found is None else found.has_app1

@@ -35,6 +35,16 @@ def verify(stored: Stored, workers: int = 0) -> None:
     print(f"{path}: all {len(rows)} images are in order")
 
 
+def note_shared_images(train: Beton, val: Beton) -> None:
+    """Says how many images of val are also in train, byte for byte as they are stored."""
+    in_train = {row[3] for row in file_rows(train)}
+    shared = [row[4] for row in file_rows(val) if row[3] in in_train]
+    if shared:
+        print(
+            f"note: {len(shared)} of {len(val)} images of {val.path} are in {train.path.name} too ({shared[0]} first)"
+        )
+
+
 def _verify_chunk(samples: list[tuple[Path, int, int, int, int, int, str]]) -> list[str]:
     """For each (file, offset, size, mode, height, width, sha256) what is wrong with it, "" if nothing is."""
     from pipeline.storage import decode  # with numba, which takes half a second to load

@@ -1,7 +1,11 @@
 """Images in folders: which files are images, which folders are classes or splits, and what of a dataset is left out.
 
     root/<class>/**/<image>
-    root/train/<class>/…  root/val/<class>/…      validation/ or valid/ is val, if there is train/ and no val/
+    root/<image>                                   no folder with images: they have no labels
+    root/train/…  root/val/…  root/unlabelled/…    as one of these; validation/ or valid/ is val, if there is no val/
+
+A folder with such a name is a split if it holds folders, or if all folders beside it have such names; otherwise train/
+is a class among others. If train/ is a split, so are val/ and unlabelled/. All below unlabelled/ has no labels.
 
 An image is a file whose name ends in one of SUFFIXES. Left out, and counted by suffix or name: other files, images
 that lie beside the class folders, folders beside the splits, hidden files (a dot comes first), and the folders that
@@ -18,7 +22,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.storage.sources.imagenet_tars import tar_name
-from pipeline.storage.sources.source import SPLITS, Source
+from pipeline.storage.sources.source import SPLITS, UNLABELLED, Source
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
@@ -26,63 +30,100 @@ SUFFIXES = (
 )
 NOT_DATA = ("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX")
 _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "unlabelled": ("unlabelled", "unlabeled")}
-_LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+_LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabelled", "unlabeled"}
 _SUFFIX = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")  # "img.0001" has none
 
 
 def find(root: Path, split: str) -> Path | None:
     """The folder of a split, None if there is none."""
-    others_count = (root / "train").is_dir()  # alone, valid/ could be a class
-    names = _SPLIT_FOLDERS[split] if others_count else _SPLIT_FOLDERS[split][:1]
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    # Alone, valid/ could be a class.
+    beside_train = split != "train" and find(root, "train") is not None
+    for name in _SPLIT_FOLDERS[split] if beside_train else _SPLIT_FOLDERS[split][:1]:
+        folder = root / name
+        if folder.is_dir() and (beside_train or _only_like_splits(_data_folders(root)) or _data_folders(folder)):
+            return folder
+    return None
 
 
 def read(root: Path, split: str, folder: Path) -> Source:
     """Lists a split's folder, and counts what lies beside the splits."""
-    source = class_folders(folder, split)
+    source = unlabelled_images(folder, split) if split == "unlabelled" else class_folders(folder, split)
     used = {tar_name(s) for s in SPLITS} | {found.name for s in SPLITS if (found := find(root, s))}
     source.left_out.update(f"{_kind(entry)} beside the splits" for entry in _entries(root) if entry.name not in used)
     return source
 
 
+def split_of(root: Path) -> str:
+    """Which split a folder without splits is: "val" if it is called so, otherwise "train"."""
+    return "val" if root.resolve().name.lower() in _SPLIT_FOLDERS["val"] else "train"
+
+
 def class_folders(root: Path, split: str) -> Source:
-    """Lists a folder of classes. Raises UserError for one without class folders, or a class without images."""
-    classes, loose = [], 0
-    left_out: Counter[str] = Counter()
+    """Lists a folder of classes, or the images of one that has images and no class.
+
+    Raises UserError if there are neither, for a class without images, and if most images lie beside the classes.
+    """
+    loose, left_out, by_class = 0, Counter[str](), {}
     for entry in _entries(root):
         if _is_data_folder(entry):
-            classes.append(entry.name)
+            by_class[entry.name] = sorted(_images_under(entry.path, f"{entry.name}/", left_out))
         else:
             loose += not entry.is_dir() and _is_image(entry.name)
             left_out[f"{_kind(entry)} beside the class folders"] += 1
+    classes, names = list(by_class), [name for members in by_class.values() for name in members]
+    if loose and not names:
+        return unlabelled_images(root, split)
     if not classes:
-        found = f"{loose} images but no class folders" if loose else "no class folders"
-        raise UserError(f"{root} has {found}; one folder a class with its images inside is expected")
-    try:
-        by_class = [sorted(_images_under(str(root / name), f"{name}/", left_out)) for name in classes]
-    except OSError as error:  # a folder of somebody else's; a link that leads back to a folder above it
-        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); repair or remove it") from None
-    for name, members in zip(classes, by_class, strict=True):
+        raise UserError(
+            f"{root} has no class folders and no images ({' '.join(SUFFIXES)}); a folder of images, or one folder a"
+            " class with its images inside, is expected"
+        )
+    for name, members in by_class.items():
         if not members:
             raise UserError(
                 f"{root / name} has no images ({' '.join(SUFFIXES)}); add images to this class or remove its folder"
             )
-    deep = all(name.count("/") > 1 for members in by_class for name in members)
-    if deep and {name.lower() for name in classes} <= _LIKE_SPLITS:
+    if loose > len(names):
+        raise UserError(
+            f"{root} has {loose} images beside its class folders and {len(names)} in them; move them into class"
+            " folders or out of the way, or pass --unlabelled to take all images without labels"
+        )
+    if all(name.count("/") > 1 for name in names) and _only_like_splits(classes):
         raise UserError(
             f"{root} has the folders {' and '.join(classes)}, which look like splits and not like classes; "
             "rename them to train and val, or give one of them to --source"
         )
-    names = [name for members in by_class for name in members]
-    for name in names:
-        if "\t" in name or "\n" in name:  # these part the columns and lines of x.files.tsv
-            raise UserError(f"{str(root / name)!r} has a tab or a line break in its name; rename it")
-    labels = np.repeat(np.arange(len(classes)), [len(members) for members in by_class])
+    labels = np.repeat(np.arange(len(classes)), [len(members) for members in by_class.values()])
     return Source("folder", split, classes, names, labels, root, left_out=left_out)
 
 
+def unlabelled_images(root: Path, split: str) -> Source:
+    """Lists every image below a folder, without labels. Raises UserError if there is none."""
+    left_out = Counter[str]()
+    names = sorted(_images_under(str(root), "", left_out))
+    if not names:
+        raise UserError(f"{root} and the folders below it have no images ({' '.join(SUFFIXES)}); give --source others")
+    labels = np.zeros(len(names), np.int64)
+    return Source("images", split, list(UNLABELLED), names, labels, root, labelled=False, left_out=left_out)
+
+
 def _entries(folder: str | Path) -> list[os.DirEntry]:
-    return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    """Sorted by name. Raises UserError for a folder of somebody else's, and a link that leads back to above it."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        for entry in entries:
+            entry.is_dir()  # follows links, which may fail; the answer is kept
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be listed ({error.strerror}); repair or remove it") from None
+    return entries
+
+
+def _data_folders(folder: Path) -> list[str]:
+    return [entry.name for entry in _entries(folder) if _is_data_folder(entry)]
+
+
+def _only_like_splits(names: list[str]) -> bool:
+    return {name.lower() for name in names} <= _LIKE_SPLITS
 
 
 def _is_image(name: str) -> bool:

@@ -1,11 +1,15 @@
 """Finds what kind of dataset lies in a folder, and lists one split of it. To add a kind: a file here, a line in KINDS.
 
-A kind is a module with two functions. `find(root, split)` says where in a folder this split of it lies ("train" or
-"val"), by the names in it alone; None if there is none. `read(root, split, found)` lists the split as a Source:
+A kind is a module with two functions. `find(root, split)` says where in a folder this split of it lies (one of
+SPLITS), by the names in it alone; None if there is none. `read(root, split, found)` lists the split as a Source:
 classes, names, labels, and where the images are. It opens no image that the converter will read, and raises UserError
 for a split that is not complete.
 """
 
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -40,11 +44,12 @@ KINDS: tuple[Kind, ...] = (
     lists,  # Places205 and iNaturalist 2018 as downloaded                              ids in list order
     parquet,  # Hugging Face's root[/data]/{train,validation}-*.parquet                 ids in file order
     imagenet_flat,  # Kaggle's ImageNet; val/ILSVRC2012_val_*.JPEG beside its labels    ids of class folders
-    folders,  # root/{train,val}/<class>/**/<image>                                     ids by class, then by name
+    folders,  # root/{train,val}/<class>/**/<image>, or without classes                 ids by class, then by name
     imagenet_tars,  # root/ILSVRC2012_img_{train,val}.tar, read in place                ids of the unpacked folder
 )
 
 PUBLISHED = (cifar, stl10, tiny_imagenet, voc2007, lists)  # of which a folder can hold several
+NEAR_FOLDERS = 300  # of each level below --source, that are looked into for a dataset where it is none
 
 
 def split_names(root: Path) -> list[str]:
@@ -55,23 +60,60 @@ def split_names(root: Path) -> list[str]:
         raise UserError(f"{root} holds several datasets ({names}); give --source the folder of one of them")
     if not root.is_dir() and not (root.is_file() and any(parquet.find(root, split) for split in SPLITS)):
         found = "is not a folder" if root.exists() else "is missing"
-        raise UserError(f"{root} {found}; --source expects a folder of images, one folder a class")
+        raise UserError(f"{root} {found}; --source expects a folder of images, such as one folder a class")
     return [split for split in SPLITS if any(kind.find(root, split) for kind in KINDS)]
 
 
 def open_source(root: str | Path, split: str = "") -> Source:
-    """Lists one split of a dataset. `split` may be empty if `root` is itself one split, a folder of classes.
+    """Lists one split of a dataset. `split` may be empty if `root` is itself one split, a folder of images.
 
     Raises UserError for a missing or empty folder, a class without images, an incomplete tar file or list, CIFAR-10
-    with other pixels or labels than the published ones.
+    with other pixels or labels than the published ones, names that cannot be kept or that two images have.
     """
     root = Path(root)
     splits = split_names(root)
     if root.is_file():
         split = split or splits[0]  # there is one
     if not splits:
-        return folders.class_folders(root, split)
-    if split not in splits:
+        source = _one_split(root, split)
+    elif split not in splits:
         asked = f"has no split {split!r}" if split else "holds splits, and --out names one file"
         raise UserError(f"{root} {asked}, found {' and '.join(splits)}; choose one with --split")
-    return next(kind.read(root, split, found) for kind in KINDS if (found := kind.find(root, split)))
+    else:
+        source = next(kind.read(root, split, found) for kind in KINDS if (found := kind.find(root, split)))
+    _check_names(source)
+    return source
+
+
+def _one_split(root: Path, split: str) -> Source:
+    """A folder of images. Raises UserError if it is none, and says which folder near it is a dataset."""
+    try:
+        source = folders.class_folders(root, split)
+    except UserError as error:
+        raise UserError(f"{error}{_known_near(root, root.resolve().parents[:2])}") from None
+    # One folder with a whole dataset inside is no class.
+    if len(source.classes) == 1 and source.labelled and (known := _known_near(root)):
+        raise UserError(f"{root} has one folder, {source.classes[0]}, and no classes{known}")
+    return source
+
+
+def _known_near(root: Path, above: Sequence[Path] = ()) -> str:
+    """Which folder in `root`, in a folder of it, or among those above is a dataset, as the end of a sentence; or ""."""
+    below = [folder for level in ("*/", "*/*/") for folder in sorted(islice(root.glob(level), NEAR_FOLDERS))]
+    for folder in (*below, *above):
+        for kind in KINDS:
+            with contextlib.suppress(OSError, UserError):  # a folder that may not be looked into is not recommended
+                if splits := [split for split in SPLITS if kind.find(folder, split)]:
+                    name = getattr(kind, "__name__", "").rpartition(".")[2].replace("_", " ")
+                    return f"; {folder} looks like a dataset ({name}: {' and '.join(splits)}), give --source {folder}"
+    return ""
+
+
+def _check_names(source: Source) -> None:
+    """Raises UserError for names that x.files.tsv cannot hold: one an image, without what parts columns and lines."""
+    for name in source.names:
+        if "\t" in name or "\n" in name:
+            raise UserError(f"{str(source.where / name)!r} has a tab or a line break in its name; rename it")
+    if len(set(source.names)) < len(source):
+        name, times = Counter(source.names).most_common(1)[0]
+        raise UserError(f"{source.where} has {times} images of the name {name}; every image needs a name of its own")

@@ -2,12 +2,14 @@
 
 import csv
 import io
+import json
 import os
 import pickle
 import shutil
 import struct
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
 from typing import ClassVar
@@ -22,10 +24,16 @@ from pipeline import constants
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.errors import UserError
+from pipeline.loader import make_loader
 from pipeline.storage.beton import jpeg_bytes, open_beton
 from pipeline.storage.sources import cifar
 from pipeline.storage.sources.imagenet_tars import DEVKIT, TRUTH
 from pipeline.storage.sources.open import open_source, split_names
+from tests.test_resume import CPU, TINY
+from train.flags import resolved
+from train.online_knn import choose_images
+from train.pretrain import EXIT_FINISHED, train
+from train.run_data import loader_config
 
 # ---- ImageNet of Kaggle, and a flat val ----
 
@@ -132,7 +140,7 @@ def require_the_same(root: Path, imagenet: Path, out: Path) -> None:
         assert given.read_bytes() == folders.read_bytes()
 
 
-@pytest.mark.parametrize("given", ["", "ILSVRC", "ILSVRC/Data/CLS-LOC"])
+@pytest.mark.parametrize("given", ["", "ILSVRC", "ILSVRC/Data", "ILSVRC/Data/CLS-LOC"])
 def test_kaggles_imagenet(imagenet, tmp_path, given):
     root = tmp_path / "kaggle"
     flat_copy(imagenet, root / "ILSVRC/Data/CLS-LOC")
@@ -337,6 +345,26 @@ def test_stl10(stl, tmp_path, monkeypatch, below):
         assert beton.labels.tolist() == [label if label >= 0 else 0 for _, label in expected]
         for i, (image, _) in enumerate(expected):
             assert np.array_equal(jpeg_bytes(beton, i).reshape(96, 96, 3), np.asarray(image))
+
+
+@pytest.mark.slow
+def test_pretraining_on_stl10s_unlabelled_images(stl, tmp_path, monkeypatch):
+    """Those beside them that have labels vote and are asked."""
+    monkeypatch.setattr("train.runlog.RUNS", tmp_path)
+    convert(ConvertConfig(source=stl, out=tmp_path / "out", workers=1))
+    flags = {
+        "data": tmp_path / "out" / "unlabelled.beton",
+        "run": str(tmp_path / "run"),
+        "resolution": 32,
+        "workers": 1,
+    }
+    config = resolved(replace(TINY, **flags, global_batch=6, epochs=1, knn_every=1, knn_images=100))
+    with make_loader(loader_config(config, CPU)) as loader:
+        assert train(config, CPU, loader) == EXIT_FINISHED
+    lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["knn_images"] for line in lines if "knn_top1" in line] == [20 + 30]
+    (bank, votes), (queries, asked) = choose_images(config)
+    assert (bank.name, queries.name, len(votes), len(asked)) == ("train.beton", "val.beton", 20, 30)
 
 
 def test_stl10s_pixels_stay_on_disk(stl):

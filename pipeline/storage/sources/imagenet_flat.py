@@ -30,25 +30,22 @@ from pipeline.storage.sources import folders
 from pipeline.storage.sources.imagenet_tars import DEVKIT, TRUTH, val_classes
 from pipeline.storage.sources.source import Source
 
-_KAGGLE = (Path("ILSVRC/Data/CLS-LOC"), Path("Data/CLS-LOC"))
+_KAGGLE = (Path("ILSVRC/Data/CLS-LOC"), Path("Data/CLS-LOC"), Path("CLS-LOC"))
 _SOLUTION = "LOC_val_solution.csv"
 _SYNSETS = "imagenet_2012_validation_synset_labels.txt"
 _LIST = "val.txt"
 _LEVELS = 5  # the folder of the images and four above it: from CLS-LOC/val to Kaggle's root
-_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.\w+")
+_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.\w+")
 _SYNSET = re.compile(r"n\d{8}")
 
 
 def find(root: Path, split: str) -> Path | None:
     """The folder of a split: all of Kaggle's, elsewhere only that of val without classes."""
-    usual = [root / split, root] if split == "val" else []
-    kaggle = [root / base / split for base in _KAGGLE] if split in ("train", "val") else []
-    for folder in usual:
-        if _is_flat(folder):
-            return folder
-    if (root / "train").is_dir() or (root / "val").is_dir():
+    if split == "val" and (flat := next((folder for folder in (root / split, root) if _is_flat(folder)), None)):
+        return flat
+    if split == "unlabelled" or (root / "train").is_dir() or (root / "val").is_dir():
         return None
-    return next((folder for folder in kaggle if folder.is_dir()), None)
+    return next((folder for base in _KAGGLE if (folder := root / base / split).is_dir()), None)
 
 
 def read(root: Path, split: str, folder: Path) -> Source:
@@ -57,7 +54,7 @@ def read(root: Path, split: str, folder: Path) -> Source:
         return folders.read(folder.parent, split, folder)
     names, left_out = [], Counter[str]()
     for name in sorted(os.listdir(folder)):
-        if (folder / name).is_dir() and _SYNSET.fullmatch(name):
+        if _SYNSET.fullmatch(name) and (folder / name).is_dir():
             raise UserError(
                 f"{folder} has images and the class folder {name}; finish moving the images into class folders, or "
                 "unpack ILSVRC2012_img_val.tar again"

@@ -12,12 +12,14 @@ Listing reads schemas, labels and paths, and never an image. A worker keeps one 
 chunks of images: there must be memory for as many groups as workers.
 """
 
+import contextlib
 import functools
 import json
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,12 +101,10 @@ def read_row(place: Place) -> tuple[bytes, Stamp]:
     path, row, _ = place
     about = os.stat(path)
     stamp = about.st_size, about.st_mtime_ns
-    try:
+    with _reading(f"{path}, row {row},"):
         ends = _opened(path, stamp)[2]
         group = int(np.searchsorted(ends, row, "right"))
         content = _row_group(path, stamp, group)[row - int(ends[group])].as_py()  # counted from the group's end
-    except (_arrow().ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read at row {row} ({_why(error)}); download it again") from None
     if content is None:
         raise _no_bytes(path)
     return content, stamp
@@ -164,49 +164,34 @@ def _require_all_shards(files: list[Path]) -> None:
 def _columns(path: Path) -> _Columns:
     """Raises UserError where it is not clear which columns are meant."""
     schema, types = _open(path).schema_arrow, _arrow().types
-    inside = {field.name: _parts(field.type) for field in schema}
-    structs = [name for name, parts in inside.items() if _is_bytes(parts.get("bytes"))]
-    plain = [field.name for field in schema if _is_bytes(field.type)]
-    image = _the_one(path, "image bytes", structs or plain, ("image", "img"))
+    parts = {f.name: [part.name for part in f.type] if types.is_struct(f.type) else [] for f in schema}
+    images = {name: f"{name}.bytes" for name, inside in parts.items() if "bytes" in inside}
+    images = images or {f.name: f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)}
+    image = _the_one(path, "image bytes", list(images), ("image", "img"))
     features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
     named = {
         name: tuple(feature["names"])
         for name, feature in features.items()
-        if name in inside and isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        if name in parts and isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
     }
-    usual = []
-    for field in schema:
-        kind = field.type.value_type if types.is_dictionary(field.type) else field.type
-        if field.name in _LABELS and (types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)):
-            usual.append(field.name)
-    label = _the_one(path, "labels", list(named) or usual, ("label", "labels", "fine_label")) if named or usual else ""
-    return _Columns(
-        image=f"{image}.bytes" if structs else image,
-        path=f"{image}.path" if "path" in inside[image] else "",
-        label=label,
-        names=named.get(label, ()),
-    )
+    candidates = list(named) or [f.name for f in schema if f.name in _LABELS and _is_label(f.type)]
+    label = _the_one(path, "labels", candidates, ("label", "labels", "fine_label")) if candidates else ""
+    return _Columns(images[image], f"{image}.path" if "path" in parts[image] else "", label, named.get(label, ()))
 
 
-def _parts(kind: Any) -> dict[str, Any]:
-    """The types in a struct, by name."""
-    return {field.name: field.type for field in kind} if _arrow().types.is_struct(kind) else {}
-
-
-def _is_bytes(kind: Any) -> bool:
+def _is_label(kind: Any) -> bool:
     types = _arrow().types
-    return kind is not None and (types.is_binary(kind) or types.is_large_binary(kind))
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
 
 
 def _the_one(path: Path, what: str, columns: list[str], preferred: tuple[str, ...]) -> str:
     chosen = columns if len(columns) == 1 else [name for name in preferred if name in columns]
     if chosen:
         return chosen[0]
-    schema = _open(path).schema_arrow
     found = f"the columns {', '.join(columns)}, any of which could hold {what}" if columns else f"no column of {what}"
-    raise UserError(
-        f"{path} has {found} (all: {', '.join(schema.names)}); write it again with one, called {preferred[0]}"
-    )
+    every = ", ".join(_open(path).schema_arrow.names)
+    raise UserError(f"{path} has {found} (all: {every}); write it again with one, called {preferred[0]}")
 
 
 def _classes(base: Path, columns: _Columns) -> tuple[list[str], dict[int | str | None, int]]:
@@ -236,19 +221,21 @@ def _arrow() -> Any:
     return pyarrow
 
 
-def _why(error: Exception) -> str:
-    return " ".join(str(error).split())
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """What pyarrow says of a damaged file, as a UserError."""
+    try:
+        yield
+    except (_arrow().ArrowException, OSError) as error:
+        raise UserError(
+            f"{what} cannot be read ({' '.join(str(error).split())}); download it again (in a git clone: git lfs pull)"
+        ) from None
 
 
 def _open(path: str | Path) -> Any:
     """Without threads of pyarrow's own: the converter's workers are forked."""
-    try:
+    with _reading(str(path)):
         return _arrow().parquet.ParquetFile(path, pre_buffer=False)
-    except (_arrow().ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} is not a parquet file, or not all of it ({_why(error)}); download it again (in a git clone:"
-            " git lfs pull)"
-        ) from None
 
 
 def _values(path: Path, leaf: str) -> list[Any]:
@@ -256,10 +243,8 @@ def _values(path: Path, leaf: str) -> list[Any]:
     file = _open(path)
     if not leaf:
         return [None] * file.metadata.num_rows
-    try:
+    with _reading(str(path)):
         return file.read(columns=[leaf], use_threads=False).flatten().column(0).to_pylist()
-    except (_arrow().ArrowException, OSError) as error:
-        raise UserError(f"{path} cannot be read ({_why(error)}); download it again") from None
 
 
 def _require_images(path: Path, columns: _Columns) -> None:

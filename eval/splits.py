@@ -1,27 +1,30 @@
 """Which images an evaluation learns from and is judged on: a dataset's two files, and a labelled share of the first.
 
 `eval/splits/` holds SimCLR's lists of ImageNet's 1 % and 10 % (google-research/simclr, Apache 2.0). A list applies
-where all of this is true: the fraction is 0.01 or 0.1; every class is named by a WordNet id (n and eight digits);
-and every class has at least one listed file in the dataset. So it applies to ImageNet and to subsets of its
-classes, of which it picks the files that are there. Everything else gets a seeded, class-balanced share. The
-split's name tells which.
+where all of this is true: the fraction is 0.01 or 0.1; every class has at least one listed file in the dataset; and
+of all files at least half that fraction is listed. So it applies to ImageNet and to subsets of its classes, of which it
+picks the files that are there. A file is known by its name alone, whatever its suffix: n01440764_10026.JPEG, .png, and
+n01440764_10026_n01440764.JPEG as Hugging Face has it. Everything else gets a seeded, class-balanced share; for what
+looks like ImageNet a note says why. The split's name tells which.
 """
 
 import functools
 import hashlib
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from pipeline.choices.subsets import balanced_subset, k_shot
-from pipeline.constants import IMAGENET_LIST_IMAGES, IMAGENET_LIST_SHA256
+from pipeline.constants import IMAGENET_CLASSES, IMAGENET_LIST_IMAGES, IMAGENET_LIST_SHA256
 from pipeline.errors import UserError
 from pipeline.storage.beton import Beton, open_beton
 from train.run_data import dataset_sha256
 
 LISTS = Path(__file__).resolve().parent / "splits"
+_IMAGENET_NAME = re.compile(r"(n\d{8}_\d+)(?:_n\d{8})?(?:\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -103,12 +106,23 @@ def imagenet_list(percent: int) -> frozenset[str]:
 
 
 def _listed_ids(train: Beton, percent: int) -> np.ndarray | None:
-    """Ids of the listed files, None where the list does not apply."""
-    if not all(re.fullmatch(r"n\d{8}", name) for name in train.classes):
-        return None
+    """Ids of the listed files, None where the list does not apply, which is said of what looks like ImageNet."""
     listed = imagenet_list(percent)
-    ids = np.array([i for i, name in enumerate(train.file_names()) if PurePosixPath(name).name in listed], np.int64)
-    return ids if len(np.unique(train.labels[ids])) == len(train.classes) else None
+    found = [_IMAGENET_NAME.fullmatch(PurePosixPath(name).name) for name in train.file_names()]
+    ids = np.array([i for i, match in enumerate(found) if match and f"{match[1]}.JPEG" in listed], np.int64)
+    lacking = np.setdiff1d(np.arange(len(train.classes)), train.labels[ids])
+    few = len(ids) < percent / 200 * len(train)
+    if not len(lacking) and not few:
+        return ids
+    by_class = all(re.fullmatch(r"n\d{8}", name) for name in train.classes) or len(train.classes) == IMAGENET_CLASSES
+    if by_class or all(found):
+        why = f"{len(ids)} of {len(train)} files are on it" if few else f"none of {train.classes[lacking[0]]} is on it"
+        print(
+            f"note: SimCLR's list of ImageNet's {percent} % does not apply ({why}, by names such as"
+            " n01440764_10026.JPEG); a seeded, class-balanced share is used instead",
+            file=sys.stderr,
+        )
+    return None
 
 
 def labelled_subset(train: Beton, fraction: float, seed: int) -> Subset:

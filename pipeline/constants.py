@@ -30,12 +30,15 @@ IMAGENET_LIST_SHA256 = {
 }
 IMAGENET_LIST_IMAGES = {1: 12_811, 10: 128_116}
 
-# Images and classes of datasets that come with lists. Sources: Zhou 2014; iNaturalist 2018's competition page.
+# Images and classes of datasets that come with lists. Sources: Zhou 2014; iNaturalist 2018's competition page;
+# Stanford's course CS231n (Tiny ImageNet).
 LISTED_SIZES = {
     ("places205", "train"): (2_448_873, 205),
     ("places205", "val"): (20_500, 205),
     ("inat18", "train"): (437_513, 8_142),
     ("inat18", "val"): (24_426, 8_142),
+    ("tiny imagenet", "train"): (100_000, 200),
+    ("tiny imagenet", "val"): (10_000, 200),
 }
 
 # CIFAR-10's class names by label (batches.meta), and the sha256 of its labels as uint8 in the same order as the
@@ -43,3 +46,22 @@ LISTED_SIZES = {
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_TRAIN_LABELS_SHA256 = "2b7cd2f24487317614016b72ffd53071c3062f592f0eb300c18a770d41ae1253"
 CIFAR10_TEST_LABELS_SHA256 = "cec8a24a1e92aa2ecaa0bbd3dbfa86bf6cd8759fbd209a832824c8cf0afca9d5"
+
+# md5 of the owners' pickles of CIFAR-10 and CIFAR-100, and CIFAR-100's images, as many of each of 100 classes.
+# Sources: torchvision.datasets.cifar; Krizhevsky's page.
+CIFAR_MD5 = {
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
+CIFAR100_IMAGES = {"train": 50_000, "val": 10_000}
+
+# STL-10's images, as many of each of 10 classes, and the classes by label. Source: Coates, Ng, Lee 2011, and its page.
+STL10_IMAGES = {"train": 5_000, "val": 8_000, "unlabelled": 100_000}
+STL10_CLASSES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")

@@ -56,8 +56,9 @@ class ConvertConfig:
     """The .beton file to write; or a folder, which gets train.beton and, if there is one, val.beton."""
     source: Path | None = None
     """The images: a folder of images, with one folder a class or without classes, or one with train/ and val/ (or
-    validation/) of these; ImageNet's own tar files; CIFAR-10, VOC2007, Places205 or iNaturalist 2018 as they are
-    downloaded."""
+    validation/) of these; ImageNet's own tar files, Kaggle's folders, or val/ without class folders; CIFAR-10,
+    CIFAR-100, STL-10, Tiny ImageNet, VOC2007, Places205 or iNaturalist 2018 as they are downloaded; Hugging Face's
+    parquet files."""
     split: Literal["", "train", "val", "unlabelled"] = ""
     """Which split to convert, if --source has several."""
     unlabelled: bool = False

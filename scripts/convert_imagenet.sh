@@ -2,7 +2,9 @@
 # ImageNet → data/imagenet/{train,val}.beton, each with its manifest.
 #   usage: IMAGENET=/path/to/imagenet bash scripts/convert_imagenet.sh [pipeline/convert.py flags ...]
 # $IMAGENET has train/ and val/ with one folder a class; or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as
-# downloaded, with ILSVRC2012_devkit_t12.tar.gz beside them (it knows the classes of the val images).
+# downloaded, with ILSVRC2012_devkit_t12.tar.gz beside them (it knows the classes of the val images); or what Kaggle
+# gives out (ILSVRC/ and LOC_val_solution.csv). val/ may also hold its images as its tar does, without class folders,
+# with the devkit, LOC_val_solution.csv or imagenet_2012_validation_synset_labels.txt beside it.
 # Of train, images with a side above 500 px are resized to that, JPEG quality 90 (--quality); val keeps its pixels, of
 # which evaluations are published (--max-side resizes both). All others are kept byte for byte, after decoding each once
 # to see that it is sound (--check quick looks at their start only: faster).

@@ -31,8 +31,8 @@ from train.checkpoint import BackboneInfo
 
 # Dataset under --data-root → what to fetch and where it goes.
 WANTED = {
-    "imagenet": "ImageNet-1k (ILSVRC 2012; image-net.org, after registration) as train/ and val/ in $IMAGENET, then "
-    "`bash scripts/convert_imagenet.sh`",
+    "imagenet": "ImageNet-1k (ILSVRC 2012; image-net.org or Kaggle, after registration) as downloaded or as train/ and "
+    "val/ in $IMAGENET, then `bash scripts/convert_imagenet.sh`",
     "voc": "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar (the PASCAL VOC 2007 site), unpacked into {root}",
     "voc0712": "VOCtrainval_06-Nov-2007.tar, VOCtest_06-Nov-2007.tar (the PASCAL VOC 2007 site) and "
     "VOCtrainval_11-May-2012.tar (the PASCAL VOC 2012 site), unpacked into {root}",

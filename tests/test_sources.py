@@ -272,10 +272,15 @@ def test_something_else_named_tar(tars):
 # ---- CIFAR-10 ----
 
 
+def accept(path: Path, monkeypatch) -> None:
+    """Makes the checksum of a pickle the published one."""
+    monkeypatch.setitem(constants.CIFAR_MD5, path.name, hashlib.md5(path.read_bytes()).hexdigest())
+
+
 @pytest.fixture
 def cifar(tmp_path, monkeypatch) -> dict[str, Path]:
-    """Random images in CIFAR-10's two layouts, with their checksums as the published ones."""
-    rng, roots = np.random.default_rng(0), {name: tmp_path / name for name in ("pickles", "sheets")}
+    """Random images in CIFAR-10's three layouts, with their checksums as the published ones."""
+    rng, roots = np.random.default_rng(0), {name: tmp_path / name for name in ("pickles", "sheets", "binary")}
     for split, batches in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
         pixels = rng.integers(0, 256, (len(batches) * 20, 32, 32, 3), np.uint8)
         labels = rng.integers(0, 10, len(pixels))
@@ -287,6 +292,9 @@ def cifar(tmp_path, monkeypatch) -> dict[str, Path]:
         ):
             planes = {b"data": part.transpose(0, 3, 1, 2).reshape(-1, 3072).copy(), b"labels": own.tolist()}
             write(roots["pickles"] / "cifar-10-batches-py" / batch, pickle.dumps(planes, 2))
+            accept(roots["pickles"] / "cifar-10-batches-py" / batch, monkeypatch)
+            rows = np.concatenate([own[:, None], planes[b"data"]], 1).astype(np.uint8)
+            write(roots["binary"] / "cifar-10-batches-bin" / f"{batch}.bin", rows.tobytes())
             sheet = io.BytesIO()
             Image.fromarray(part.reshape(20, 1024, 3)).save(sheet, "PNG")
             write(roots["sheets"] / f"{batch}.png", sheet.getvalue())
@@ -295,11 +303,12 @@ def cifar(tmp_path, monkeypatch) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 100), ("val", 20)])
-def test_both_layouts_of_cifar10_are_the_same(cifar, split, count):
-    first, second = (open_source(root, split) for root in cifar.values())
+def test_all_layouts_of_cifar10_are_the_same(cifar, split, count):
+    first, *others = (open_source(root, split) for root in [*cifar.values(), cifar["binary"] / "cifar-10-batches-bin"])
     assert len(first) == count and first.pixels.shape == (count, 32, 32, 3)
-    assert np.array_equal(first.pixels, second.pixels) and np.array_equal(first.labels, second.labels)
-    assert first.names == second.names and first.classes == second.classes
+    for other in others:
+        assert np.array_equal(first.pixels, other.pixels) and np.array_equal(first.labels, other.labels)
+        assert first.names == other.names and first.classes == other.classes and first.kind == other.kind
     assert first.classes[0] == "airplane" and len(first.classes) == 10
 
 
@@ -322,10 +331,21 @@ def test_other_labels_are_refused(cifar):
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x02", b"<html>", pickle.dumps({}), pickle.dumps([1])])
-def test_damaged_batches_are_refused(cifar, content):
-    write(cifar["pickles"] / "cifar-10-batches-py" / "data_batch_2", content)
-    with pytest.raises(UserError, match="cannot be read"):
+@pytest.mark.parametrize("accepted", [False, True])
+def test_damaged_batches_are_refused(cifar, content, accepted, monkeypatch):
+    path = cifar["pickles"] / "cifar-10-batches-py" / "data_batch_2"
+    write(path, content)
+    if accepted:
+        accept(path, monkeypatch)
+    with pytest.raises(UserError, match="cannot be read .data_batch_2 is not" if not accepted else "cannot be read"):
         open_source(cifar["pickles"], "train")
+
+
+def test_other_bytes_for_c_are_refused(cifar):
+    path = cifar["binary"] / "cifar-10-batches-bin" / "data_batch_2.bin"
+    write(path, path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cannot be read"):
+        open_source(cifar["binary"], "train")
 
 
 class _Attack:
@@ -336,8 +356,10 @@ class _Attack:
         return os.mkdir, (str(self.path),)
 
 
-def test_a_batch_cannot_run_code(cifar, tmp_path):
-    write(cifar["pickles"] / "cifar-10-batches-py" / "data_batch_2", pickle.dumps(_Attack(tmp_path / "attacked")))
+def test_a_batch_cannot_run_code(cifar, tmp_path, monkeypatch):
+    path = cifar["pickles"] / "cifar-10-batches-py" / "data_batch_2"
+    write(path, pickle.dumps(_Attack(tmp_path / "attacked")))
+    accept(path, monkeypatch)  # whatever its checksum
     with pytest.raises(UserError, match="mkdir is not expected"):
         open_source(cifar["pickles"], "train")
     assert not (tmp_path / "attacked").exists()

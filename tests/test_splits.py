@@ -78,19 +78,59 @@ def test_real_imagenet_10(shared_data):
         assert all(train.file_names()[i].split("/")[1] in listed for i in subset.ids)
 
 
-@pytest.mark.parametrize("spoil", ["class not a WordNet id", "class without a listed file", "another fraction"])
-def test_where_the_list_does_not_apply(spoil):
+@pytest.mark.parametrize("ending", [".jpg", ".png", "", "_{synset}.JPEG", "_{synset}.jpeg"])
+@pytest.mark.parametrize("class_of", [lambda synset: synset, lambda synset: f"class {synset[1:]}"])
+def test_other_suffixes_and_classes_are_the_same_list(ending, class_of):
+    """Names as Hugging Face, DALI's and WebDataset's copies of ImageNet have them, beside as many others."""
+    listed = sorted(imagenet_list(1))
+    names = []
+    for name in listed:
+        stem, synset = name.removesuffix(".JPEG"), name.split("_")[0]
+        names += [f"{class_of(synset)}/{stem}{ending.format(synset=synset)}", f"{class_of(synset)}/{stem}0000.JPEG"]
+    subset = labelled_subset(stand_in(names), 0.01, 0)
+    assert subset.name == "imagenet-1percent"
+    assert subset.ids.tolist() == list(range(0, 2 * len(listed), 2))
+
+
+def test_names_that_only_begin_like_listed_ones():
+    """n01440764_190 is listed nowhere; neither is a copy that another program has numbered."""
+    names = [name.replace(".JPEG", other) for name in in_folders(imagenet_list(1)) for other in ("_2.JPEG", "-1.JPEG")]
+    assert labelled_subset(stand_in(names), 0.01, 0).name == "balanced-0.01-seed0"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([f"n0144076{k}/val_{i}.JPEG" for k in range(3) for i in range(99)], "0 of 297 files are on it"),
+        # Tiny ImageNet numbers its images itself: some have names of others of ImageNet
+        ([f"n01440764/n01440764_{i}.JPEG" for i in range(12_000)], "of 12000 files are on it"),
+        ([f"{k:04d}/{i}.png" for k in range(1000) for i in range(2)], "0 of 2000 files are on it"),
+        ([f"cat/n01440764_{i}.JPEG" for i in range(500_000, 500_099)], "0 of 99 files are on it"),
+        ([f"{k}/{i}.png" for k in range(30) for i in range(9)], ""),
+    ],
+)
+def test_what_looks_like_imagenet_is_told_that_no_list_applies(names, said, capsys):
+    assert labelled_subset(stand_in(names), 0.01, 0).name == "balanced-0.01-seed0"
+    note = capsys.readouterr().err
+    assert said in note and bool(note) == bool(said) and note.count("\n") == bool(said)
+    if said:
+        assert "SimCLR's list of ImageNet's 1 % does not apply" in note and "class-balanced share is used" in note
+    labelled_subset(stand_in(names), 0.05, 0)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("spoil", ["class without a listed file", "another fraction"])
+def test_where_the_list_does_not_apply(spoil, capsys):
     names = in_folders(imagenet_list(1))
     fraction = 0.01
-    if spoil == "class not a WordNet id":
-        names = [name.replace("n01440764/", "tench/") for name in names]
-    elif spoil == "class without a listed file":
+    if spoil == "class without a listed file":
         names.append("n99999999/n99999999_1.JPEG")
     else:
         fraction = 0.05
     subset = labelled_subset(stand_in(names), fraction, 3)
     assert subset.name == f"balanced-{fraction:g}-seed3"
     assert subset.images == len(subset.ids) >= 1000
+    assert ("none of n99999999 is on it" in capsys.readouterr().err) == (fraction == 0.01)
 
 
 def test_elsewhere_the_share_is_balanced_and_seeded():

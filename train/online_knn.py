@@ -41,13 +41,20 @@ BATCH = 128
 MOST_THAT_VOTE = 0.8  # of the training images, where the others are to be asked
 
 
+def labelled_file(data: Path) -> Path | None:
+    """The training file; if it has no labels, train.beton beside it, as STL-10 has it; None if that has none either."""
+    path = train_beton(data)
+    beside = path.with_name("train" + (SHARDS if path.name.endswith(SHARDS) else ".beton"))
+    return next((p for p in (path, beside) if p.is_file() and open_stored(p).labelled), None)
+
+
 def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
     """Which images vote and which are asked, each as (file, sample ids): class-balanced, the same at every start.
 
     Asked are images of val.beton beside the training file, which the training never sees; where there is none, or none
     with labels, training images that do not vote. Raises UserError for files that do not belong together.
     """
-    path = train_beton(config.data)
+    path = labelled_file(config.data) or train_beton(config.data)
     held_out = path.with_name("val" + (SHARDS if path.name.endswith(SHARDS) else ".beton"))
     train = open_stored(path)
     share = config.knn_images / len(train)
@@ -76,7 +83,7 @@ class OnlineKnn:
         self.active = self.config.knn_every > 0 and self.ranks.rank == 0
         self.stopped, self.pool = threading.Event(), ThreadPoolExecutor(1, "knn")
         self.loaders: list[Loader] = []
-        if self.active and not open_stored(train_beton(self.config.data)).labelled:
+        if self.active and not labelled_file(self.config.data):
             say(self.ranks, f"note: no nearest-neighbour accuracies in this run: {self.config.data} has no labels")
             self.active = False
         if not self.active:

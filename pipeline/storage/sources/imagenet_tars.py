@@ -15,7 +15,8 @@ from pipeline import constants
 from pipeline.errors import UserError
 from pipeline.storage.sources.source import Source
 
-_DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 _ByClass = dict[str, list[tuple[str, int, int]]]  # class → (name, offset, size) of each image in the outer file
 
@@ -75,10 +76,10 @@ def _class_tars(path: Path) -> _ByClass:
 
 def _flat_val_tar(path: Path) -> _ByClass:
     """The images of the val tar."""
-    devkit = path.parent / _DEVKIT
+    devkit = path.parent / DEVKIT
     if not devkit.is_file():
-        raise UserError(f"{path.name} does not say the class of its images; put {_DEVKIT} beside it in {path.parent}")
-    classes = _val_classes(devkit)
+        raise UserError(f"{path.name} does not say the class of its images; put {DEVKIT} beside it in {path.parent}")
+    classes = val_classes(devkit)
     images: _ByClass = {}
     for member in _tar_members(path, 0, path.stat().st_size):
         number = int(Path(member.name).stem.rsplit("_", 1)[1])  # ILSVRC2012_val_00000001.JPEG
@@ -86,19 +87,22 @@ def _flat_val_tar(path: Path) -> _ByClass:
     return images
 
 
-def _val_classes(devkit: Path) -> list[str]:
+def val_classes(devkit: Path) -> list[str]:
     """The class of each validation image, in the order of their numbers, from the devkit's two files.
 
-    Raises UserError for a devkit that is not whole, or without these files.
+    `devkit` is the tar or the folder in which these lie. Raises UserError for a devkit that is not whole, or without
+    these files.
     """
     from scipy.io import loadmat  # only here: half a second
 
     try:
-        with tarfile.open(devkit, "r:gz") as tar:
-            files = {Path(member.name).name: file.read() for member in tar if (file := tar.extractfile(member))}
+        if devkit.is_dir():
+            files = {name: (devkit / name).read_bytes() for name in ("meta.mat", TRUTH)}
+        else:
+            with tarfile.open(devkit, "r:gz") as tar:
+                files = {Path(member.name).name: file.read() for member in tar if (file := tar.extractfile(member))}
         synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
-        truth = files["ILSVRC2012_validation_ground_truth.txt"].decode()
-    except (OSError, EOFError, tarfile.ReadError, zlib.error, KeyError) as error:
+        by_id = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+        return [by_id[int(line)] for line in files[TRUTH].decode().split()]
+    except (OSError, EOFError, tarfile.ReadError, zlib.error, KeyError, ValueError) as error:
         raise UserError(f"{devkit} is not the devkit, or not all of it ({error!r}); download it again") from None
-    by_id = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    return [by_id[int(line)] for line in truth.split()]

@@ -34,15 +34,20 @@ def read(root: Path, split: str, path: Path) -> Source:
         source = _inat18(root, split, path) if path.suffix == ".json" else _places205(root, split, path)
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"{path} cannot be read as the list of a dataset ({error!r}); download it again") from None
-    found, published = (len(source), len(source.classes)), constants.LISTED_SIZES[source.kind, split]
-    if found != published:
-        raise UserError(
-            f"{path} lists {found[0]} images of {found[1]} classes, {source.kind}'s {split} split has {published[0]} "
-            f"of {published[1]}; download it again"
-        )
+    require_published_size(source, source.kind, path)
     if not (source.where / source.names[0]).is_file():
         raise UserError(f"{source.where / source.names[0]} is missing; unpack the images into {root}")
     return source
+
+
+def require_published_size(source: Source, kind: str, path: Path) -> None:
+    """Raises UserError where what was found in `path` has not as many images and classes as were published."""
+    found, published = (len(source), len(source.classes)), constants.LISTED_SIZES[kind, source.split]
+    if found != published:
+        raise UserError(
+            f"{path} lists {found[0]} images of {found[1]} classes, {kind}'s {source.split} split has {published[0]} "
+            f"of {published[1]}; download it again"
+        )
 
 
 def _places205(root: Path, split: str, path: Path) -> Source:

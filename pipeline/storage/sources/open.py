@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.errors import UserError
-from pipeline.storage.sources import cifar10, folders, imagenet_tars, lists, voc2007
+from pipeline.storage.sources import (
+    cifar,
+    folders,
+    imagenet_flat,
+    imagenet_tars,
+    lists,
+    parquet,
+    stl10,
+    tiny_imagenet,
+    voc2007,
+)
 from pipeline.storage.sources.source import SPLITS, Source
 
 
@@ -27,19 +37,28 @@ class Kind(Protocol):
 
 # The first that has a split reads it.
 KINDS: tuple[Kind, ...] = (
-    cifar10,  # root/cifar-10-batches-py/ (pickles) or root/data_batch_*.png …         ids in file order
+    cifar,  # CIFAR-10 and CIFAR-100: the owners' pickles or bytes, npm's sheets        ids in file order
+    stl10,  # root[/stl10_binary]/{train,test,unlabeled}_X.bin                          ids in file order
+    tiny_imagenet,  # root[/tiny-imagenet-200]/{wnids.txt,train,val}                    ids by class, then by name
     voc2007,  # root[/VOCdevkit]/VOC2007; train is trainval, val is test                ids in list order, one class
     lists,  # Places205 and iNaturalist 2018 as downloaded                              ids in list order
+    parquet,  # Hugging Face's root[/data]/{train,validation}-*.parquet                 ids in file order
+    imagenet_flat,  # Kaggle's ImageNet; val/ILSVRC2012_val_*.JPEG beside its labels    ids of class folders
     folders,  # root/{train,val}/<class>/**/<image>, or without classes                 ids by class, then by name
     imagenet_tars,  # root/ILSVRC2012_img_{train,val}.tar, read in place                ids of the unpacked folder
 )
 
+PUBLISHED = (cifar, stl10, tiny_imagenet, voc2007, lists)  # of which a folder can hold several
 NEAR_FOLDERS = 300  # of each level below --source, that are looked into for a dataset where it is none
 
 
 def split_names(root: Path) -> list[str]:
     """The splits found under a folder; an empty list if the folder is itself one split. Raises UserError."""
-    if not root.is_dir():
+    several = [kind for kind in PUBLISHED if any(kind.find(root, split) for split in SPLITS)]
+    if len(several) > 1:
+        names = ", ".join(kind.__name__.rpartition(".")[2] for kind in several)
+        raise UserError(f"{root} holds several datasets ({names}); give --source the folder of one of them")
+    if not root.is_dir() and not (root.is_file() and any(parquet.find(root, split) for split in SPLITS)):
         found = "is not a folder" if root.exists() else "is missing"
         raise UserError(f"{root} {found}; --source expects a folder of images, such as one folder a class")
     return [split for split in SPLITS if any(kind.find(root, split) for kind in KINDS)]
@@ -53,6 +72,8 @@ def open_source(root: str | Path, split: str = "") -> Source:
     """
     root = Path(root)
     splits = split_names(root)
+    if root.is_file():
+        split = split or splits[0]  # there is one
     if not splits:
         source = _one_split(root, split)
     elif split not in splits:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tyro
 
+from eval.folder import result_folder
 from eval.reporting.charts import curves
 from eval.reporting.comparison import comparison_markdown, comparisons
 from eval.reporting.correlation import config_from, of_correlation
@@ -34,7 +35,7 @@ class ReportConfig:
     """A table and a page about some runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (RUNS / "latest",)
-    """Run folders, each with a results.jsonl; the report is written to the last."""
+    """Run folders or checkpoint files, each with a results.jsonl in its folder; the report is written to the last."""
     data: Path | None = None
     """The dataset whose kept features are shown. None: the data the encoder was trained on."""
     method: str = ""
@@ -77,7 +78,7 @@ def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows
 
 def main(config: ReportConfig) -> None:
     """Prints the table and writes report.md and report.html. Raises UserError where there is no result."""
-    config = replace(config, runs=tuple(run.expanduser().resolve() for run in config.runs))  # runs/latest may change
+    config = replace(config, runs=tuple(result_folder(run).resolve() for run in config.runs))  # runs/latest may change
     results = [
         (run, result | {"method": method_of(run, config.method)}) for run in config.runs for result in read_results(run)
     ]

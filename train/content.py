@@ -117,8 +117,8 @@ def read_state(path: Path) -> tuple[object, str]:
             raise _out_of_memory(path) from error
         if pickled := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(
-                f"{path} holds a {pickled[1]} besides its weights, and classes are not loaded: that runs what their "
-                "writer chose. If you trust the file, keep its weights alone, in Python with that class installed: "
+                f"{path} holds an object of {pickled[1]} besides its weights, which is not loaded: that would run "
+                "what its writer chose. If you trust the file, keep its weights alone, in Python with that class installed: "
                 f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pth"); '
                 'the weights may have another name there than "state_dict", such as "model"'
             ) from error

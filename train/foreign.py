@@ -95,7 +95,7 @@ def _dicts_of_tensors(value, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 
 def _with_names(tensors: dict) -> dict:
-    """The same tensors; a ResNet's children in a Sequential get their names: 4.0.conv1.weight → layer1.0.conv1.weight"""
+    """The same tensors, a ResNet's children in a Sequential by their names: 4.0.conv1.weight → layer1.0.conv1.weight"""
     for prefix in _starts(tensors, "7.0.conv1.weight"):
         if f"{prefix}0.weight" in tensors and f"{prefix}4.0.conv1.weight" in tensors:
             numbered = re.compile(re.escape(prefix) + r"(\d)\.")

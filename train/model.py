@@ -37,8 +37,10 @@ def network_names(arch: str) -> list[str]:
         return [arch.removeprefix("torchvision:")]
     import timm
 
-    # googlenet and inception_v3 normalize their input again if their weights are the published ones, which no file says
-    known = {"torchvision": _torchvision_names(exclude=["googlenet", "inception*"]), "timm": timm.list_models()}
+    # googlenet and inception_v3 normalize their input again if their weights are the published ones, and mnasnet has
+    # two versions with the same names; a file of weights does not say which.
+    left_out = ["googlenet", "inception*", "mnasnet*"]
+    known = {"torchvision": _torchvision_names(exclude=left_out), "timm": timm.list_models()}
     qualified = {f"{origin}:{name}" for origin, names in known.items() for name in names}
     if found := [name for name in (arch, *(f"{origin}:{arch}" for origin in known)) if name in qualified]:
         return found

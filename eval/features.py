@@ -31,7 +31,7 @@ from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
 from pipeline.storage.beton import Beton
 from train.checkpoint import BackboneInfo, load_backbone
-from train.model import fixed_side_px, make_backbone
+from train.model import make_backbone, own_side_px
 from train.run_data import dataset_sha256
 
 KINDS = ("raw pixels", "untrained", "trained")  # what an Encoder can be, as tables list them
@@ -92,12 +92,10 @@ def open_encoder(
 
 @torch.no_grad()
 def require_side(module: nn.Module, info: BackboneInfo) -> None:
-    """Raises UserError where a network does not take views of this side, as a ViT takes those of one side only."""
-    side, own = info.resolution_px, fixed_side_px(module)
+    """Raises UserError where a network does not take views of this side, as most ViTs take those of one side only."""
+    side, own = info.resolution_px, own_side_px(module)
     try:
-        if own not in (None, side):
-            raise ValueError(f"it takes {own} px")
-        if ":" in info.arch:  # others of timm and torchvision, such as MaxViT, tell it when they run
+        if ":" in info.arch or own not in (None, side):
             module.eval()(torch.zeros(1, 3, side, side))
     except (ValueError, RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]

@@ -13,7 +13,6 @@ from pipeline.disk import followed_once
 from pipeline.errors import UserError
 
 OF_A_RUN = re.compile(r"checkpoint(-\d{8})?\.pt|backbone\.safetensors")
-RECORD = "config.json"  # which every run folder has
 
 
 def result_folder(checkpoint: Path, out: Path | None = None) -> Path:
@@ -23,8 +22,9 @@ def result_folder(checkpoint: Path, out: Path | None = None) -> Path:
     checkpoint = followed_once(checkpoint)
     if checkpoint.is_dir():
         return checkpoint
-    of_a_run = OF_A_RUN.fullmatch(checkpoint.name) and (checkpoint.parent / RECORD).is_file()
-    return checkpoint.parent if of_a_run else checkpoint.with_name(f"{checkpoint.name}.results")
+    return (
+        checkpoint.parent if OF_A_RUN.fullmatch(checkpoint.name) else checkpoint.with_name(f"{checkpoint.name}.results")
+    )
 
 
 def made_result_folder(checkpoint: Path, out: Path | None) -> Path:

@@ -94,7 +94,7 @@ def fine_tune(subject: Subject[SemisupConfig]) -> tuple[dict[str, float], nn.Lin
 
 
 def by_timms_names(subject: Subject[SemisupConfig], head: nn.Linear) -> tuple[str, dict[str, torch.Tensor]]:
-    """(timm's name of the network, its and the classifier's weights by timm's names). Raises UserError if it has none."""
+    """(timm's name of the network; all weights, by timm's names). Raises UserError where timm has no such network."""
     import timm
 
     info = subject.encoder.info

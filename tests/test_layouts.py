@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.spec import Normalization
 from train.checkpoint import load_backbone
 from train.foreign import find_encoder
-from train.model import fixed_side_px, make_backbone
+from train.model import make_backbone, own_side_px
 
 Weights = dict[str, torch.Tensor]
 
@@ -277,7 +277,7 @@ def test_vits_in_their_layouts(tmp_path, vits, layout, arch, capsys):
     torch.save(write(*(network.state_dict() for network in vits)), tmp_path / "theirs.pth")
     found, info = load_backbone(tmp_path / "theirs.pth", arch=arch)
     assert (info.key, info.arch, info.features) == (name, "timm:test_vit", 64)
-    assert info.resolution_px == 160, "the network takes no other"
+    assert info.resolution_px == 160, "the network is built for these"
     assert info.normalization == Normalization() and "put their config.json beside" in capsys.readouterr().err
     assert same_features(found, vits[0], 160)
     if layout == "DINO":
@@ -315,7 +315,7 @@ def test_torchvisions_other_classifiers(tmp_path, name):
     found = backbone.eval()(images)
     assert found.shape == (2, features) and torch.equal(last(found), network(images))
     assert (place.name, place.arch) == ("module", f"torchvision:{name}")
-    assert fixed_side_px(backbone) == (224 if name == "vit_b_16" else None)
+    assert own_side_px(backbone) == (224 if name == "vit_b_16" else None)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from pipeline.spec import Normalization
 from train.config import recipe
 from train.content import DamagedFile, MissingFile, parsed_tensor_file, read_once, read_state, tensor_file, write_state
 from train.foreign import below, find_encoder, told_normalization
-from train.model import fixed_side_px, make_backbone
+from train.model import make_backbone, own_side_px
 
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
 CHECKPOINT, BACKBONE = "checkpoint.pt", "backbone.safetensors"
@@ -242,7 +242,7 @@ def read_network(path: str | Path, key: str = "", arch: str = "") -> Network:
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the architecture it names, {info.arch} ({info.stem} stem)") from error
     if info.arch.startswith(("timm:", "torchvision:")):
-        side, normalization = fixed_side_px(backbone) or 224, told_normalization(path, info.arch, backbone)
+        side, normalization = own_side_px(backbone) or 224, told_normalization(path, info.arch, backbone)
         info = replace(info, resolution_px=side, normalization=normalization)
     return Network(backbone.eval(), replace(info, features=features, sha256=sha256), heads)
 

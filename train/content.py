@@ -118,7 +118,7 @@ def read_state(path: Path) -> tuple[object, str]:
         if pickled := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(
                 f"{path} holds an object of {pickled[1]} besides its weights, which is not loaded: that would run "
-                "what its writer chose. If you trust the file, keep its weights alone, in Python with that class installed: "
+                "what its writer chose. If you trust the file, keep its weights alone, in Python that has that class: "
                 f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pth"); '
                 'the weights may have another name there than "state_dict", such as "model"'
             ) from error

@@ -99,8 +99,8 @@ def _without_classifier(name: str, **flags) -> tuple[nn.Module, int]:
     return network, last.in_features if isinstance(last, nn.Linear) else last.in_channels
 
 
-def fixed_side_px(backbone: nn.Module) -> int | None:
-    """The side of the only images that a network takes, such as a ViT's; None where it takes others as well."""
+def own_side_px(backbone: nn.Module) -> int | None:
+    """The side of the images that a network is built for, as a ViT is by its positions; None where it has none."""
     about: Any = getattr(backbone, "pretrained_cfg", {})  # of timm's models
     side: Any = about["input_size"][-1] if about.get("fixed_input_size") else getattr(backbone, "image_size", None)
     return side

@@ -72,8 +72,12 @@ def find_encoder(content, path: Path, key: str = "", arch: str = "") -> Place:
             name = ".".join([*way, prefix]).strip(".")
             for one in archs:
                 place, misfits = _compared(name, prefix, tensors, one)
-                places += [] if misfits else [place]
-                rejected += [(len(misfits), name, misfits[0])] if misfits else []
+                if misfits:
+                    rejected.append((len(misfits), name, misfits[0]))
+                    continue
+                places.append(place)
+                if not arch:
+                    break  # a ResNet is one of them alone, and building the others takes seconds
     if not places and not arch and isinstance(about.get("architecture"), str):
         return find_encoder(content, path, key, f"timm:{about['architecture']}")
     chosen = _chosen(places, path, key, arch) if places else _refuse(content, path, arch, rejected)
@@ -98,13 +102,9 @@ def _with_names(tensors: dict) -> dict:
     """The same tensors, a ResNet's children in a Sequential by their names: 4.0.conv1.weight → layer1.0.conv1.weight"""
     for prefix in _starts(tensors, "7.0.conv1.weight"):
         if f"{prefix}0.weight" in tensors and f"{prefix}4.0.conv1.weight" in tensors:
-            numbered = re.compile(re.escape(prefix) + r"(\d)\.")
-            tensors = {
-                numbered.sub(lambda at: f"{prefix}{CHILDREN.get(at[1], at[1])}.", name, count=1)  # noqa: B023
-                if name.startswith(prefix)
-                else name: w
-                for name, w in tensors.items()
-            }
+            for number, child in CHILDREN.items():
+                old, new = f"{prefix}{number}.", f"{prefix}{child}."
+                tensors = {new + n.removeprefix(old) if n.startswith(old) else n: w for n, w in tensors.items()}
     return tensors
 
 
@@ -115,7 +115,8 @@ def _starts(tensors: dict, ending: str) -> list[str]:
 
 def _prefixes(tensors: dict, archs: list[str], *, whole_resnets: bool) -> list[str]:
     """Below which of them one of these networks may stand: where its first parameter is."""
-    firsts = dict.fromkeys(next(iter(expected_shapes(arch, "imagenet"))) for arch in archs)
+    some = archs[:1] if whole_resnets else archs  # a ResNet's has the same name in all of them
+    firsts = dict.fromkeys(next(iter(expected_shapes(arch, "imagenet"))) for arch in some)
     prefixes = dict.fromkeys(prefix for first in firsts for prefix in _starts(tensors, first))
     return [prefix for prefix in prefixes if f"{prefix}layer4.0.conv1.weight" in tensors or not whole_resnets]
 

@@ -31,8 +31,9 @@ from eval.detector.model import detectron2_weights, make_detector
 from eval.detector.scores import coco_scores, voc_scores
 from eval.detector.training import Schedule, Training, detect, take_precise_statistics, train
 from eval.features import Encoder, open_encoder
+from eval.folder import made_result_folder, result_folder
 from eval.protocols import DETECTION as PROTOCOLS
-from eval.subject import EncoderConfig, encoder_facts, require_positive, result_folder, write_result
+from eval.subject import EncoderConfig, encoder_facts, require_positive, write_result
 from pipeline.command import DATA, run_command
 from pipeline.disk import followed_once, write_whole
 from pipeline.errors import UserError
@@ -116,7 +117,7 @@ def scores_of(task: str, split: Split, detections: list[dict]) -> dict[str, floa
 
 def export(config: DetectionConfig, out: Path) -> None:
     """Writes the backbone for Detectron2."""
-    weights = detectron2_weights(open_encoder(config.checkpoint.expanduser(), key=config.key).module)
+    weights = detectron2_weights(open_encoder(config.checkpoint.expanduser(), key=config.key, arch=config.arch).module)
     write_whole(out, pickle.dumps(weights))
     print(f"{out}: {len(weights['model'])} tensors in Detectron2's layout")
 
@@ -164,10 +165,10 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
     require_positive("checkpoint-every", config.checkpoint_every)
     config = replace(config, checkpoint=followed_once(config.checkpoint))
     random_seed = config.seed if config.features == "random" else None
-    encoder = open_encoder(config.checkpoint, random_seed=random_seed, key=config.key)
+    encoder = open_encoder(config.checkpoint, random_seed=random_seed, key=config.key, arch=config.arch)
     require_one_checkpoint(ranks, encoder.info.sha256)
     train_split, test_split = open_splits(config)
-    run = result_folder(config.checkpoint)
+    run = made_result_folder(config.checkpoint, config.out)
     folder = run / f"detection-{config.task}"
     try:
         folder.mkdir(exist_ok=True)
@@ -213,7 +214,7 @@ def record(
         "seed": config.seed,
     }
     return write_result(
-        result_folder(config.checkpoint),
+        result_folder(config.checkpoint, config.out),
         protocol,
         settings={name: training.about[name] for name in protocol.settings},
         values=scores_of(config.task, test_split, detections),

@@ -31,7 +31,7 @@ from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
 from pipeline.storage.beton import Beton
 from train.checkpoint import BackboneInfo, load_backbone
-from train.model import make_backbone
+from train.model import make_backbone, own_side_px
 from train.run_data import dataset_sha256
 
 KINDS = ("raw pixels", "untrained", "trained")  # what an Encoder can be, as tables list them
@@ -61,20 +61,22 @@ def open_encoder(
     random_seed: int | None = None,
     resolution_px: int | None = None,
     key: str = "",
+    arch: str = "",
 ) -> Encoder:
     """The encoder of a run folder or checkpoint file, on this rank's GPU where there is one.
 
     The file is opened once: `info.sha256` is of the very bytes whose weights these are. An evaluation calls this once,
     because a training may replace the file at any time. With `pixels` the checkpoint only says how large the views are
     and how they are normalized; with `random_seed` also which architecture gets random weights. `resolution_px`
-    replaces the views' side; `key` names one of several networks in the file. Raises UserError.
+    replaces the views' side; `key` names one of several networks in the file, and `arch` what network that is, where it
+    is no ResNet. Raises UserError, also for a side that the network does not take.
     """
     if not checkpoint.exists():
         raise UserError(
             f"there is no checkpoint at {checkpoint}; make one with `torchrun train/pretrain.py`, "
             "or point --checkpoint at a run folder or a checkpoint file"
         )
-    module, info = load_backbone(checkpoint, key)
+    module, info = load_backbone(checkpoint, key, arch)
     info = replace(info, resolution_px=resolution_px or info.resolution_px)
     kind = "untrained" if info.data and info.step == 0 else "trained"
     if pixels:
@@ -83,8 +85,22 @@ def open_encoder(
         info = replace(info, arch="pixels", stem="", features=3 * side * side, resolution_px=side)
     elif random_seed is not None:
         kind, module, info = "untrained", *random_encoder(info, random_seed)
+    require_side(module, info)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return Encoder(kind, module.eval().to(device).to(memory_format=torch.channels_last), info, device)
+
+
+@torch.no_grad()
+def require_side(module: nn.Module, info: BackboneInfo) -> None:
+    """Raises UserError where a network does not take views of this side, as most ViTs take those of one side only."""
+    side, own = info.resolution_px, own_side_px(module)
+    try:
+        if ":" in info.arch or own not in (None, side):
+            module.eval()(torch.zeros(1, 3, side, side))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        text = f"{info.arch} does not take views of {side} px ({reason}); pass --resolution {own or 224}"
+        raise UserError(text) from error
 
 
 def random_encoder(info: BackboneInfo, seed: int) -> tuple[nn.Module, BackboneInfo]:

@@ -44,6 +44,18 @@ def pool_map(pool: Pool, features: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(features, (min(pool.grid, height), min(pool.grid, width)))
 
 
+def resnet_stages(backbone: nn.Module) -> list[nn.Module]:
+    """The last module of the stem and the four stages of a ResNet of torchvision or timm; fewer of another network."""
+    stem = getattr(backbone, "relu", None) or getattr(backbone, "act1", None)
+    found = [stem, *(getattr(backbone, f"layer{i}", None) for i in (1, 2, 3, 4))]
+    return [stage for stage in found if stage is not None]
+
+
+def is_resnet(backbone: nn.Module) -> bool:
+    """Whether it has a ResNet's stages, which heads.py and detection.py evaluate."""
+    return len(resnet_stages(backbone)) == len(POOLS)
+
+
 class StageFeatures(nn.Module):
     """A ResNet of torchvision or timm as (B, 3, H, W) → {"feature1": pooled map (B, C, h, w), … "feature5"}.
 
@@ -53,10 +65,8 @@ class StageFeatures(nn.Module):
 
     def __init__(self, backbone: nn.Module):
         super().__init__()
-        stem = getattr(backbone, "relu", None) or getattr(backbone, "act1", None)
-        found = [stem, *(getattr(backbone, f"layer{i}", None) for i in (1, 2, 3, 4))]
-        stages = [stage for stage in found if stage is not None]
-        if len(stages) < len(found):
+        stages = resnet_stages(backbone)
+        if len(stages) < len(POOLS):
             raise UserError(
                 f"{type(backbone).__name__} has no stem and four stages as a ResNet has; "
                 "evaluate it with eval/linear.py or eval/knn.py"

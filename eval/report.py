@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tyro
 
+from eval.folder import result_folder
 from eval.reporting.charts import curves
 from eval.reporting.comparison import comparison_markdown, comparisons
 from eval.reporting.correlation import config_from, of_correlation
@@ -35,7 +36,7 @@ class ReportConfig:
     """A table and a page about some runs."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (RUNS / "latest",)
-    """Run folders, each with a results.jsonl; the report is written to the last."""
+    """Run folders or checkpoint files, each with a results.jsonl in its folder; the report is written to the last."""
     data: Path | None = None
     """The dataset whose kept features are shown. None: the data the encoder was trained on."""
     method: str = ""
@@ -80,7 +81,7 @@ def make_page(config: ReportConfig, results: list[tuple[Path, dict]], rows: Rows
 
 def main(config: ReportConfig) -> None:
     """Prints the table and writes report.md and report.html. Raises UserError where there is nothing to report."""
-    config = replace(config, runs=tuple(run.expanduser().resolve() for run in config.runs))  # runs/latest may change
+    config = replace(config, runs=tuple(result_folder(run).resolve() for run in config.runs))  # runs/latest may change
     # Of a run that was trained here the training can be shown before the first result, or without labels.
     trained = {run for run in config.runs if (run / METRICS).is_file()}
     measured_runs = [run for run in config.runs if run not in trained or (run / RESULTS).is_file()]

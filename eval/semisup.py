@@ -3,6 +3,7 @@
     python eval/semisup.py --fraction 0.01      the newest run, on the data it was trained on
     python eval/semisup.py --checkpoint runs/NAME --data DIR --fraction 0.1
     python eval/semisup.py --fraction 0.01 --seeds 5       mean and standard deviation of five trainings
+    python eval/semisup.py --fraction 0.1 --save mine.safetensors      keeps the fine-tuned network, for timm
 
 Protocol semisup-bt (Zbontar 2021, section 3.2): a linear classifier N(0, 0.01) on the encoder, all weights train
 for 20 epochs with SGD, momentum 0.9, cosine, learning rate 0.005 for the encoder and 0.5 for the classifier, no
@@ -11,17 +12,23 @@ and 10 % lists, elsewhere a seeded class-balanced share (eval/splits.py).
 """
 
 import copy
+import json
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from eval.protocols import SEMISUP
 from eval.subject import Subject, SubjectConfig, images_per_step, open_subject, record_result, require_positive
 from eval.supervised import Group, Heads, final_scores, fit_on_crops, inputs_of, make_head, validate
 from pipeline.command import run_command
+from pipeline.disk import write_whole
 from pipeline.errors import UserError
+from train.content import tensor_file
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,9 @@ class SemisupConfig(SubjectConfig):
     seeds: int = 1
     """Trainings, of --seed and the seeds after it: the values are their means, and <value>_std the sample standard
     deviations. A seed decides the classifier's start, the order, the views and a balanced share's images."""
+    save: Path | None = None
+    """Write the fine-tuned network with its classifier to this .safetensors file, by timm's names, so that
+    timm.create_model(ARCH, num_classes=K, checkpoint_path=FILE) is that network."""
 
 
 class FineTuned(nn.Module):
@@ -58,12 +68,13 @@ class FineTuned(nn.Module):
         return self.heads(self.backbone(images))
 
 
-def fine_tune(subject: Subject[SemisupConfig]) -> dict[str, float]:
-    """Trains encoder and classifier, and returns the scores. The subject's encoder is changed."""
+def fine_tune(subject: Subject[SemisupConfig]) -> tuple[dict[str, float], nn.Linear]:
+    """Trains encoder and classifier, and returns the scores and the classifier. The subject's encoder is changed."""
     config = subject.config
     settings = SEMISUP.with_flags(config)
     images_per_step(subject, settings, least=2)
-    heads = Heads({"semisup": make_head(subject.encoder.info.features, subject.classes, config.seed)})
+    head = make_head(subject.encoder.info.features, subject.classes, config.seed)
+    heads = Heads({"semisup": head})
     model = FineTuned(subject.encoder.module, heads.to(subject.encoder.device))
     groups = [
         Group(list(model.backbone.parameters()), config.lr_backbone, config.weight_decay),
@@ -79,7 +90,47 @@ def fine_tune(subject: Subject[SemisupConfig]) -> dict[str, float]:
             validation=lambda: validate(model, inputs_of(val.batches(), labels=labels)),
             validate_every=config.validate_every,
         )
-    return final_scores(history, "semisup")
+    return final_scores(history, "semisup"), head
+
+
+def by_timms_names(subject: Subject[SemisupConfig], head: nn.Linear) -> tuple[str, dict[str, torch.Tensor]]:
+    """(timm's name of the network; all weights, by timm's names). Raises UserError where timm has no such network."""
+    import timm
+
+    info = subject.encoder.info
+    name, tensors = info.arch.removeprefix("timm:"), dict(subject.encoder.module.state_dict())
+    expected: dict = {}
+    if name in timm.list_models():
+        with torch.random.fork_rng(devices=[]):  # of its weights only names and shapes count
+            theirs: Any = timm.create_model(name, num_classes=subject.classes)
+        tensors |= {f"{theirs.pretrained_cfg['classifier']}.{n}": weight for n, weight in head.state_dict().items()}
+        expected = theirs.state_dict()
+    if {n: w.shape for n, w in tensors.items()} != {n: w.shape for n, w in expected.items()}:
+        raise UserError(
+            f"--save keeps a network by timm's names, and timm has no {info.arch} ({info.stem} stem) with these "
+            "weights; leave --save out, or fine-tune a network of timm"
+        )
+    return name, {n: weight.detach().cpu().contiguous() for n, weight in tensors.items()}
+
+
+def require_savable(subject: Subject[SemisupConfig], path: Path) -> None:
+    """Raises UserError, before the training, for what --save could not keep after it."""
+    if subject.config.seeds > 1:
+        raise UserError(f"--save keeps one network, and --seeds {subject.config.seeds} trains several; give one --seed")
+    if path.suffix != ".safetensors" or not path.parent.is_dir():
+        raise UserError(f"--save {path}: give a file name that ends in .safetensors, in a folder that is there")
+    by_timms_names(subject, make_head(subject.encoder.info.features, subject.classes, 0))
+
+
+def save(subject: Subject[SemisupConfig], head: nn.Linear, path: Path) -> None:
+    """Writes the fine-tuned network. Raises UserError where the disk does not take it."""
+    name, tensors = by_timms_names(subject, head)
+    info = subject.encoder.info
+    about = {"arch": name, "classes": json.dumps(subject.dataset.classes), "resolution_px": str(info.resolution_px)}
+    about["normalization"] = json.dumps(asdict(info.normalization))
+    write_whole(path, tensor_file(tensors, about))
+    call = f'timm.create_model("{name}", num_classes={subject.classes}, checkpoint_path="{path}")'
+    print(f"{path}: {call}", file=sys.stderr)
 
 
 def over_seeds(scores: list[dict[str, float]]) -> dict[str, float]:
@@ -98,6 +149,8 @@ def main(config: SemisupConfig) -> dict:
     for flag in ("validate_every", "seeds"):
         require_positive(flag.replace("_", "-"), getattr(config, flag))
     first, scores, seeds = open_subject(config), [], []
+    if config.save:
+        require_savable(first, config.save.expanduser())
     # The file may hold another step's weights by the time a seed is through, so that they are kept here.
     pretrained = copy.deepcopy(first.encoder.module.state_dict())
     for seed in range(config.seed, config.seed + config.seeds):
@@ -105,8 +158,11 @@ def main(config: SemisupConfig) -> dict:
             print(f"seed {seed}", file=sys.stderr)
         subject = first.with_seed(seed)
         subject.encoder.module.load_state_dict(pretrained)
-        scores.append(fine_tune(subject))
-        seeds.append({"seed": seed, "split": subject.subset.name, **scores[-1]})
+        score, head = fine_tune(subject)
+        scores.append(score)
+        seeds.append({"seed": seed, "split": subject.subset.name, **score})
+    if config.save:
+        save(subject, head, config.save.expanduser())
     settings, values = SEMISUP.with_flags(config), over_seeds(scores)
     return record_result(first, SEMISUP, settings=settings, values=values, details={"seeds": seeds})
 

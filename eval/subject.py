@@ -14,6 +14,7 @@ from typing import Generic, Literal, TypeVar
 import torch
 
 from eval.features import KINDS, Encoder, FeatureSet, open_encoder
+from eval.folder import made_result_folder
 from eval.protocols import ON_FEATURES, Protocol
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from pipeline.command import DATA, RUNS
@@ -40,10 +41,17 @@ class EncoderConfig:
 
     checkpoint: Path = RUNS / "latest"
     """A run folder, or a file: checkpoint.pt, backbone.safetensors, Barlow Twins' published resnet50.pth or
-    checkpoint.pth, or any state dict of a torchvision ResNet (self-supervised or supervised)."""
+    checkpoint.pth, any state dict of a torchvision ResNet (self-supervised or supervised), or of --arch."""
+    arch: str = ""
+    """Which network somebody else's file holds: a name of torchvision or timm, such as vit_b_16,
+    torchvision:convnext_tiny or timm:vit_small_patch16_224. Empty: a ResNet, or what timm's config.json beside it
+    says."""
     key: str = ""
     """Which network of a file that holds several: its place in it, such as state_dict.module.encoder_q, or whole
     names out of that, such as encoder_q. Empty: the one that the rule in train/foreign.py chooses."""
+    out: Path | None = None
+    """Folder for the result and what is kept beside it. None: the run folder; of somebody else's X.pth the folder
+    X.pth.results beside it."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,6 @@ class SubjectConfig(EncoderConfig):
     resolution: int | None = None
     """Side of the views, px. None: what the encoder was trained at, 224 where its file does not tell. Published
     protocols have 224: at another side the result's name ends in "-modified"."""
-    out: Path | None = None
-    """Folder for the result and the kept features. None: the run folder, or the one that --checkpoint lies in."""
     feature_type: Literal["float32", "float16"] = "float32"
     """Type in which a frozen encoder's features are kept; float16 halves the disk they take, and is a modified
     protocol."""
@@ -143,24 +149,26 @@ def open_subject(config: Config, *, dataset: Dataset | None = None) -> Subject[C
     another run before this evaluation ends.
     """
     started = time.monotonic()
+    config = replace(config, checkpoint=followed_once(config.checkpoint))
+    encoder = encoder_of(config)
+    run = made_result_folder(config.checkpoint, config.out)
+    data = config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet")
+    dataset = dataset or open_dataset(data)
+    return Subject(config, encoder, dataset, chosen_subset(config, dataset), run, started)
+
+
+def encoder_of(config: SubjectConfig) -> Encoder:
+    """The encoder, or the control, that the flags name. Raises UserError."""
     if config.resolution is not None:
         require_positive("resolution", config.resolution)
-    config = replace(config, checkpoint=followed_once(config.checkpoint))
-    encoder = open_encoder(
+    return open_encoder(
         config.checkpoint,
         pixels=config.features == "pixels",
         random_seed=config.seed if config.features == "random" else None,
         resolution_px=config.resolution,
         key=config.key,
+        arch=config.arch,
     )
-    run = config.out.expanduser() if config.out else result_folder(config.checkpoint)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {run} cannot be made ({error.strerror}); name a folder that can be written") from None
-    data = config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet")
-    dataset = dataset or open_dataset(data)
-    return Subject(config, encoder, dataset, chosen_subset(config, dataset), run, started)
 
 
 def chosen_subset(config: SubjectConfig, dataset: Dataset) -> Subset:
@@ -168,12 +176,6 @@ def chosen_subset(config: SubjectConfig, dataset: Dataset) -> Subset:
     if config.shots:
         return shot_subset(dataset.train, config.shots, config.seed)
     return labelled_subset(dataset.train, config.fraction, config.seed)
-
-
-def result_folder(checkpoint: Path) -> Path:
-    """Where the results of a run folder or a checkpoint file go, if no other place is named."""
-    checkpoint = followed_once(checkpoint)
-    return checkpoint if checkpoint.is_dir() else checkpoint.parent
 
 
 def require_positive(flag: str, value: int) -> None:

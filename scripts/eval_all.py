@@ -21,8 +21,10 @@ import tyro
 from eval import detection, heads, knn, linear, report, semisup, svm, transfer
 from eval.detection import DetectionConfig
 from eval.features import open_encoder, random_sha256
+from eval.folder import result_folder
+from eval.frozen import is_resnet
 from eval.splits import open_dataset
-from eval.subject import RESULTS, SubjectConfig, read_results, result_folder
+from eval.subject import RESULTS, SubjectConfig, read_results
 from pipeline.command import DATA, REPO, run_command
 from pipeline.disk import followed_once
 from pipeline.errors import UserError
@@ -55,9 +57,13 @@ class EvalAllConfig:
     """What to evaluate, and how much of it."""
 
     run: tyro.conf.Positional[Path]
-    """A run folder or a checkpoint file; the results go into the folder."""
+    """A run folder or a checkpoint file; the results go into the folder, or into FILE.results beside the file."""
+    arch: str = ""
+    """Which network somebody else's file holds, as for every evaluation."""
     key: str = ""
     """Which network of a file that holds several, as for every evaluation."""
+    out: Path | None = None
+    """Folder for the results in place of that one."""
     data: Path | None = None
     """For the ImageNet protocols. None: the data the encoder was trained on, else imagenet under --data-root."""
     data_root: Path = DATA
@@ -104,7 +110,8 @@ SMALL: dict[type, dict[str, Any]] = {
 def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
     """Everything there is, in the order from minutes to days."""
     root = config.data_root.expanduser()
-    shared = {"checkpoint": config.run, "key": config.key, "data": data, "workers": config.workers}
+    shared = {name: getattr(config, name) for name in ("arch", "key", "out", "workers")}
+    shared |= {"checkpoint": config.run, "data": data}
 
     # The first four are positional alone, so that `protocol` may be a flag as well.
     def job(name: str, protocol: str, main: Callable, kind: type, /, *, needs: str = "imagenet", **flags: Any) -> Job:
@@ -206,8 +213,9 @@ def convert_voc(config: svm.SvmConfig) -> None:
 
 def main(config: EvalAllConfig) -> None:
     config = replace(config, run=followed_once(config.run))
-    root, folder = config.data_root.expanduser(), result_folder(config.run)
-    info = open_encoder(config.run, key=config.key).info
+    root, folder = config.data_root.expanduser(), result_folder(config.run, config.out)
+    encoder = open_encoder(config.run, key=config.key, arch=config.arch)
+    info = encoder.info
     jobs = jobs_of(config, config.data or Path(info.data or root / "imagenet"))
     unknown = set(config.only) - {job.name for job in jobs}
     if unknown:
@@ -222,6 +230,8 @@ def main(config: EvalAllConfig) -> None:
             states[job.name] = f"cannot run: {problem}"
         elif lacking := missing_data(job, root):
             states[job.name], missing[job.needs] = f"{job.needs} is missing", lacking
+        elif job.main in (heads.main, detection.main) and not is_resnet(encoder.module):
+            states[job.name] = f"needs a ResNet, not {info.arch}"
         elif is_done(job, results, info):
             states[job.name] = "done before"
         else:

@@ -153,7 +153,12 @@ def test_an_encoder_that_changes_meanwhile_is_named(tmp_path, capsys, monkeypatc
 
 def test_one_that_fails_is_named_and_the_others_go_on(root, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eval_all.report, "main", lambda config: None)
-    run = write_run(tmp_path / "run", root / "imagenet", arch="test_vit")
+    run = write_run(tmp_path / "run", root / "imagenet")
+
+    def fails(config):
+        raise UserError("as it should")
+
+    monkeypatch.setattr(eval_all.heads, "main", fails)
     with pytest.raises(SystemExit) as stopped:
         main(EvalAllConfig(run=run, data_root=root, small=True, workers=1, only=("knn", "heads")))
     assert stopped.value.code == 1

@@ -10,7 +10,7 @@ import torchvision
 from pipeline.errors import UserError
 from train.cards import PRESETS
 from train.checkpoint import load_backbone, save_checkpoint
-from train.foreign import find_resnet
+from train.foreign import find_encoder
 from train.update import initial_network
 
 
@@ -48,7 +48,7 @@ def test_of_several_networks_the_trained_one_is_taken(tmp_path, capsys, layout):
     assert f"taken is {info.key}, and --key takes another" in said
     (other,) = (name for name in said.partition(" at ")[2].partition(";")[0].split(", ") if name != info.key)
     for key in (other, *({"MoCo": ["encoder_k"], "DINO": ["teacher"]}.get(layout, []))):
-        average = find_resnet(SEVERAL[layout], path, key)
+        average = find_encoder(SEVERAL[layout], path, key)
         assert average.name == other and average.weights["layer4.1.conv2.weight"].unique().tolist() == [2.0]
 
 

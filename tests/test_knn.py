@@ -90,7 +90,7 @@ def test_another_place_and_resolution(run, tmp_path):
     assert result["resolution_px"] == 16 and read_results(tmp_path / "new" / "place") == [result]
     assert [path.name for path in run.iterdir()] == ["checkpoint.pt"]
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out .* cannot be made"):
+    with pytest.raises(UserError, match="cannot be made or written .* name another folder for the result with --out"):
         main(KnnConfig(checkpoint=run, out=tmp_path / "file" / "in"))
     with pytest.raises(UserError, match="--resolution 0 was given, at least 1"):
         main(KnnConfig(checkpoint=run, resolution=0))
@@ -186,7 +186,7 @@ def test_the_network_of_a_file_is_chosen_and_recorded(run, monkeypatch):
     class Keyed(BackboneInfo):
         key: str = ""
 
-    def load(path, key=""):
+    def load(path, key="", arch=""):
         module, info = load_backbone(path)
         torch.nn.init.normal_(next(module.parameters()), std=len(key))
         return module, Keyed(**vars(info) | {"key": key})

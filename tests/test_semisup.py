@@ -1,7 +1,11 @@
 """Semi-supervised evaluation: every weight trains, each at its own rate, on the right images."""
 
+import json
+
 import numpy as np
 import pytest
+import safetensors
+import timm
 import torch
 
 from eval import semisup, supervised
@@ -13,6 +17,7 @@ from eval.supervised import fit, scheduled_lr
 from pipeline.errors import UserError
 from pipeline.storage.beton import open_beton
 from tests.evaluation import AT_SIDE, write_run
+from train.model import make_backbone
 
 
 @pytest.fixture
@@ -158,3 +163,35 @@ def test_bad_flags(run, flags, message):
 def test_a_missing_run(tmp_path):
     with pytest.raises(UserError, match=r"no checkpoint at .*nowhere; make one with"):
         main(SemisupConfig(checkpoint=tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("arch", ["test_resnet", "resnet18", "test_vit"])
+def test_timm_loads_the_saved_network_in_one_line(data, tmp_path, watched, arch):
+    run, path = write_run(tmp_path / "run", data, arch=arch), tmp_path / "mine.safetensors"
+    result = main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1, workers=1, save=path))
+    theirs = timm.create_model(arch, num_classes=5, checkpoint_path=path).eval()
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        ours = watched["model"].cpu().eval()(images)["semisup"]
+        assert torch.allclose(theirs(images), ours, atol=1e-5) and ours.std() > 0
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert about["arch"] == arch and json.loads(about["classes"]) == [f"class_{i}" for i in range(5)]
+    assert main(SemisupConfig(checkpoint=run, fraction=0.2, epochs=1, workers=1))["values"] == result["values"]
+
+
+def test_what_cannot_be_saved_is_said_before_the_training(run, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(semisup, "fine_tune", None)
+    given = {"checkpoint": run, "fraction": 0.2, "save": tmp_path / "mine.safetensors"}
+    for other, said in (
+        ({"seeds": 2}, "--save keeps one network, and --seeds 2 trains several"),
+        ({"save": tmp_path / "mine.pth"}, "ends in .safetensors"),
+        ({"save": tmp_path / "nowhere" / "mine.safetensors"}, "in a folder that is there"),
+        ({"checkpoint": write_run(tmp_path / "narrow", data, arch="resnet10_narrow")}, "timm has no resnet10_narrow"),
+    ):
+        with pytest.raises(UserError, match=said):
+            main(SemisupConfig(**given | other))
+    torchvisions = tmp_path / "small.pth"
+    torch.save(make_backbone("resnet18", "small")[0].state_dict(), torchvisions)
+    with pytest.raises(UserError, match=r"timm has no resnet18 \(small stem\)"):
+        main(SemisupConfig(**given | {"checkpoint": torchvisions, "data": data}))

@@ -28,8 +28,8 @@ from pipeline.errors import UserError
 from pipeline.spec import Normalization
 from train.config import recipe
 from train.content import DamagedFile, MissingFile, parsed_tensor_file, read_once, read_state, tensor_file, write_state
-from train.foreign import below, find_resnet
-from train.model import make_backbone
+from train.foreign import below, find_encoder, told_normalization
+from train.model import make_backbone, own_side_px
 
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
 CHECKPOINT, BACKBONE = "checkpoint.pt", "backbone.safetensors"
@@ -194,19 +194,19 @@ def export_backbone(folder: Path, backbone: nn.Module, info: BackboneInfo) -> No
     write_whole(folder / BACKBONE, tensor_file(tensors, {"backbone": json.dumps(asdict(info))}), advice=NO_ROOM)
 
 
-def load_backbone(path: str | Path, key: str = "") -> tuple[nn.Module, BackboneInfo]:
+def load_backbone(path: str | Path, key: str = "", arch: str = "") -> tuple[nn.Module, BackboneInfo]:
     """The backbone of a run folder or file, in eval mode on the CPU: a module (B, 3, H, W) → (B, features).
 
     Files: our checkpoint.pt and backbone.safetensors; the published Barlow Twins resnet50.pth and checkpoint.pth;
-    any state dict of a torchvision ResNet, under whatever prefix, and `key` for one of several (train/foreign.py says
-    how). Of a run folder it is the newest checkpoint that is not damaged. The file is read once: weights, info and
-    sha256 are of the same bytes. Raises UserError for everything else.
+    any state dict of a torchvision ResNet, or of the `arch` that is named, under whatever prefix, and `key` for one of
+    several (train/foreign.py says how). Of a run folder it is the newest checkpoint that is not damaged. The file is
+    read once: weights, info and sha256 are of the same bytes. Raises UserError for everything else.
     """
-    network = read_network(path, key)
+    network = read_network(path, key, arch)
     return network.backbone, network.info
 
 
-def read_network(path: str | Path, key: str = "") -> Network:
+def read_network(path: str | Path, key: str = "", arch: str = "") -> Network:
     """`load_backbone`, and the weights of what stands beside the backbone, {} where the file has none."""
     path = Path(path).expanduser()
     content: object
@@ -225,6 +225,8 @@ def read_network(path: str | Path, key: str = "") -> Network:
         raise UserError(
             f"--key {key} chooses among several networks of a file, {path} is of a run and has one backbone"
         )
+    if arch and (_is_ours(content) or "backbone" in about):
+        raise UserError(f"--arch {arch} says what somebody else's file holds, {path} is of a run and tells that itself")
     if _is_ours(content):
         _require_version(content, path)
         weights, info = below(content["model"], "backbone."), _info(content["backbone"])
@@ -232,13 +234,16 @@ def read_network(path: str | Path, key: str = "") -> Network:
     elif "backbone" in about:
         weights, info, heads = tensors, _info(json.loads(about["backbone"])), {}
     else:
-        place = find_resnet(content, path, key)
+        place = find_encoder(content, path, key, arch)
         weights, info, heads = place.weights, BackboneInfo(place.arch, place.stem, key=place.name), place.heads
     backbone, features = make_backbone(info.arch, info.stem)
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the architecture it names, {info.arch} ({info.stem} stem)") from error
+    if info.arch.startswith(("timm:", "torchvision:")):
+        side, normalization = own_side_px(backbone) or 224, told_normalization(path, info.arch, backbone)
+        info = replace(info, resolution_px=side, normalization=normalization)
     return Network(backbone.eval(), replace(info, features=features, sha256=sha256), heads)
 
 

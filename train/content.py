@@ -18,6 +18,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def write_state(path: Path, state: dict, keep_as: Path | None = None, advice: st
 def read_state(path: Path) -> tuple[object, str]:
     """(what torch.save wrote, without the digest; the file's sha256). Tensors are on the CPU.
 
-    Raises MissingFile, and DamagedFile where it cannot be read or its digest or checksums are of other content.
+    Raises MissingFile, DamagedFile where it cannot be read or its digest or checksums are of other content, and
+    UserError for a class in it: loading one would run what its writer chose.
     """
     data = read_once(path)
     try:
@@ -113,6 +115,13 @@ def read_state(path: Path) -> tuple[object, str]:
     except Exception as error:  # torch.load tells of a broken file in half a dozen types, zipfile in others
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # no word about the file
             raise _out_of_memory(path) from error
+        if pickled := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(
+                f"{path} holds an object of {pickled[1]} besides its weights, which is not loaded: that would run "
+                "what its writer chose. If you trust the file, keep its weights alone, in Python that has that class: "
+                f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pth"); '
+                'the weights may have another name there than "state_dict", such as "model"'
+            ) from error
         reason = str(error).split("\n")[0].split(". ")[0]
         text = f"{path} cannot be read as a checkpoint ({reason}); it may be damaged or incomplete"
         raise DamagedFile(text) from error

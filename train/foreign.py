@@ -1,8 +1,11 @@
-"""A ResNet in somebody else's checkpoint: found by the names of its parameters, chosen by a stated rule.
+"""An encoder in somebody else's checkpoint: found by the names of its parameters, chosen by a stated rule.
 
-A ResNet stands wherever, below a common prefix, are exactly the parameters of one that torchvision builds: all its
-names and shapes and no others, but for `fc` and batch norm's counters. Its place is the way there, names joined by
-dots: `state_dict.module.encoder_q`. Where a file holds several:
+An encoder stands wherever, below a common prefix, are exactly the parameters of a network that this program builds: all
+its names and shapes and no others, but for batch norm's counters and heads. Heads are what HEADS names, by the first
+part of a name below the prefix; anything else there makes it another network. Without --arch the networks are
+torchvision's ResNets; else the one that --arch names; else the one that timm's config.json beside the file names. A
+ResNet's children in a Sequential, as lightly keeps them, get their names first. The encoder's place is the way there,
+names joined by dots: `state_dict.module.encoder_q`. Where a file holds several:
 
     1. --key chooses: a place, or names from the middle of one, as in --key encoder_k
     2. otherwise the network that was trained comes before averages of it: what a place calls momentum, target, key,
@@ -11,6 +14,7 @@ dots: `state_dict.module.encoder_q`. Where a file holds several:
 
 Which one was taken is said on stderr. Three networks of timm cannot be told from a ResNet by their parameters, since
 what they add has none (anti-aliased strides): they are recognized by the file's name or what the file says of itself.
+Nor can solo-learn's stem for CIFAR, which is padded by 2: it is taken where a 3×3 stem stands in solo-learn's layout.
 """
 
 import contextlib
@@ -18,23 +22,34 @@ import functools
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from pipeline.errors import UserError
+from pipeline.spec import Normalization
 from train.content import content_sha256
-from train.model import make_backbone, torchvision_resnets
+from train.model import make_backbone, network_names, torchvision_resnets
 
 # resnetblur18, resnetblur50, resnetaa50: of timm 1.0's, the only ones with exactly the parameters of a plain ResNet.
 ANTI_ALIASED = re.compile(r"resnet(blur|aa)\d+")
 AVERAGES = {"momentum", "target", "key", "k", "teacher", "ema", "average", "averaged", "swa", "slow", "shadow"}
+HEADS = {
+    *("fc", "head", "heads", "classifier", "last_linear", "head_dist"),  # classifiers, in MoCo and SimSiam projectors
+    *("projection_head", "projector", "prediction_head", "predictor", "prototypes", "queue", "queue_ptr"),  # SwAV …
+    *("mask_token", "decoder_embed", "decoder_pos_embed", "decoder_blocks", "decoder_norm", "decoder_pred"),  # MAE
+}
+COUNTER = "num_batches_tracked"  # of batch norm; older files have none
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4", "9": "fc"}
+SAID = 6  # names of a file that a refusal lists
 
 
 @dataclass(frozen=True)
 class Place:
-    """A ResNet in a file: where, which one, its weights, and what stands beside a network named `backbone`."""
+    """An encoder in a file: where, which one, its weights, and what stands beside a network named `backbone`."""
 
     name: str
     arch: str
@@ -48,35 +63,62 @@ class Place:
         return not AVERAGES.isdisjoint(word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", self.name))
 
 
-def find_resnet(content, path: Path, key: str = "") -> Place:
-    """The ResNet that the rule above chooses. Raises UserError where there is none, or the rule does not decide."""
-    places, rejected = [], []
+def find_encoder(content, path: Path, key: str = "", arch: str = "") -> Place:
+    """The encoder that the rule above chooses. Raises UserError where there is none, or the rule does not decide."""
+    about, places, rejected = timm_config(path), [], []
+    archs = network_names(arch) if arch else sorted(torchvision_resnets(), key=lambda name: name != "resnet50")
     for way, tensors in _dicts_of_tensors(content):
-        for prefix in _prefixes(tensors):
+        for prefix in _prefixes(tensors, archs, whole_resnets=not arch):
             name = ".".join([*way, prefix]).strip(".")
-            place = _place(name, prefix, tensors)
-            places.append(place) if place else rejected.append((name, below(tensors, prefix)))
-    chosen = _chosen(places, path, key) if places else _refuse(path, rejected)
-    if told := _anti_aliased(content, path):
+            for one in archs:
+                place, misfits = _compared(name, prefix, tensors, one)
+                if misfits:
+                    rejected.append((len(misfits), name, misfits[0]))
+                    continue
+                places.append(place)
+                if not arch:
+                    break  # a ResNet is one of them alone, and building the others takes seconds
+    if not places and not arch and isinstance(about.get("architecture"), str):
+        return find_encoder(content, path, key, f"timm:{about['architecture']}")
+    chosen = _chosen(places, path, key, arch) if places else _refuse(content, path, arch, rejected)
+    if (told := _anti_aliased(content, path)) and told not in chosen.arch:
         raise UserError(
             f"{path} is {told} by its name or content: it has the parameters of {chosen.arch} and computes something "
-            "else with them; give a plain ResNet, or rename the file if its name is wrong"
+            f"else with them; pass --arch timm:{told}, give a plain ResNet, or rename the file if its name is wrong"
         )
     return chosen
 
 
-def _dicts_of_tensors(value, way: tuple[str, ...] = ()):
+def _dicts_of_tensors(value, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
     """Every dict in a nested one, with the keys that lead to it, and the tensors that it holds itself by name."""
     if isinstance(value, dict):
-        yield way, {name: w for name, w in value.items() if isinstance(name, str) and isinstance(w, torch.Tensor)}
+        tensors = {name: w for name, w in value.items() if isinstance(name, str) and isinstance(w, torch.Tensor)}
+        yield way, _with_names(tensors)
         for name, item in value.items():
             yield from _dicts_of_tensors(item, (*way, str(name)))
 
 
-def _prefixes(tensors: dict) -> list[str]:
-    """Below which of them something like a ResNet stands: "", "module.encoder_q." …"""
-    starts = [name.removesuffix("conv1.weight") for name in tensors if re.search(r"(^|\.)conv1\.weight$", name)]
-    return [prefix for prefix in starts if f"{prefix}layer4.0.conv1.weight" in tensors]
+def _with_names(tensors: dict) -> dict:
+    """The same tensors, a ResNet's children in a Sequential by their names: 4.0.conv1.weight → layer1.0.conv1.weight"""
+    for prefix in _starts(tensors, "7.0.conv1.weight"):
+        if f"{prefix}0.weight" in tensors and f"{prefix}4.0.conv1.weight" in tensors:
+            for number, child in CHILDREN.items():
+                old, new = f"{prefix}{number}.", f"{prefix}{child}."
+                tensors = {new + n.removeprefix(old) if n.startswith(old) else n: w for n, w in tensors.items()}
+    return tensors
+
+
+def _starts(tensors: dict, ending: str) -> list[str]:
+    """What stands before this name, or these last parts of a name: "", "module.encoder_q." …"""
+    return [name.removesuffix(ending) for name in tensors if f".{name}".endswith(f".{ending}")]
+
+
+def _prefixes(tensors: dict, archs: list[str], *, whole_resnets: bool) -> list[str]:
+    """Below which of them one of these networks may stand: where its first parameter is."""
+    some = archs[:1] if whole_resnets else archs  # a ResNet's has the same name in all of them
+    firsts = dict.fromkeys(next(iter(expected_shapes(arch, "imagenet"))) for arch in some)
+    prefixes = dict.fromkeys(prefix for first in firsts for prefix in _starts(tensors, first))
+    return [prefix for prefix in prefixes if f"{prefix}layer4.0.conv1.weight" in tensors or not whole_resnets]
 
 
 def below(tensors: dict, prefix: str) -> dict:
@@ -84,75 +126,125 @@ def below(tensors: dict, prefix: str) -> dict:
     return {name.removeprefix(prefix): w for name, w in tensors.items() if name.startswith(prefix)}
 
 
-def _place(name: str, prefix: str, tensors: dict) -> Place | None:
-    """The ResNet below a prefix; None where its parameters are not exactly those of one of torchvision."""
-    found = {n: w for n, w in below(tensors, prefix).items() if not n.startswith("fc.")}
-    shapes = {n: tuple(w.shape) for n, w in found.items()}
-    stem = "small" if shapes["conv1.weight"][-1:] == (3,) else "imagenet"
-    uncounted = {n: s for n, s in shapes.items() if not n.endswith("num_batches_tracked")}
-    for arch in sorted(torchvision_resnets(), key=lambda arch: arch != "resnet50"):  # the usual one first
-        expected = expected_shapes(arch, stem)
-        if uncounted == {n: s for n, s in expected.items() if not n.endswith("num_batches_tracked")} and (
-            shapes.items() <= expected.items()
-        ):
-            weights = {n: found.get(n, torch.tensor(0)) for n in expected}
-            above = prefix.removesuffix("backbone.")
-            beside = below(tensors, above) if above != prefix else {}
-            heads = {n: w for n, w in beside.items() if not n.startswith("backbone.")}
-            return Place(name, arch, stem, weights, heads)
-    return None
+def _compared(name: str, prefix: str, tensors: dict, arch: str) -> tuple[Place, list[str]]:
+    """The network below a prefix as one of this architecture, and in what its parameters are not those of one."""
+    found, stem = below(tensors, prefix), "imagenet"
+    if arch in torchvision_resnets() and found["conv1.weight"].shape[-1:] == (3,):
+        stem = "small-padded" if _is_solo_learn(prefix, tensors) else "small"
+    expected = expected_shapes(arch, stem)
+    shapes = {n: tuple(found[n].shape) for n in expected if n in found}
+    misfits = [n for n in found if n not in expected and n.split(".")[0] not in HEADS]
+    misfits += [f"no {n}" for n in expected if n not in found and not n.endswith(COUNTER)]
+    misfits += [f"{n} of {shapes[n]}, not {expected[n]}" for n in shapes if shapes[n] != expected[n]]
+    above = prefix.removesuffix("backbone.")
+    beside = below(tensors, above) if above != prefix else {}
+    heads = {n: w for n, w in beside.items() if not n.startswith("backbone.")}
+    return Place(name, arch, stem, {n: found.get(n, torch.tensor(0)) for n in expected}, heads), misfits
+
+
+def _is_solo_learn(prefix: str, tensors: dict) -> bool:
+    """Whether a network stands as in solo-learn's checkpoints: beside a classifier and a projector or DINO's head."""
+    above = re.sub(r"(momentum_)?backbone\.$", "", prefix)
+    parts = {name.split(".")[0] for name in below(tensors, above)}
+    return above != prefix and "classifier" in parts and not parts.isdisjoint({"projector", "head"})
 
 
 @functools.cache
 def expected_shapes(arch: str, stem: str) -> dict[str, tuple[int, ...]]:
     """The shape of every weight of an architecture, by name."""
-    with torch.device("meta"):
-        return {name: tuple(w.shape) for name, w in make_backbone(arch, stem)[0].state_dict().items()}
+    try:
+        with torch.device("meta"):
+            network = make_backbone(arch, stem)[0]
+    except RuntimeError:  # it calculates with tensors while it is built, which takes numbers
+        network = make_backbone(arch, stem)[0]
+    return {name: tuple(w.shape) for name, w in network.state_dict().items()}
 
 
-def _chosen(places: list[Place], path: Path, key: str) -> Place:
-    listed = ", ".join(place.name or "(no prefix)" for place in places)
+def _chosen(places: list[Place], path: Path, key: str, arch: str) -> Place:
+    listed = ", ".join(dict.fromkeys(place.name or "(no prefix)" for place in places))
+    if len(fits := sorted({place.arch for place in places})) > 1 and arch:
+        choice = " or ".join(f"--arch {one}" for one in fits)
+        raise UserError(f"{path} fits {' and '.join(fits)}, which compute different things; say which: {choice}")
     if key:
         wanted = key.strip(".")
         fitting = [p for p in places if f".{wanted}." in f".{p.name}."]
         fitting = [p for p in fitting if p.name == wanted] or fitting
         if len(fitting) != 1:
             what = "none" if not fitting else f"{len(fitting)} of them, where one was expected"
-            raise UserError(f"--key {key} names {what}: {path} holds ResNets at {listed}; choose one of these")
+            raise UserError(f"--key {key} names {what}: {path} holds {_kind(arch)} at {listed}; choose one of these")
         return fitting[0]
     left = places if len(places) == 1 else [place for place in places if not place.is_average] or places
     if len(left) > 1:  # one network under two names is one
         left = list({content_sha256(place.weights): place for place in reversed(left)}.values())[::-1]
     if len(left) > 1:
         raise UserError(
-            f"{path} holds several ResNets ({listed}), and none is plainly the one that was trained; choose one with "
-            "--key, or keep one alone in a file"
+            f"{path} holds several {_kind(arch)} ({listed}), and none is plainly the one that was trained; choose one "
+            "with --key, or keep one alone in a file"
         )
     if len(places) > 1:
-        text = f"note: {path} holds ResNets at {listed}; taken is {left[0].name}, and --key takes another"
+        text = f"note: {path} holds {_kind(arch)} at {listed}; taken is {left[0].name}, and --key takes another"
         print(text, file=sys.stderr, flush=True)
     return left[0]
 
 
-def _refuse(path: Path, rejected: list[tuple[str, dict]]):
-    """Raises the UserError for a file without a ResNet of torchvision."""
+def _kind(arch: str) -> str:
+    return f"networks of {arch}" if arch else "ResNets"
+
+
+def _refuse(content, path: Path, arch: str, rejected: list[tuple[int, str, str]]):
+    """Raises the UserError for a file without the network that was looked for: what was, and which names there are."""
     why = ""
     if rejected:
-        name, found = rejected[0]
-        most = expected_shapes("resnet152", "imagenet")  # the names of all the others are among these
-        other = next((n for n in found if n not in most and not n.startswith("fc.")), "other shapes")
-        why = f" (below {name or 'no prefix'} stands another network, with {other})"
+        _, name, misfit = min(rejected)
+        why = f" (below {name or 'no prefix'} stands another network, with {misfit})"
+    names = [".".join([*way, *name.split(".")[:2]]) for way, found in _dicts_of_tensors(content) for name in found]
+    parts = list(dict.fromkeys(names))
+    found = ", ".join(parts[:SAID]) + ", …" * (len(parts) > SAID) or "no tensors by name"
+    what = f"no {arch}, by torchvision's or timm's parameter names" if arch else "no ResNet known to torchvision"
     raise UserError(
-        f"{path} holds no ResNet known to torchvision{why}; give a run folder, its checkpoint, "
-        "or a state dict with torchvision's parameter names"
+        f"{path} holds {what}{why}; found: {found}; give a run folder, its checkpoint, or a state dict of a ResNet "
+        "with torchvision's names, or name another network with --arch, such as timm:vit_small_patch16_224"
     )
+
+
+def timm_config(path: Path) -> dict:
+    """timm's config.json beside a file, {} where there is none."""
+    with contextlib.suppress(OSError, ValueError):  # no such file, or no JSON in it
+        about = json.loads((path.parent / "config.json").read_bytes())
+        return about if isinstance(about, dict) else {}
+    return {}
+
+
+def told_normalization(path: Path, arch: str, backbone: nn.Module) -> Normalization:
+    """What a file's views are normalized with: as timm's config.json beside it says, else as ImageNet's are.
+
+    The latter is said where timm's own weights of the architecture have another one. Raises UserError where config.json
+    builds the architecture in another way than by its name.
+    """
+    about, usual = timm_config(path), Normalization()
+    if arch == f"timm:{about.get('architecture')}":
+        if about.get("model_args"):
+            raise UserError(
+                f"{path}: its config.json builds {about['architecture']} with {about['model_args']}, which this "
+                "program does not; save the network under an architecture of timm that has these by its name"
+            )
+        own = about.get("pretrained_cfg", about)
+        return Normalization(tuple(own.get("mean", usual.mean)), tuple(own.get("std", usual.std)))
+    own = getattr(backbone, "pretrained_cfg", {})
+    if tuple(own.get("mean", usual.mean)) != usual.mean:
+        print(
+            f"note: {path}: views are normalized with ImageNet's mean; timm's own weights of {arch} were trained with "
+            f"{own['mean']}: for these, put their config.json beside the file",
+            file=sys.stderr,
+            flush=True,
+        )
+    return usual
 
 
 def _anti_aliased(content, path: Path) -> str | None:
     """The name of an anti-aliased network, where the file's name, its content or timm's config.json says so."""
     about = content if isinstance(content, dict) else {}
     told = [path.name, *(about.get(name) for name in ("arch", "architecture", "model_name"))]
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no such file, or no dict in it
-        told.append(json.loads((path.parent / "config.json").read_bytes()).get("architecture"))
+    told.append(timm_config(path).get("architecture"))
     found = (ANTI_ALIASED.search(text.lower()) for text in told if isinstance(text, str))
     return next((match.group() for match in found if match), None)

@@ -1,8 +1,12 @@
 """Backbones by name, and the projector.
 
 A backbone is a module (B, 3, H, W) → (B, D) whose parameters have torchvision's or timm's own names, so its
-weights load there. torchvision's ResNets are looked up first, then timm's models. Both take seconds to import
-(torchvision brings torch's compiler), so each is imported where a network is made and not by every --help.
+weights load there. torchvision's ResNets are looked up first, then timm's models; `torchvision:NAME` and `timm:NAME`
+say whose network is meant. Both take seconds to import (torchvision brings torch's compiler), so each is imported
+where a network is made and not by every --help.
+
+    stem        of torchvision's ResNets: imagenet, 7×7 stride 2 and a max-pool; small, 3×3 stride 1 without one;
+                small-padded, the same padded by 2 instead of 1 (solo-learn's on CIFAR), only in others' files
 """
 
 import difflib
@@ -15,9 +19,36 @@ from pipeline.errors import UserError
 
 def torchvision_resnets() -> list[str]:
     """resnet18 … wide_resnet101_2, every ResNet torchvision builds."""
+    return _torchvision_names(include=["resne*", "wide_resnet*"])
+
+
+def _torchvision_names(**which) -> list[str]:
     import torchvision
 
-    return torchvision.models.list_models(module=torchvision.models, include=["resne*", "wide_resnet*"])
+    return torchvision.models.list_models(module=torchvision.models, **which)
+
+
+def network_names(arch: str) -> list[str]:
+    """What a name given without its origin may mean, of "torchvision:…" and "timm:…"; a torchvision ResNet is itself.
+
+    Raises UserError for a name that nobody knows, with the nearest known ones.
+    """
+    if arch == "resnet10_narrow" or arch.removeprefix("torchvision:") in torchvision_resnets():
+        return [arch.removeprefix("torchvision:")]
+    import timm
+
+    # googlenet and inception_v3 normalize their input again if their weights are the published ones, and mnasnet has
+    # two versions with the same names; a file of weights does not say which.
+    left_out = ["googlenet", "inception*", "mnasnet*"]
+    known = {"torchvision": _torchvision_names(exclude=left_out), "timm": timm.list_models()}
+    qualified = {f"{origin}:{name}" for origin, names in known.items() for name in names}
+    if found := [name for name in (arch, *(f"{origin}:{arch}" for origin in known)) if name in qualified]:
+        return found
+    near = difflib.get_close_matches(
+        arch, sorted({*torchvision_resnets(), *known["timm"], *qualified}), n=4, cutoff=0.5
+    )
+    hint = f"did you mean {', '.join(near)}?" if near else "see torchvision's models and timm.list_models()"
+    raise UserError(f"--arch {arch!r} is neither a model of torchvision nor of timm; {hint}")
 
 
 def resnet10_narrow() -> nn.Module:
@@ -43,29 +74,41 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """
     if arch == "resnet10_narrow":
         return resnet10_narrow(), 256
-    if arch in torchvision_resnets():
-        import torchvision
-
-        backbone = torchvision.models.get_model(arch, weights=None, zero_init_residual=True)
-        features = backbone.fc.in_features
-        backbone.fc = nn.Identity()
-        return (with_small_stem(backbone) if stem == "small" else backbone), features
-    import timm
-
-    if arch not in timm.list_models():
-        known = sorted({*torchvision_resnets(), *timm.list_models()})
-        near = difflib.get_close_matches(arch, known, n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "see torchvision's ResNets and timm.list_models()"
-        raise UserError(f"--arch {arch!r} is neither a ResNet of torchvision nor a model of timm; {hint}")
+    name = network_names(arch)[-1]  # timm's, where both have it
+    if name in torchvision_resnets():
+        backbone, features = _without_classifier(name, zero_init_residual=True)
+        return (backbone if stem == "imagenet" else with_small_stem(backbone, 1 + (stem == "small-padded"))), features
     if stem != "imagenet":
         raise UserError(f"--stem {stem} is made for torchvision's ResNets, not for {arch}; leave it out")
-    model: Any = timm.create_model(arch, num_classes=0)
+    if name.startswith("torchvision:"):
+        return _without_classifier(name.removeprefix("torchvision:"))
+    import timm
+
+    model: Any = timm.create_model(name.removeprefix("timm:"), num_classes=0)
     return model, getattr(model, "head_hidden_size", model.num_features)
 
 
-def with_small_stem(resnet: nn.Module) -> nn.Module:
+def _without_classifier(name: str, **flags) -> tuple[nn.Module, int]:
+    """A classifier of torchvision whose last layer is the identity, and that layer's number of inputs."""
+    import torchvision
+
+    network: Any = torchvision.models.get_model(name, weights=None, **flags)
+    layers = [(at, layer) for at, layer in network.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    at, last = layers[-1]
+    network.set_submodule(at, nn.Identity())
+    return network, last.in_features if isinstance(last, nn.Linear) else last.in_channels
+
+
+def own_side_px(backbone: nn.Module) -> int | None:
+    """The side of the images that a network is built for, as a ViT is by its positions; None where it has none."""
+    about: Any = getattr(backbone, "pretrained_cfg", {})  # of timm's models
+    side: Any = about["input_size"][-1] if about.get("fixed_input_size") else getattr(backbone, "image_size", None)
+    return side
+
+
+def with_small_stem(resnet: nn.Module, padding: int = 1) -> nn.Module:
     """For images of about 32 px: the 7×7 stride-2 convolution becomes 3×3 stride 1, the max-pool goes."""
-    stem = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    stem = nn.Conv2d(3, 64, 3, stride=1, padding=padding, bias=False)
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     resnet.conv1, resnet.maxpool = stem, nn.Identity()
     return resnet

@@ -3,6 +3,8 @@
     python pipeline/convert.py --source IMAGES/train --out data/mine/train.beton
     python pipeline/convert.py --source IMAGES --out data/mine            train/ and val/ of IMAGES, classes compared
     python pipeline/convert.py --source IMAGES --out data/mine --format webdataset        tar shards as well
+    python pipeline/convert.py --source X.beton                           an FFCV file of other origin, where it lies
+    python pipeline/convert.py --source TARS                              WebDataset tars, for --loader dali
     python pipeline/convert.py --verify --out data/mine/train.beton       reads a finished file again and checks it
 
 JPEGs that need no resize are kept byte for byte. Other formats are encoded again, of an animation the first frame. Of
@@ -32,9 +34,10 @@ from pipeline import constants
 from pipeline.command import run_command
 from pipeline.errors import UserError
 from pipeline.storage import beton, shards, store
+from pipeline.storage.adopt import Asked, adopt
 from pipeline.storage.beton_writer import BetonWriter, remove_leftovers, state_sha256
 from pipeline.storage.kept_images import keep_image, kept_images
-from pipeline.storage.sources.open import open_source, split_names
+from pipeline.storage.sources.open import open_source, open_splits, split_names
 from pipeline.storage.sources.source import Source, image_places, read_stamps
 from pipeline.storage.verify import verify
 from pipeline.storage.workers import Workers, out_of_memory
@@ -46,11 +49,13 @@ SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
 class ConvertConfig:
     """What to convert, to what, and how."""
 
-    out: Path
-    """The .beton file to write; or a folder, which gets train.beton and val.beton."""
+    out: Path | None = None
+    """The .beton file to write; or a folder, which gets train.beton and val.beton. Without it an FFCV file or
+    WebDataset tars are used where they lie."""
     source: Path | None = None
     """The images: a folder with one folder a class, or one with train/ and val/ (or validation/) of these; ImageNet's
-    own tar files; CIFAR-10, VOC2007, Places205 or iNaturalist 2018 as they are downloaded."""
+    own tar files; CIFAR-10, VOC2007, Places205 or iNaturalist 2018 as they are downloaded; WebDataset tars; an FFCV
+    file, which is not copied: --out is then a link to it."""
     split: Literal["", "train", "val", "unlabelled"] = ""
     """Which split to convert, if --source has several."""
     format: Literal["beton", "webdataset"] = "beton"
@@ -224,7 +229,7 @@ def convert(source: Source, out: Path, config: ConvertConfig) -> None:
 
 def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
     """The conversions asked for. Splits of one dataset must have the same classes, checked before any starts."""
-    if config.source is None:
+    if config.source is None or config.out is None:
         return []
     if config.out.suffix == ".beton":
         return [(open_source(config.source, config.split), config.out)]
@@ -233,10 +238,7 @@ def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
         raise UserError(
             f"{config.source} has no train/ or val/; give --out a file name that ends with .beton, not {config.out}"
         )
-    opened = [open_source(config.source, split) for split in splits]
-    for other in opened[1:]:
-        beton.require_same_classes(str(opened[0].where), opened[0].classes, str(other.where), other.classes)
-    return [(source, config.out / f"{source.split}.beton") for source in opened]
+    return [(source, config.out / f"{source.split}.beton") for source in open_splits(config.source, splits)]
 
 
 def _note_count(source: Source) -> None:
@@ -249,7 +251,7 @@ def _note_count(source: Source) -> None:
 
 def main(config: ConvertConfig) -> None:
     """Converts, then verifies, what is asked for."""
-    if config.source is None and not config.verify:
+    if config.source is None and (not config.verify or config.out is None):
         raise UserError("nothing to do: give --source to convert, or --verify to check what --out has")
     if not 1 <= config.max_side <= 65535 or not 1 <= config.quality <= 100 or config.workers < 0:
         raise UserError(
@@ -259,21 +261,23 @@ def main(config: ConvertConfig) -> None:
     if config.shard_images < 1:
         raise UserError(f"--shard-images {config.shard_images}: expected 1 or more")
     tqdm.monitor_interval = 0  # its thread would keep the workers from being forked
-    jobs = _jobs(config)
+    asked = Asked(config.workers, config.skip_unreadable, config.fresh, config.check == "full")
+    outs = adopt(config.source, config.out, config.split, asked) if config.source else []
+    jobs = [] if outs else _jobs(config)
     for source, out in jobs:
         _note_count(source)
         convert(source, out, config)
         if config.format == "webdataset":
             shards.pack_shards(beton.open_beton(out), config.shard_images)
     if config.verify:
-        outs = [out for _, out in jobs]
-        if not outs:
+        outs += [out for _, out in jobs]
+        if not outs and config.out is not None:
             outs = sorted(config.out.glob("*.beton")) if config.out.is_dir() else [config.out]
         if not outs:
             raise UserError(f"{config.out} has no .beton file to verify")
         for out in outs:
-            verify(beton.open_beton(out), config.workers)
-            if config.format == "webdataset":
+            verify(shards.open_stored(out), config.workers)
+            if config.format == "webdataset" and out.suffix == ".beton":
                 verify(shards.open_shards(out.with_suffix(shards.SUFFIX)), config.workers)
 
 

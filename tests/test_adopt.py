@@ -70,7 +70,8 @@ many = {"position": IntField(), "vector": NDArrayField(np.dtype("float32"), (6,)
     "photo": RGBImageField(write_mode="proportion"), "score": FloatField(), "blob": BytesField()}
 write("many.beton", ["other", "vector", "label", "meta", "image", "score", "blob"], many, 1 << 21, 2)
 write("alone.beton", ["score", "image"], {"score": FloatField(), "img": RGBImageField(write_mode="jpg")}, 1 << 21, 1)
-write("two.beton", ["label", "image", "other"], {"a": IntField(), "image": RGBImageField(), "b": IntField()}, 1 << 21, 1)
+write("two.beton", ["label", "image", "other"], {"a": IntField(), "image": RGBImageField(), "b": IntField()},
+    1 << 21, 1)
 write("none.beton", ["label"], {"label": IntField()}, 1 << 21, 1)
 
 for path in folder.iterdir():

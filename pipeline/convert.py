@@ -261,7 +261,7 @@ def main(config: ConvertConfig) -> None:
     if config.shard_images < 1:
         raise UserError(f"--shard-images {config.shard_images}: expected 1 or more")
     tqdm.monitor_interval = 0  # its thread would keep the workers from being forked
-    asked = Asked(config.workers, config.skip_unreadable, config.fresh, config.check == "full")
+    asked = Asked(config.workers, config.skip_unreadable, config.fresh)
     outs = adopt(config.source, config.out, config.split, asked) if config.source else []
     jobs = [] if outs else _jobs(config)
     for source, out in jobs:

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,6 @@ from pipeline.storage.sources.source import UNLABELLED, Source, numbered_classes
 from pipeline.storage.verify import DAMAGED, check_images
 from pipeline.storage.workers import Workers
 
-_HEADING = "sample\tlabel\tstored\tsha256\tfile"
-
 
 class Asked(NamedTuple):
     """How to do it."""
@@ -40,12 +38,11 @@ class Asked(NamedTuple):
     workers: int
     skip_unreadable: bool
     fresh: bool
-    check_full: bool
 
 
 def adopt(source: Path, out: Path | None, split: str, asked: Asked) -> list[Path]:
     """Makes usable what is used where it lies; [] if it is to be converted. Returns what to open."""
-    if source.suffix in (".beton", ".ffcv") and not source.is_dir():
+    if source.suffix in (".beton", ".ffcv") and source.is_file():
         return [adopt_ffcv(source, out, split, asked)]
     if out is not None:
         return []
@@ -70,9 +67,9 @@ def _is_done(manifest: Path, opened: Callable[[], beton.Stored], files: list[Pat
     try:
         dataset = opened()
     except UserError as error:
-        if fresh:
-            return False
-        raise UserError(f"{manifest} is there and does not fit ({error}); pass --fresh to make it again") from None
+        if not fresh:
+            raise UserError(f"{error}; or pass --fresh to make {manifest.name} again") from None
+        return False
     before = dataset.manifest.get("adopted")
     if before is None:
         print(f"{dataset.path} is already converted; nothing to do")
@@ -110,6 +107,12 @@ def _publish(contents: dict[Path, bytes], link: Path | None = None, target: Path
         raise
 
 
+def _file_list(rows: Iterable[tuple]) -> bytes:
+    """`x.files.tsv` of (label, how it is stored, sha256, name) of each sample."""
+    lines = ("\t".join(map(str, (sample, *row))) for sample, row in enumerate(rows))
+    return ("\n".join(["sample\tlabel\tstored\tsha256\tfile", *lines]) + "\n").encode("utf-8", "surrogateescape")
+
+
 def _as_json(manifest: dict) -> bytes:
     return (json.dumps(manifest, indent=1) + "\n").encode()
 
@@ -122,8 +125,6 @@ def adopt_ffcv(path: Path, out: Path | None, split: str, asked: Asked) -> Path:
 
     Raises UserError for a file that is not whole, labels that are none, and an image that cannot be decoded.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing; --source expects a folder of images, tars or an FFCV file")
     out = _ffcv_out(path, out, split, asked.fresh)
     if _is_done(beton.manifest_path(out), lambda: beton.open_beton(out), [path], asked.fresh):
         return out
@@ -135,9 +136,8 @@ def adopt_ffcv(path: Path, out: Path | None, split: str, asked: Asked) -> Path:
         raise UserError(f"{path} changed while it was read; run again when that is over")
     how = np.where(stored.modes == MODE_JPEG, store.HOW[store.KEPT], store.HOW[store.RAW]).astype(object)
     how[damaged] = DAMAGED
-    columns = (stored.labels.tolist(), how, digests)
-    rows = [f"{i}\t{label}\t{h}\t{digest}\t{i:09d}" for i, (label, h, digest) in enumerate(zip(*columns, strict=True))]
-    files = ("\n".join([_HEADING, *rows]) + "\n").encode()
+    rows = zip(stored.labels.tolist(), how, digests, [f"{i:09d}" for i in range(len(stored))], strict=True)
+    files = _file_list(rows)
     counts = np.bincount(stored.labels, minlength=len(classes)).tolist()
     manifest = {
         "format_version": beton.FORMAT_VERSION,
@@ -220,8 +220,8 @@ def adopt_tars(source: Source, asked: Asked) -> Path:
     _require_folder(folder)
     if (folder / f"{name}.beton").exists():
         raise UserError(f"{folder} has a {name}.beton, whose {name}.files.tsv would be replaced; move one of them")
-    state, how = _state(source.files), store.How(65535, 90, decode_all=asked.check_full)
-    index, rows, skipped = np.zeros(len(source), shards.ROW), [_HEADING], []
+    state, how = _state(source.files), store.How(65535, 90, decode_all=True)
+    index, rows, skipped = np.zeros(len(source), shards.ROW), [], []
     with Workers(asked.workers) as workers, contextlib.closing(kept_images(source, 0, how, workers)) as kept:
         for i, (image, _) in enumerate(tqdm(kept, path.name, len(source), unit="img")):
             if isinstance(image, str):
@@ -239,12 +239,12 @@ def adopt_tars(source: Source, asked: Asked) -> Path:
                 )
             shard, offset, size = source.extents[i]  # type: ignore[index]
             index[i] = (shard, offset, size, image.height, image.width, source.labels[i])
-            rows.append(f"{len(rows) - 1}\t{source.labels[i]}\tkept\t{image.sha256.hex()}\t{source.names[i]}")
+            rows.append((source.labels[i], "kept", image.sha256.hex(), source.names[i]))
     if len(skipped) == len(source):
         raise UserError(f"none of the {len(source)} images of {folder} can be read; nothing was written")
     if _state(source.files) != state:
         raise UserError(f"{folder} changed while it was read; run again when that is over")
-    buffer, files = io.BytesIO(), ("\n".join(rows) + "\n").encode("utf-8", "surrogateescape")
+    buffer, files = io.BytesIO(), _file_list(rows)
     np.save(buffer, np.delete(index, skipped))
     index_sha256 = hashlib.sha256(buffer.getbuffer()).hexdigest()
     manifest = {

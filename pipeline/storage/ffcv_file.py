@@ -112,7 +112,8 @@ def read_tables(path: Path) -> Tables:
 
 def _image_sizes(path: Path, images: np.ndarray, allocations: np.ndarray, start: int, end: int) -> np.ndarray:
     """The bytes of each image, found by its address. No two allocations may share a byte, all lie in start … end."""
-    used = np.sort(allocations[allocations["bytes"] > 0], order="offset")
+    used = allocations[allocations["bytes"] > 0]
+    used = used[np.argsort(used["offset"])]
     offsets, sizes = used["offset"], used["bytes"]
     sound = len(used) and offsets[0] >= start and (offsets <= end).all() and (sizes <= end - offsets).all()
     sound = sound and (offsets[:-1] + sizes[:-1] <= offsets[1:]).all()

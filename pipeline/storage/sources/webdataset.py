@@ -21,7 +21,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -90,27 +90,27 @@ def _tars(folder: Path) -> list[Path]:
 
 def read(root: Path, split: str, folder: Path) -> Source:
     """Lists a split. Raises UserError for a tar that is not whole, and for samples without one image and one label."""
-    own = shards(root, split) or shards(root, "")
-    tars = [_listed(tar) for tar in own]
-    names = [f"{path.name}/{name}" for path, tar in zip(own, tars, strict=True) for name in tar.names]
+    files = shards(root, split) or shards(root, "")
+    tars = [_listed(tar) for tar in files]
+    names = [f"{path.name}/{name}" for path, tar in zip(files, tars, strict=True) for name in tar.names]
     if not names:
-        raise UserError(f"{folder} has no images in its tars ({own[0].name} first); WebDataset's samples are expected")
+        raise UserError(
+            f"{folder} has no images in its tars ({files[0].name} first); WebDataset's samples are expected"
+        )
     labels = [label for tar in tars for label in tar.labels]
     others = [_listed(tar) for other in SPLITS if other != split for tar in shards(root, other)]
-    classes, numbers = _classes(own[0].parent, names, labels, [label for tar in others for label in tar.labels])
-    if classes[0] == "0":
-        classes = _named({own[0].parent, root}, classes)
-    extents = [(i, *extent) for i, tar in enumerate(tars) for extent in tar.extents]
+    where = files[0].parent
+    classes, numbers = _classes({where, root}, names, labels, [label for tar in others for label in tar.labels])
     return Source(
         kind="webdataset",
         split=split,
         classes=classes,
         names=names,
         labels=numbers,
-        where=own[0].parent,
+        where=where,
         labelled=classes is not UNLABELLED,
-        files=own,
-        extents=np.array(extents, np.int64),
+        files=files,
+        extents=np.array([(i, *extent) for i, tar in enumerate(tars) for extent in tar.extents], np.int64),
         left_out=sum((tar.left_out for tar in tars), Counter()),
     )
 
@@ -123,7 +123,7 @@ def _listed(path: Path) -> _Tar:
 @functools.cache  # a split asks for the labels of the others, too
 def _read_tar(path: Path, size: int, _: int) -> _Tar:
     with open(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b" or path.name.endswith(_GZIPPED):
+        if file.read(2) == b"\x1f\x8b":
             raise UserError(f"{path} is compressed with gzip; decompress it (gunzip) to read single images from it")
         listed = _Tar([], [], [], Counter())
         for key, parts in _samples(path, size, listed.left_out).items():
@@ -133,20 +133,16 @@ def _read_tar(path: Path, size: int, _: int) -> _Tar:
                     f"{path} has a sample {key!r} with {len(images)} images (its files: {', '.join(sorted(parts))});"
                     " one image a sample is expected"
                 )
-
-            def text(suffix: str, key=key, parts=parts) -> str:
-                offset, size = parts[suffix]
-                file.seek(offset)
-                try:
-                    return file.read(size).decode()
-                except UnicodeDecodeError:
-                    raise UserError(f"{path} has in {key}.{suffix} what is no text; write the label as text") from None
-
+            try:
+                label = _label(file, parts)
+            except ValueError as error:  # no text, or no JSON
+                raise UserError(
+                    f"{path} has a label of {key!r} that cannot be read ({error}); write it again"
+                ) from None
             listed.names.append(f"{key}.{images[0]}")
             listed.extents.append(parts[images[0]])
-            listed.labels.append(_label(path, key, parts.keys(), text))
-            used = {images[0], (listed.labels[-1] or ("",))[0]}
-            listed.left_out.update(f".{suffix}" for suffix in parts if suffix not in used)
+            listed.labels.append(label)
+            listed.left_out.update(f".{s}" for s in parts if s != images[0] and (label is None or s != label[0]))
     return listed
 
 
@@ -167,48 +163,45 @@ def _samples(path: Path, size: int, left_out: Counter[str]) -> dict[str, dict[st
     return samples
 
 
-def _label(path: Path, key: str, suffixes, text) -> _Label:
-    """Of one sample, by the rule at the head of this file; None if it has none."""
-    if "cls" in suffixes:
-        return "cls", text("cls").strip()
-    if "json" in suffixes:
-        try:
-            about = json.loads(text("json"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} has in {key}.json what is no JSON ({error}); write the tar again") from None
-        for field in FIELDS if isinstance(about, dict) else ():
-            value = about.get(field)
-            if isinstance(value, (int, str)) and not isinstance(value, bool):
-                return "json", str(value).strip()
-    return ("txt", text("txt").strip()) if "txt" in suffixes else None
+def _label(file: BinaryIO, parts: dict[str, tuple[int, int]]) -> _Label:
+    """Of one sample, by the rule at the head of this file; None if it has none. Raises ValueError."""
+    for suffix in ("cls", "json", "txt"):
+        if suffix in parts:
+            file.seek(parts[suffix][0])
+            text = file.read(parts[suffix][1]).decode().strip()
+            if suffix != "json":
+                return suffix, text
+            about = json.loads(text)
+            for value in [about.get(field) for field in FIELDS] if isinstance(about, dict) else []:
+                if isinstance(value, (int, str)) and not isinstance(value, bool):
+                    return suffix, str(value).strip()
+    return None
 
 
-def _classes(folder: Path, names: list[str], own: list[_Label], others: list[_Label]) -> tuple[list[str], np.ndarray]:
+def _classes(
+    folders: set[Path], names: list[str], own: list[_Label], others: list[_Label]
+) -> tuple[list[str], np.ndarray]:
     """The classes of a split and the label of each of its images; numbers count over all splits."""
-    everything = [*own, *others]
-    suffixes = {label and label[0] for label in everything}
-    texts = [label[1] for label in everything if label]
+    given = [label for label in (*own, *others) if label]
+    texts = [text for _, text in given]
     numbers = all(_NUMBER.fullmatch(text) for text in texts)
-    captions = suffixes <= {"txt", None} and not numbers and 2 * len(set(texts)) > len(texts)
+    captions = all(suffix == "txt" for suffix, _ in given) and not numbers and 2 * len(set(texts)) > len(texts)
     if captions:
-        print(f"note: {folder}: most of the texts differ, so they are captions and not labels", file=sys.stderr)
-    if captions or suffixes == {None}:
+        print(f"note: {names[0]} …: most of the texts differ, so they are captions and not labels", file=sys.stderr)
+    if captions or not given:
         return UNLABELLED, np.zeros(len(own), np.int64)
-    without = next((name for name, label in zip(names, own, strict=True) if label is None or not label[1]), None)
-    if without is not None or len({label and label[0] for label in own}) > 1:
-        raise UserError(
-            f"{folder} has samples with a label and samples without it, or in another place ({without or names[0]}"
-            " first); each needs its own .cls, .json or .txt"
-        )
+    for name, label in zip(names, own, strict=True):
+        if label is None or not label[1] or label[0] != given[0][0]:
+            raise UserError(
+                f"{min(folders)} has samples with a label in .{given[0][0]} and samples without it ({name} first);"
+                " each needs its own"
+            )
+    own_texts = [label[1] for label in own if label]
     if numbers:
-        classes = numbered_classes(folder, np.array([int(text) for text in texts]))
-        return classes, np.array([int(label[1]) for label in own if label], np.int64)
-    for text in texts:
-        if "\t" in text or "\n" in text:
-            raise UserError(f"{folder} has the label {text!r}, with a tab or a line break; a class name has none")
-    classes = sorted({label[1] for label in own if label})
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([number[label[1]] for label in own if label], np.int64)
+        classes = numbered_classes(min(folders), np.array([int(text) for text in texts]))
+        return _named(folders, classes), np.array([int(text) for text in own_texts], np.int64)
+    found, labels = np.unique(own_texts, return_inverse=True)
+    return found.tolist(), labels
 
 
 def _named(folders: set[Path], numbers: list[str]) -> list[str]:

@@ -263,6 +263,9 @@ def main(config: ConvertConfig) -> None:
     tqdm.monitor_interval = 0  # its thread would keep the workers from being forked
     asked = Asked(config.workers, config.skip_unreadable, config.fresh)
     outs = adopt(config.source, config.out, config.split, asked) if config.source else []
+    for out in outs:
+        if config.format == "webdataset" and out.suffix == ".beton":
+            shards.pack_shards(beton.open_beton(out), config.shard_images)
     jobs = [] if outs else _jobs(config)
     for source, out in jobs:
         _note_count(source)

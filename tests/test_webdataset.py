@@ -398,8 +398,15 @@ def test_what_is_not_used_in_place(tmp_path, photos):
 def test_a_beton_of_that_name_keeps_its_files(tmp_path, photos):
     path = write_tar(tmp_path / "x.tar", [("0.jpg", photos[0])])
     convert(ConvertConfig(tmp_path / "x.beton", path, workers=1))
-    with pytest.raises(UserError, match="has a x.beton, whose x.files.tsv would be replaced"):
+    with pytest.raises(UserError, match=r"x.beton is there, whose x.files.tsv would be replaced"):
         convert(ConvertConfig(source=path, workers=1))
+    for old in tmp_path.glob("x.[bfm]*"):
+        old.rename(tmp_path / f"y{old.suffix}" if old.suffix == ".beton" else tmp_path / f"old{old.suffix}")
+    convert(ConvertConfig(source=path, workers=1))
+    (tmp_path / "y.beton").rename(tmp_path / "x.beton")
+    with pytest.raises(UserError, match=r"x.shards.json is there, whose x.files.tsv would be replaced"):
+        convert(ConvertConfig(source=tmp_path / "x.beton", workers=1))
+    assert open_shards(tmp_path / "x.shards.json").file_names() == ["x.tar/0.jpg"]
 
 
 def test_our_own_shards_are_left_alone(tars, tmp_path, capsys):

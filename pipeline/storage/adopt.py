@@ -84,10 +84,12 @@ def _is_done(manifest: Path, opened: Callable[[], beton.Stored], files: list[Pat
     return True
 
 
-def _require_folder(folder: Path) -> None:
-    """Before minutes of reading."""
-    if not os.access(next(place for place in (folder, *folder.resolve().parents) if place.exists()), os.W_OK):
-        raise UserError(f"{folder} cannot be written to; give --out a name in another folder")
+def _require_place(path: Path, other: Path) -> None:
+    """Before minutes of reading. `other` is the dataset that would have the same x.files.tsv."""
+    if not os.access(next(place for place in path.absolute().parents if place.exists()), os.W_OK):
+        raise UserError(f"{path.parent} cannot be written to; give --out a name in another folder")
+    if other.exists():
+        raise UserError(f"{other} is there, whose {beton.files_path(other).name} would be replaced; move one of them")
 
 
 def _publish(contents: dict[Path, bytes], link: Path | None = None, target: Path | None = None) -> None:
@@ -128,6 +130,7 @@ def adopt_ffcv(path: Path, out: Path | None, split: str, asked: Asked) -> Path:
     out = _ffcv_out(path, out, split, asked.fresh)
     if _is_done(beton.manifest_path(out), lambda: beton.open_beton(out), [path], asked.fresh):
         return out
+    _require_place(out, out.with_suffix(shards.SUFFIX))
     state, tables = _state([path]), read_tables(path)
     classes = UNLABELLED if tables.label is None else numbered_classes(path, tables.labels)
     stored = beton.mapped_beton(path, tables, {"classes": classes})
@@ -166,7 +169,7 @@ def adopt_ffcv(path: Path, out: Path | None, split: str, asked: Asked) -> Path:
 
 
 def _ffcv_out(path: Path, out: Path | None, split: str, fresh: bool) -> Path:
-    """The dataset's path. Raises UserError if it is another file's, or nothing can be written there."""
+    """The dataset's path. Raises UserError if another file is there."""
     if out is None:
         out = path
     elif out.suffix != ".beton" and split:
@@ -178,7 +181,6 @@ def _ffcv_out(path: Path, out: Path | None, split: str, fresh: bool) -> Path:
     converted = out != path and path.suffix == ".beton" and beton.manifest_path(path).exists()
     if converted and "adopted" not in beton.open_beton(path).manifest:
         raise UserError(f"{path} is already converted; give it to --data as it is, without a link")
-    _require_folder(out.parent)
     return out
 
 
@@ -217,9 +219,7 @@ def adopt_tars(source: Source, asked: Asked) -> Path:
     path = folder / f"{name}{shards.SUFFIX}"
     if _is_done(path, lambda: shards.open_shards(path), source.files, asked.fresh):
         return path
-    _require_folder(folder)
-    if (folder / f"{name}.beton").exists():
-        raise UserError(f"{folder} has a {name}.beton, whose {name}.files.tsv would be replaced; move one of them")
+    _require_place(path, folder / f"{name}.beton")
     state, how = _state(source.files), store.How(65535, 90, decode_all=True)
     index, rows, skipped = np.zeros(len(source), shards.ROW), [], []
     with Workers(asked.workers) as workers, contextlib.closing(kept_images(source, 0, how, workers)) as kept:

@@ -4,6 +4,8 @@
     python pipeline/convert.py --source IMAGES --out data/mine --holdout 0.1              a tenth of train becomes val
     python pipeline/convert.py --source IMAGES/train --out data/mine/train.beton
     python pipeline/convert.py --source IMAGES --out data/mine --format webdataset        tar shards as well
+    python pipeline/convert.py --source X.beton                           an FFCV file of other origin, where it lies
+    python pipeline/convert.py --source TARS                              WebDataset tars, for --loader dali
     python pipeline/convert.py --verify --out data/mine/train.beton       reads a finished file again and checks it
 
 JPEGs that need no resize are kept byte for byte. Other formats are encoded again, of an animation the first frame. Of
@@ -31,6 +33,7 @@ from tqdm import tqdm
 from pipeline.command import run_command
 from pipeline.errors import UserError
 from pipeline.storage import beton, shards, store
+from pipeline.storage.adopt import Asked, adopt
 from pipeline.storage.beton_writer import BetonWriter, remove_leftovers, state_sha256
 from pipeline.storage.kept_images import keep_image, kept_images
 from pipeline.storage.sources.selection import (
@@ -52,13 +55,14 @@ SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
 class ConvertConfig:
     """What to convert, to what, and how."""
 
-    out: Path
-    """The .beton file to write; or a folder, which gets train.beton and, if there is one, val.beton."""
+    out: Path | None = None
+    """The .beton file to write; or a folder, which gets train.beton and, if there is one, val.beton. Without it an FFCV
+    file or WebDataset tars are used where they lie."""
     source: Path | None = None
     """The images: a folder of images, with one folder a class or without classes, or one with train/ and val/ (or
     validation/) of these; ImageNet's own tar files, Kaggle's folders, or val/ without class folders; CIFAR-10,
     CIFAR-100, STL-10, Tiny ImageNet, VOC2007, Places205 or iNaturalist 2018 as they are downloaded; Hugging Face's
-    parquet files."""
+    parquet files; WebDataset tars; an FFCV file, which is not copied: --out is then a link to it."""
     split: Literal["", "train", "val", "unlabelled"] = ""
     """Which split to convert, if --source has several."""
     unlabelled: bool = False
@@ -255,7 +259,7 @@ def convert(source: Source, out: Path, config: ConvertConfig) -> None:
 
 def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
     """The conversions asked for. Splits of one dataset must have the same classes, checked before any starts."""
-    if config.source is None:
+    if config.source is None or config.out is None:
         return []
     one_file = config.out.suffix == ".beton"
     sources = open_splits(config.source, config.split, one_file=one_file, unlabelled=config.unlabelled)
@@ -271,7 +275,7 @@ def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
 
 def main(config: ConvertConfig) -> None:
     """Converts, then verifies, what is asked for."""
-    if config.source is None and not config.verify:
+    if config.source is None and (not config.verify or config.out is None):
         raise UserError("nothing to do: give --source to convert, or --verify to check what --out has")
     max_side = store.SIDE_PX if config.max_side is None else config.max_side
     if not 1 <= max_side <= store.ANY_SIDE_PX or not 1 <= config.quality <= 100 or config.workers < 0:
@@ -283,26 +287,38 @@ def main(config: ConvertConfig) -> None:
         raise UserError(f"--shard-images {config.shard_images}: expected 1 or more")
     if not (0 <= config.holdout < 1 or (config.holdout > 0 and config.holdout % 1 == 0)):
         raise UserError(f"--holdout {config.holdout:g}: expected a share below 1, or a whole number of images")
-    if config.holdout and config.out.suffix == ".beton":
+    if config.holdout and config.out is not None and config.out.suffix == ".beton":
         raise UserError(f"--holdout makes train.beton and val.beton; give --out a folder, not {config.out}")
     tqdm.monitor_interval = 0  # its thread would keep the workers from being forked
-    jobs = _jobs(config)
+    choosing = {
+        "--classes": config.classes,
+        "--holdout": config.holdout,
+        "--unlabelled": config.unlabelled,
+        "--max-side": config.max_side,
+    }
+    unfit = [flag for flag, value in choosing.items() if value]
+    asked = Asked(config.workers, config.skip_unreadable, config.fresh, unfit)
+    outs = adopt(config.source, config.out, config.split, asked) if config.source else []
+    for out in outs:
+        if config.format == "webdataset" and out.suffix == ".beton":
+            shards.pack_shards(beton.open_beton(out), config.shard_images)
+    jobs = [] if outs else _jobs(config)
     for source, out in jobs:
         note_count(source)
         convert(source, out, config)
         if config.format == "webdataset":
             shards.pack_shards(beton.open_beton(out), config.shard_images)
-    if config.holdout and jobs:
+    if config.holdout and config.out is not None and jobs:
         note_shared_images(*(beton.open_beton(config.out / f"{split}.beton") for split in ("train", "val")))
     if config.verify:
-        outs = [out for _, out in jobs]
-        if not outs:
+        outs += [out for _, out in jobs]
+        if not outs and config.out is not None:
             outs = sorted(config.out.glob("*.beton")) if config.out.is_dir() else [config.out]
         if not outs:
             raise UserError(f"{config.out} has no .beton file to verify")
         for out in outs:
-            verify(beton.open_beton(out), config.workers)
-            if config.format == "webdataset":
+            verify(shards.open_stored(out), config.workers)
+            if config.format == "webdataset" and out.suffix == ".beton":
                 verify(shards.open_shards(out.with_suffix(shards.SUFFIX)), config.workers)
 
 

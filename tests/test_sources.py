@@ -133,9 +133,9 @@ def test_missing_folder(tmp_path):
 
 
 def test_a_file_is_no_folder(tmp_path):
-    write(tmp_path / "file.tar")
+    write(tmp_path / "file.bin")
     with pytest.raises(UserError, match="is not a folder"):
-        open_source(tmp_path / "file.tar")
+        open_source(tmp_path / "file.bin")
 
 
 def test_empty_folder(tmp_path):

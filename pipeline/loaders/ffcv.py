@@ -64,6 +64,7 @@ class FfcvLoader(Loader):
         self._decoder = ViewsDecoder(
             c.views, c.resolution_at(0), seed=c.seed, normalization=None if on_gpu else c.normalization
         )
+        image, *others = self.dataset.manifest.get("fields", ["image", "label"])
         threads = torch.get_num_threads()
         self._ffcv = ffcv.loader.Loader(
             str(c.data),
@@ -72,7 +73,7 @@ class FfcvLoader(Loader):
             os_cache=True,
             seed=0,  # has no effect; without one FFCV draws it from NumPy's generator
             indices=self.ids,
-            pipelines={"image": [self._decoder], "label": None},
+            pipelines={image: [self._decoder], **dict.fromkeys(others)},
             drop_last=False,
             batches_ahead=AHEAD,
         )

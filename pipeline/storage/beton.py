@@ -1,4 +1,4 @@
-"""The .beton file: FFCV's layout in plain NumPy, and a memory-mapped view of it.
+"""The .beton file: FFCV's layout in plain NumPy, and a memory-mapped view of it; those of other programs, too.
 
     header          24 bytes: version, fields, page size, samples, where the allocation table is
     descriptors     1041 bytes a field: type, name, arguments; here an RGB image and an integer
@@ -9,9 +9,8 @@
 
 FFCV's own Reader and Loader read these files. Beside `x.beton` lie `x.manifest.json` (what it is) and
 `x.files.tsv` (one line a sample: id, label, how it was stored, sha256 of its bytes, file name); `open_beton`
-refuses a file without them, or with those of another file.
-
-Source of the layout: ffcv 1.0.2, `types.py`, `writer.py`, `memory_allocator.py`, `fields/rgb_image.py`.
+refuses a file without them, or with those of another file. A file that another program wrote gets both from adopt.py,
+and "adopted" in its manifest; its fields and pages may be others (ffcv_file.py).
 """
 
 import hashlib
@@ -22,17 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import UserError
+from pipeline.storage.ffcv_file import ALLOCATION as ALLOCATION  # part of what this file is about
+from pipeline.storage.ffcv_file import DESCRIPTOR, FFCV_VERSION, HEADER, TYPE_IMAGE, TYPE_LABEL, Tables, read_tables
+from pipeline.storage.ffcv_file import MODE_JPEG as MODE_JPEG
+from pipeline.storage.ffcv_file import MODE_RAW as MODE_RAW
 
 FORMAT_VERSION = 1  # of our manifest and file table; FFCV's own version stands in the header
-FFCV_VERSION = 2
 PAGE_BYTES = 8 << 20  # the page size FFCV's writer uses
-MODE_JPEG, MODE_RAW = 0, 1
 
-HEADER = np.dtype(
-    [("version", "<u2"), ("fields", "<u2"), ("page_bytes", "<u4"), ("samples", "<u8"), ("allocations", "<u8")],
-    align=True,
-)
-DESCRIPTOR = np.dtype([("type", "<u1"), ("name", "<u1", 16), ("arguments", "<u1", 1024)], align=True)
 SAMPLE = np.dtype(
     {
         "names": ["mode", "width", "height", "offset", "label"],
@@ -41,8 +37,7 @@ SAMPLE = np.dtype(
         "itemsize": 24,
     }
 )
-ALLOCATION = np.dtype([("sample", "<u8"), ("offset", "<u8"), ("bytes", "<u8")])
-FIELDS = (("image", 2), ("label", 1))  # name and FFCV's type number: RGBImageField, IntField
+FIELDS = (("image", TYPE_IMAGE), ("label", TYPE_LABEL))
 
 SAMPLES_AT = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize
 
@@ -188,34 +183,11 @@ def _read_manifest(path: Path) -> dict:
         raise UserError(f"{path} is missing; make it with pipeline/convert.py, or give the path of another .beton")
     if not where.is_file():
         raise UserError(
-            f"{path} has no {where.name} beside it, so it comes from another tool or was moved alone;"
-            " convert it with pipeline/convert.py, or move the manifest too"
+            f"{path} has no {where.name} beside it, so it comes from another tool or was moved alone; make one with"
+            f" pipeline/convert.py --source {path}, or move the manifest too"
         )
     expected = {"classes": list, "images": int, "bytes": int, "tables_sha256": str, "files_sha256": str}
     return read_manifest(where, FORMAT_VERSION, expected)
-
-
-def _check_tables(path: Path, manifest: dict, samples: np.ndarray, allocations: np.ndarray, file_bytes: int) -> None:
-    """Tables can match their digest and still be nonsense; the decoder must never read outside the file."""
-    offsets, sizes = allocations["offset"].astype(np.int64), allocations["bytes"].astype(np.int64)
-    sound = (
-        np.array_equal(allocations["sample"], np.arange(len(samples)))
-        and np.array_equal(allocations["offset"], samples["offset"])
-        and (offsets >= 0).all()
-        and (sizes > 0).all()
-        and (sizes <= file_bytes - offsets).all()
-        and (samples["mode"] <= MODE_RAW).all()
-        and (samples["width"] > 0).all()
-        and (samples["height"] > 0).all()
-    )
-    if not sound:
-        raise UserError(f"{path} has a damaged sample table; convert again")
-    labels, classes = samples["label"], len(manifest["classes"])
-    if labels.min() < 0 or labels.max() >= classes:
-        raise UserError(
-            f"{path} has labels from {labels.min()} to {labels.max()}, {manifest_path(path).name} names {classes} "
-            f"classes (labels 0 to {classes - 1}); copy both again or convert again"
-        )
 
 
 def open_beton(path: str | Path) -> Beton:
@@ -229,26 +201,33 @@ def open_beton(path: str | Path) -> Beton:
             f"{path} is {what}: it has {found_bytes} bytes, its manifest says {manifest['bytes']};"
             " copy it again or convert again"
         )
-    table_bytes = count * ALLOCATION.itemsize
-    if count < 1 or SAMPLES_AT + count * SAMPLE.itemsize + table_bytes > found_bytes:
-        raise UserError(f"{manifest_path(path)} says {count} images, which do not fit {path.name}; convert again")
-    data = np.memmap(path, np.uint8, "r")
-    samples = np.array(data[SAMPLES_AT : SAMPLES_AT + count * SAMPLE.itemsize]).view(SAMPLE)
-    allocations = np.array(data[found_bytes - table_bytes :]).view(ALLOCATION)
-    if tables_sha256(data[:SAMPLES_AT].tobytes(), samples, allocations) != manifest["tables_sha256"]:
+    tables = read_tables(path)
+    if tables_sha256(tables.head, tables.samples, tables.allocations) != manifest["tables_sha256"]:
         raise UserError(
             f"{path} is not the file its manifest describes, or is damaged; copy both again or convert again"
         )
-    _check_tables(path, manifest, samples, allocations, found_bytes)
+    labels, classes = tables.labels, len(manifest["classes"])
+    if len(labels) != count:
+        raise UserError(f"{manifest_path(path)} says {count} images, {path.name} has {len(labels)}; convert again")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise UserError(
+            f"{path} has labels from {labels.min()} to {labels.max()}, {manifest_path(path).name} names {classes} "
+            f"classes (labels 0 to {classes - 1}); copy both again or convert again"
+        )
+    return mapped_beton(path, tables, manifest)
+
+
+def mapped_beton(path: Path, tables: Tables, manifest: dict) -> Beton:
+    """A file of these tables, mapped into memory."""
     return Beton(
         path=path,
         manifest=manifest,
         classes=manifest["classes"],
-        heights=samples["height"].astype(np.int64),
-        widths=samples["width"].astype(np.int64),
-        labels=samples["label"].astype(np.int64),
-        modes=np.ascontiguousarray(samples["mode"]),
-        offsets=allocations["offset"].astype(np.int64),
-        sizes_bytes=allocations["bytes"].astype(np.int64),
-        data=data,
+        heights=tables.images["height"].astype(np.int64),
+        widths=tables.images["width"].astype(np.int64),
+        labels=tables.labels,
+        modes=np.ascontiguousarray(tables.images["mode"]),
+        offsets=tables.images["offset"].astype(np.int64),
+        sizes_bytes=tables.sizes_bytes,
+        data=np.memmap(path, np.uint8, "r"),
     )

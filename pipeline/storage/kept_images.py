@@ -1,6 +1,6 @@
 """A source → what a .beton keeps of each of its images, in order: read, checked and encoded by worker processes."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from pipeline.errors import UserError
 from pipeline.storage import store
@@ -40,7 +40,7 @@ def _keep_chunk(places: list[Place], slot: int, read: Read, how: store.How) -> l
     return results
 
 
-def kept_images(source: Source, start: int, how: store.How, workers: Workers | None) -> Iterator[Kept]:
+def kept_images(source: Source, start: int, how: store.How, workers: Workers | None) -> Generator[Kept]:
     """Images start … of a source. `data` is valid until the next one is asked for. Pixels need no workers."""
     if source.pixels is not None:
         yield from ((store.store_raw(pixels), pixel_stamp(pixels)) for pixels in source.pixels[start:])

@@ -8,7 +8,8 @@
 The bytes follow from the .beton and the number of images a shard alone. Each tar gets its name when it is
 complete and on the disk, the manifest comes last; stopped, the same call continues at the first missing tar.
 
-Any WebDataset reader takes the tars one after the other. Ours maps them and goes by id, in our order.
+Any WebDataset reader takes the tars one after the other. Ours maps them and goes by id, in our order. Tars of other
+programs get the three other files from adopt.py; their names are then "tars" in the manifest.
 """
 
 import glob
@@ -97,7 +98,8 @@ def _layout(source: Beton, shard_images: int) -> tuple[np.ndarray, list[int]]:
     for name, values in (("bytes", source.sizes_bytes), ("height", source.heights), ("width", source.widths)):
         index[name] = values
     index["label"] = source.labels
-    taken = 2 * BLOCK + -(-source.sizes_bytes // BLOCK) * BLOCK + BLOCK  # two headers, the JPEG, the class
+    taken = BLOCK + -(-source.sizes_bytes // BLOCK) * BLOCK  # a header and the JPEG
+    taken += 2 * BLOCK * source.labelled  # a header and the class
     sizes = []
     for first in range(0, len(source), shard_images):
         part = slice(first, first + shard_images)
@@ -112,7 +114,8 @@ def _write_shard(source: Beton, ids: range, path: Path) -> None:
     with whole_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in ids:
             label = b"%d" % source.labels[sample]
-            for suffix, data in (("jpg", beton.jpeg_bytes(source, sample).tobytes()), ("cls", label)):
+            members = [("jpg", beton.jpeg_bytes(source, sample).tobytes()), ("cls", label)]
+            for suffix, data in members if source.labelled else members[:1]:
                 member = tarfile.TarInfo(f"{sample:09d}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -185,7 +188,7 @@ def open_shards(path: Path) -> Shards:
     index = np.load(io.BytesIO(content), allow_pickle=False)
     maps = []
     for shard, size in enumerate(manifest["shard_bytes"]):
-        tar = _shard_path(path, shard)
+        tar = path.with_name(manifest["tars"][shard]) if "tars" in manifest else _shard_path(path, shard)
         if not tar.is_file() or tar.stat().st_size != size:
             found = f"has {tar.stat().st_size} bytes" if tar.is_file() else "is missing"
             raise UserError(f"{tar} {found}, the manifest says {size} bytes; copy it again or convert again")

@@ -49,7 +49,7 @@ def read(root: Path, split: str, path: Path) -> Source:
     return Source("imagenet tar", split, classes, list(names), np.array(labels), path, files=[path], extents=extents)
 
 
-def _tar_members(path: Path, start: int, end: int) -> list[tarfile.TarInfo]:
+def tar_members(path: Path, start: int, end: int) -> list[tarfile.TarInfo]:
     """The files of the tar that lies in bytes start … end of `path`; their offsets count from 0 of `path`."""
     members = []
     try:
@@ -60,6 +60,9 @@ def _tar_members(path: Path, start: int, end: int) -> list[tarfile.TarInfo]:
                     if member.offset_data + member.size > end:
                         raise tarfile.ReadError("a member reaches past the end")
                     members.append(member)
+                file.seek(tar.offset)  # where tarfile found no more: it also stops, silently, at what is no header
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    raise tarfile.ReadError("the empty block at its end is missing")
     except tarfile.ReadError as error:
         raise UserError(f"{path} is not a tar file, or not all of it ({error}); download it again") from None
     return [member for member in members if member.isfile()]
@@ -68,8 +71,8 @@ def _tar_members(path: Path, start: int, end: int) -> list[tarfile.TarInfo]:
 def _class_tars(path: Path) -> _ByClass:
     """The images of the train tar."""
     images: _ByClass = {}
-    for outer in _tar_members(path, 0, path.stat().st_size):
-        inner = _tar_members(path, outer.offset_data, outer.offset_data + outer.size)
+    for outer in tar_members(path, 0, path.stat().st_size):
+        inner = tar_members(path, outer.offset_data, outer.offset_data + outer.size)
         images[outer.name.removesuffix(".tar")] = [(m.name, m.offset_data, m.size) for m in inner]
     return images
 
@@ -81,7 +84,7 @@ def _flat_val_tar(path: Path) -> _ByClass:
         raise UserError(f"{path.name} does not say the class of its images; put {DEVKIT} beside it in {path.parent}")
     classes = val_classes(devkit)
     images: _ByClass = {}
-    for member in _tar_members(path, 0, path.stat().st_size):
+    for member in tar_members(path, 0, path.stat().st_size):
         number = int(Path(member.name).stem.rsplit("_", 1)[1])  # ILSVRC2012_val_00000001.JPEG
         images.setdefault(classes[number - 1], []).append((member.name, member.offset_data, member.size))
     return images

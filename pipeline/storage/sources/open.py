@@ -24,6 +24,7 @@ from pipeline.storage.sources import (
     stl10,
     tiny_imagenet,
     voc2007,
+    webdataset,
 )
 from pipeline.storage.sources.source import SPLITS, Source
 
@@ -43,25 +44,29 @@ KINDS: tuple[Kind, ...] = (
     voc2007,  # root[/VOCdevkit]/VOC2007; train is trainval, val is test                ids in list order, one class
     lists,  # Places205 and iNaturalist 2018 as downloaded                              ids in list order
     parquet,  # Hugging Face's root[/data]/{train,validation}-*.parquet                 ids in file order
+    webdataset,  # root/*train*.tar or root/{train,val}/*.tar, read in place            ids by tar, then as in it
     imagenet_flat,  # Kaggle's ImageNet; val/ILSVRC2012_val_*.JPEG beside its labels    ids of class folders
     folders,  # root/{train,val}/<class>/**/<image>, or without classes                 ids by class, then by name
     imagenet_tars,  # root/ILSVRC2012_img_{train,val}.tar, read in place                ids of the unpacked folder
 )
 
 PUBLISHED = (cifar, stl10, tiny_imagenet, voc2007, lists)  # of which a folder can hold several
+EXPECTED = "--source expects a folder of images, such as one folder a class"
 NEAR_FOLDERS = 300  # of each level below --source, that are looked into for a dataset where it is none
 
 
 def split_names(root: Path) -> list[str]:
     """The splits found under a folder; an empty list if the folder is itself one split. Raises UserError."""
+    if not root.exists():
+        raise UserError(f"{root} is missing; {EXPECTED}")
     several = [kind for kind in PUBLISHED if any(kind.find(root, split) for split in SPLITS)]
     if len(several) > 1:
         names = ", ".join(kind.__name__.rpartition(".")[2] for kind in several)
         raise UserError(f"{root} holds several datasets ({names}); give --source the folder of one of them")
-    if not root.is_dir() and not (root.is_file() and any(parquet.find(root, split) for split in SPLITS)):
-        found = "is not a folder" if root.exists() else "is missing"
-        raise UserError(f"{root} {found}; --source expects a folder of images, such as one folder a class")
-    return [split for split in SPLITS if any(kind.find(root, split) for kind in KINDS)]
+    found = [split for split in SPLITS if any(kind.find(root, split) for kind in KINDS)]
+    if not (found or root.is_dir() or webdataset.shards(root, "")):
+        raise UserError(f"{root} is not a folder; {EXPECTED}")
+    return found
 
 
 def open_source(root: str | Path, split: str = "") -> Source:
@@ -72,9 +77,11 @@ def open_source(root: str | Path, split: str = "") -> Source:
     """
     root = Path(root)
     splits = split_names(root)
-    if root.is_file():
+    if root.is_file() and splits:
         split = split or splits[0]  # there is one
-    if not splits:
+    if not splits and webdataset.shards(root, ""):
+        source = webdataset.read(root, split, root)
+    elif not splits:
         source = _one_split(root, split)
     elif split not in splits:
         asked = f"has no split {split!r}" if split else "holds splits, and --out names one file"

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.errors import UserError
+
 SPLITS = ("train", "val", "unlabelled")  # the last: more images for pretraining, as STL-10 has them
 UNLABELLED = ["unlabelled"]  # the classes of images without labels
+MAX_LABEL = 10**6  # more classes than any dataset has: larger numbers are something else
 
 Place = tuple[str, int, int]  # of an image: file, offset, size in bytes or -1 for all of the file
 
@@ -49,6 +52,17 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def numbered_classes(where: Path, labels: np.ndarray) -> list[str]:
+    """ "0", "1", … for labels that are numbers without names, (N,) int64. Raises UserError for what is none."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > MAX_LABEL:
+        raise UserError(
+            f"{where} has labels from {low} to {high}, and class numbers from 0 to at most {MAX_LABEL} are expected;"
+            " write it again with these"
+        )
+    return [str(label) for label in range(high + 1)]
 
 
 def image_places(source: Source, start: int, stop: int) -> list[Place]:

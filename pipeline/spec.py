@@ -11,19 +11,43 @@ World size is always spelled `world_size`; `global_batch` = `rank_batch` × `wor
 
 from __future__ import annotations  # torch takes seconds to load, and neither draws nor conversion need it
 
+import math
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 SOLARIZE_THRESHOLD = 128  # v < 128 stays, v >= 128 becomes 255 - v (Zbontar 2021, appendix A)
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+def _require(holds: bool, of: object, name: str, expected: str) -> None:
+    """Raises UserError, one sentence about a field, unless it holds."""
+    if not holds:
+        raise UserError(f"{type(of).__name__}: {name} is {getattr(of, name)!r}; expected {expected}")
+
+
+def _is_number(value: object, low: float = 0.0, high: float = math.inf) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and bool(low <= value <= high and value < math.inf)
+
+
+def _is_whole(value: object, low: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= low)
+
+
+def _is_row(value: object, length: int) -> bool:
+    """Whether these are so many numbers, none negative."""
+    return isinstance(value, tuple | list) and len(value) == length and all(_is_number(v) for v in value)
 
 
 @dataclass(frozen=True)
@@ -49,6 +73,23 @@ class ViewSpec:
     sigma_px: tuple[float, float] = (0.1, 2.0)
     p_solarize: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, most, unit in (
+            ("area", 1.0, " (a share, at most 1)"),
+            ("ratio", math.inf, ""),
+            ("sigma_px", 1e6, ""),
+        ):
+            row = getattr(self, name)
+            holds = _is_row(row, 2) and 0 < row[0] <= row[1] <= most
+            _require(holds, self, name, f"(least, most), both above 0{unit}")
+        _require(self.interpolation in INTERPOLATIONS, self, "interpolation", " or ".join(INTERPOLATIONS))
+        for name in (f.name for f in fields(self) if f.name.startswith("p_")):
+            _require(_is_number(getattr(self, name), high=1.0), self, name, "a probability, 0 to 1")
+        for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
+            _require(
+                _is_number(getattr(self, name), high=most), self, name, "a strength of 0 or more (hue: 0.5 at most)"
+            )
+
 
 @dataclass(frozen=True)
 class CentreCrop:
@@ -56,6 +97,10 @@ class CentreCrop:
 
     resize_px: int = 256
     interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        _require(_is_whole(self.resize_px, 1), self, "resize_px", "a whole number of 1 or more")
+        _require(self.interpolation in INTERPOLATIONS, self, "interpolation", " or ".join(INTERPOLATIONS))
 
 
 def centre_view(resolution_px: int) -> CentreCrop:
@@ -99,6 +144,10 @@ class Normalization:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        _require(_is_row(self.mean, 3), self, "mean", "three numbers, of 0 to 1 as a rule")
+        _require(_is_row(self.std, 3) and min(self.std) > 0, self, "std", "three numbers above 0")
+
 
 class Batch(NamedTuple):
     """One rank's share of one step.
@@ -134,14 +183,14 @@ def _float32() -> torch.dtype:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Everything that decides what a loader yields, and how (from `backend` on) it gets there.
+    """Everything that decides what a loader yields, and how (from `backend` on) it gets there. Raises UserError.
 
     data            path of a .beton file with its manifest beside it; for dali also the shards.json of shards
-    views           one ViewSpec a view, or a CentreCrop for evaluation
+    views           one ViewSpec a view, a single one for one view, or a CentreCrop for evaluation
     resolution_px   side of the square views
     shuffle         True: shuffled full batches, epoch after epoch (order.shuffled_batches);
                     False: every sample once, in the order given (order.sequential_batches)
-    ids             positions of the samples to use; None for all
+    ids             positions of the samples to use; None for all. Shuffled, none of them may be there twice
     blocks          None: every epoch a full shuffle; else a block-shuffled one, for files larger than the memory
     on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
                     another sample stands in for it (bad_images.py), in shuffled streams
@@ -155,7 +204,7 @@ class LoaderConfig:
     """
 
     data: Path
-    views: tuple[ViewSpec, ...] | CentreCrop
+    views: tuple[ViewSpec, ...] | ViewSpec | CentreCrop
     resolution_px: int
     global_batch: int
     seed: int = 0
@@ -174,12 +223,39 @@ class LoaderConfig:
     view_type: torch.dtype = field(default_factory=_float32)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", Path(self.data))  # a string will do
+        _require(isinstance(self.data, str | os.PathLike), self, "data", "the path of a .beton")
+        object.__setattr__(self, "data", Path(self.data))
+        if isinstance(self.views, ViewSpec | list):
+            object.__setattr__(self, "views", tuple(self.views) if isinstance(self.views, list) else (self.views,))
+        several = isinstance(self.views, tuple) and self.views and all(isinstance(v, ViewSpec) for v in self.views)
+        wanted = "a ViewSpec, a tuple of them (one a view), or a CentreCrop"
+        _require(bool(several) or isinstance(self.views, CentreCrop), self, "views", wanted)
+        least = {"resolution_px": 1, "global_batch": 1, "seed": 0, "rank": 0, "world_size": 1, "workers": 0}
+        for name, low in least.items():
+            _require(_is_whole(getattr(self, name), low), self, name, f"a whole number of {low} or more")
+        _require(self.seed < 2**64, self, "seed", "a number of 64 bits")
+        _require(self.rank < self.world_size, self, "rank", f"less than the world size, {self.world_size}")
+        _require(isinstance(self.shuffle, bool), self, "shuffle", "True or False")
+        policies = ("stop", "substitute") if self.shuffle else ("stop",)  # a pass over all has no room for stand-ins
+        _require(
+            self.on_bad_image in policies, self, "on_bad_image", f"{' or '.join(policies)}, shuffle={self.shuffle}"
+        )
+        _require(self.views_on in ("auto", "cpu", "gpu"), self, "views_on", "auto, cpu or gpu")
+        blocks = self.blocks is None or (isinstance(self.blocks, Blocks) and all(_is_whole(b, 1) for b in self.blocks))
+        _require(blocks, self, "blocks", "None or Blocks(images, window), both 1 or more")
+        _require(isinstance(self.normalization, Normalization), self, "normalization", "a Normalization")
+        rows = isinstance(self.resolutions, tuple | list) and all(
+            _is_row(row, 2) and _is_whole(row[0], 0) and _is_whole(row[1], 1) for row in self.resolutions
+        )
+        ascending = rows and all(a[0] < b[0] for a, b in pairwise(self.resolutions))
+        _require(ascending, self, "resolutions", "(first epoch, px), ascending")
+        floating = getattr(self.view_type, "is_floating_point", False)
+        _require(floating is True, self, "view_type", "a torch.dtype such as torch.float32")
 
     @property
     def rows(self) -> tuple[ViewSpec | CentreCrop, ...]:
         """What each of the V views is."""
-        return (self.views,) if isinstance(self.views, CentreCrop) else self.views
+        return self.views if isinstance(self.views, tuple) else (self.views,)
 
     def resolution_at(self, epoch: int) -> int:
         """Side of an epoch's views, px."""

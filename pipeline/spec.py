@@ -11,9 +11,9 @@ World size is always spelled `world_size`; `global_batch` = `rank_batch` × `wor
 
 from __future__ import annotations  # torch takes seconds to load, and neither draws nor conversion need it
 
-import math
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,23 +31,27 @@ SOLARIZE_THRESHOLD = 128  # v < 128 stays, v >= 128 becomes 255 - v (Zbontar 202
 INTERPOLATIONS = ("bicubic", "bilinear")
 
 
-def _require(holds: bool, of: object, name: str, expected: str) -> None:
-    """Raises UserError, one sentence about a field, unless it holds."""
-    if not holds:
-        raise UserError(f"{type(of).__name__}: {name} is {getattr(of, name)!r}; expected {expected}")
+def _require(of: object, holds: Callable[[Any], bool], expected: str, *names: str) -> None:
+    """Raises UserError, one sentence, about the first of these fields that is not as expected."""
+    for name in names:
+        if not holds(value := getattr(of, name)):
+            raise UserError(f"{type(of).__name__}: {name} is {value!r}; expected {expected}")
 
 
-def _is_number(value: object, low: float = 0.0, high: float = math.inf) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and bool(low <= value <= high and value < math.inf)
+def _is_number(value: Any, high: float = sys.float_info.max) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and bool(0 <= value <= high)
 
 
-def _is_whole(value: object, low: int) -> bool:
+def _is_whole(value: Any, low: int = 1) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= low)
 
 
-def _is_row(value: object, length: int) -> bool:
-    """Whether these are so many numbers, none negative."""
-    return isinstance(value, tuple | list) and len(value) == length and all(_is_number(v) for v in value)
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, tuple | list) and len(value) == count and all(map(_is_number, value))
+
+
+def _is_range(value: Any) -> bool:
+    return _are_numbers(value, 2) and 0 < value[0] <= value[1]
 
 
 @dataclass(frozen=True)
@@ -74,21 +78,13 @@ class ViewSpec:
     p_solarize: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, most, unit in (
-            ("area", 1.0, " (a share, at most 1)"),
-            ("ratio", math.inf, ""),
-            ("sigma_px", 1e6, ""),
-        ):
-            row = getattr(self, name)
-            holds = _is_row(row, 2) and 0 < row[0] <= row[1] <= most
-            _require(holds, self, name, f"(least, most), both above 0{unit}")
-        _require(self.interpolation in INTERPOLATIONS, self, "interpolation", " or ".join(INTERPOLATIONS))
-        for name in (f.name for f in fields(self) if f.name.startswith("p_")):
-            _require(_is_number(getattr(self, name), high=1.0), self, name, "a probability, 0 to 1")
-        for name, most in (("brightness", math.inf), ("contrast", math.inf), ("saturation", math.inf), ("hue", 0.5)):
-            _require(
-                _is_number(getattr(self, name), high=most), self, name, "a strength of 0 or more (hue: 0.5 at most)"
-            )
+        _require(self, _is_range, "(least, most), both above 0", "ratio", "sigma_px", "area")
+        _require(self, lambda area: area[1] <= 1, "a share of the image, at most 1", "area")
+        _require(self, INTERPOLATIONS.__contains__, " or ".join(INTERPOLATIONS), "interpolation")
+        shares = [f.name for f in fields(self) if f.name.startswith("p_")]
+        _require(self, lambda share: _is_number(share, 1.0), "a probability, 0 to 1", *shares)
+        _require(self, _is_number, "a strength of 0 or more", "brightness", "contrast", "saturation", "hue")
+        _require(self, lambda hue: hue <= 0.5, "at most 0.5", "hue")
 
 
 @dataclass(frozen=True)
@@ -99,8 +95,8 @@ class CentreCrop:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        _require(_is_whole(self.resize_px, 1), self, "resize_px", "a whole number of 1 or more")
-        _require(self.interpolation in INTERPOLATIONS, self, "interpolation", " or ".join(INTERPOLATIONS))
+        _require(self, _is_whole, "a whole number of 1 or more", "resize_px")
+        _require(self, INTERPOLATIONS.__contains__, " or ".join(INTERPOLATIONS), "interpolation")
 
 
 def centre_view(resolution_px: int) -> CentreCrop:
@@ -145,8 +141,8 @@ class Normalization:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        _require(_is_row(self.mean, 3), self, "mean", "three numbers, of 0 to 1 as a rule")
-        _require(_is_row(self.std, 3) and min(self.std) > 0, self, "std", "three numbers above 0")
+        _require(self, lambda row: _are_numbers(row, 3), "three numbers, none negative", "mean", "std")
+        _require(self, all, "three numbers above 0", "std")
 
 
 class Batch(NamedTuple):
@@ -173,6 +169,20 @@ class Blocks(NamedTuple):
 
     images: int
     window: int
+
+
+def _are_views(value: Any) -> bool:
+    several = isinstance(value, tuple) and len(value) > 0 and all(isinstance(view, ViewSpec) for view in value)
+    return several or isinstance(value, CentreCrop)
+
+
+def _are_blocks(value: Any) -> bool:
+    return value is None or (isinstance(value, Blocks) and all(map(_is_whole, value)))
+
+
+def _are_resolutions(value: Any) -> bool:
+    rows = isinstance(value, tuple | list) and all(_are_numbers(row, 2) and _is_whole(row[1]) for row in value)
+    return rows and all(before[0] < after[0] for before, after in pairwise(value))
 
 
 def _float32() -> torch.dtype:
@@ -223,34 +233,26 @@ class LoaderConfig:
     view_type: torch.dtype = field(default_factory=_float32)
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.data, str | os.PathLike), self, "data", "the path of a .beton")
+        _require(self, lambda path: isinstance(path, str | os.PathLike), "the path of a .beton", "data")
+        views = (self.views,) if isinstance(self.views, ViewSpec) else self.views
         object.__setattr__(self, "data", Path(self.data))
-        if isinstance(self.views, ViewSpec | list):
-            object.__setattr__(self, "views", tuple(self.views) if isinstance(self.views, list) else (self.views,))
-        several = isinstance(self.views, tuple) and self.views and all(isinstance(v, ViewSpec) for v in self.views)
+        object.__setattr__(self, "views", tuple(views) if isinstance(views, list) else views)
         wanted = "a ViewSpec, a tuple of them (one a view), or a CentreCrop"
-        _require(bool(several) or isinstance(self.views, CentreCrop), self, "views", wanted)
-        least = {"resolution_px": 1, "global_batch": 1, "seed": 0, "rank": 0, "world_size": 1, "workers": 0}
-        for name, low in least.items():
-            _require(_is_whole(getattr(self, name), low), self, name, f"a whole number of {low} or more")
-        _require(self.seed < 2**64, self, "seed", "a number of 64 bits")
-        _require(self.rank < self.world_size, self, "rank", f"less than the world size, {self.world_size}")
-        _require(isinstance(self.shuffle, bool), self, "shuffle", "True or False")
+        _require(self, _are_views, wanted, "views")
+        whole = ("resolution_px", "global_batch", "world_size")
+        _require(self, _is_whole, "a whole number of 1 or more", *whole)
+        _require(self, lambda n: _is_whole(n, 0), "a whole number of 0 or more", "seed", "rank", "workers")
+        _require(self, lambda seed: seed < 2**64, "a number of 64 bits", "seed")
+        _require(self, lambda rank: rank < self.world_size, f"less than the world size, {self.world_size}", "rank")
+        _require(self, lambda shuffle: isinstance(shuffle, bool), "True or False", "shuffle")
         policies = ("stop", "substitute") if self.shuffle else ("stop",)  # a pass over all has no room for stand-ins
-        _require(
-            self.on_bad_image in policies, self, "on_bad_image", f"{' or '.join(policies)}, shuffle={self.shuffle}"
-        )
-        _require(self.views_on in ("auto", "cpu", "gpu"), self, "views_on", "auto, cpu or gpu")
-        blocks = self.blocks is None or (isinstance(self.blocks, Blocks) and all(_is_whole(b, 1) for b in self.blocks))
-        _require(blocks, self, "blocks", "None or Blocks(images, window), both 1 or more")
-        _require(isinstance(self.normalization, Normalization), self, "normalization", "a Normalization")
-        rows = isinstance(self.resolutions, tuple | list) and all(
-            _is_row(row, 2) and _is_whole(row[0], 0) and _is_whole(row[1], 1) for row in self.resolutions
-        )
-        ascending = rows and all(a[0] < b[0] for a, b in pairwise(self.resolutions))
-        _require(ascending, self, "resolutions", "(first epoch, px), ascending")
-        floating = getattr(self.view_type, "is_floating_point", False)
-        _require(floating is True, self, "view_type", "a torch.dtype such as torch.float32")
+        _require(self, policies.__contains__, f"{' or '.join(policies)}, as shuffle={self.shuffle}", "on_bad_image")
+        _require(self, ("auto", "cpu", "gpu").__contains__, "auto, cpu or gpu", "views_on")
+        _require(self, _are_blocks, "None or Blocks(images, window), both 1 or more", "blocks")
+        _require(self, lambda n: isinstance(n, Normalization), "a Normalization", "normalization")
+        _require(self, _are_resolutions, "(first epoch, px), ascending", "resolutions")
+        floating = "a torch.dtype such as torch.float32"
+        _require(self, lambda dtype: getattr(dtype, "is_floating_point", None) is True, floating, "view_type")
 
     @property
     def rows(self) -> tuple[ViewSpec | CentreCrop, ...]:

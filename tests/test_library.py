@@ -18,7 +18,8 @@ from tests.support import assert_same_batch, assert_same_batches
 
 REPO = Path(__file__).resolve().parents[1]
 SMALL = {'"data/imagenet/train.beton"': "sys.argv[1]", "224, global_batch=256": "32, global_batch=16, workers=1"}
-SMALL |= {"num_classes=1024": "num_classes=24", "range(100)": "range(2)", "max_epochs=100": "max_epochs=2, **QUIET"}
+NETWORK = "torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 24))"
+SMALL |= {"resnet18(num_classes=1024)": NETWORK, "range(100)": "range(2)", "max_epochs=100": "max_epochs=2, **QUIET"}
 SMALL |= {'"cuda" if torch.cuda.is_available() else "cpu"': '"cpu"'}
 QUIET = "QUIET = dict(accelerator='cpu', logger=False, enable_progress_bar=False, enable_model_summary=False)\n"
 QUIET += "QUIET |= dict(enable_checkpointing=False)\n"

@@ -5,7 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +18,7 @@ from pipeline.convert import ConvertConfig
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter, _machine
 from pipeline.storage import beton, beton_writer, conversion, parts
+from pipeline.storage.sources.source import Source
 from tests.test_convert import as_source, contents, drawn, stop_after, wait_for_bytes
 
 REPO = Path(__file__).resolve().parents[1]
@@ -99,6 +100,17 @@ def test_the_parts_are_all_images_once():
         for count in (1, 2, 3, 5):
             found = [i for number in range(count) for i in parts.Part(number, count).images(total)]
             assert found == list(range(total))
+
+
+def test_a_part_has_its_images_share_of_every_field():
+    """A field that is new in Source comes here, and, if it has an entry an image, to part_of."""
+    whole = {"kind", "split", "classes", "where", "labelled", "files", "read", "left_out"}
+    assert {field.name for field in fields(Source)} == whole | {"names", "labels", "extents", "pixels"}
+    source = Source("", "", ["a"], [*"abcde"], np.arange(5), Path(), extents=np.ones((5, 3)), pixels=np.ones((5, 2)))
+    part = parts.part_of(source, parts.Part(1, 2))
+    assert part.names == ["c", "d", "e"] and part.labels.tolist() == [2, 3, 4]
+    assert len(part.extents) == len(part.pixels) == 3
+    assert all(getattr(part, name) == getattr(source, name) for name in whole)
 
 
 @pytest.mark.slow

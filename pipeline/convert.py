@@ -1,4 +1,4 @@
-"""Converts a dataset into .beton files, each with its manifest: in parallel, resumable, checked.
+r"""Converts a dataset into .beton files, each with its manifest: in parallel, resumable, checked.
 
     python pipeline/convert.py --source IMAGES --out data/mine            train/ and val/ of IMAGES, else all as train
     python pipeline/convert.py --source IMAGES --out data/mine --holdout 0.1              a tenth of train becomes val
@@ -14,28 +14,35 @@ images with more than 8 bits a value the upper 8 are kept; an image that would c
 The result depends on the images and settings alone, not on --workers. After a stop at any moment, the same command
 continues there and ends with the same bytes. If an image's size or time has changed since, the conversion starts again
 at that image. What is not converted is counted in the last line and in the manifest.
+
+Several processes or machines that see the same folders share a conversion, each with a part of the images:
+
+    torchrun --nnodes=4 --nproc-per-node=1 … pipeline/convert.py --source IMAGES --out DIR      on each of four machines
+    python pipeline/convert.py --source IMAGES --out DIR --part 0/4         … to --part 3/4, in any order, at any time
+    sbatch --array=0-3 --wrap "python … --part \$SLURM_ARRAY_TASK_ID/\$SLURM_ARRAY_TASK_COUNT"
+
+Each part is kept beside --out until all are complete, and each can be stopped and continued. The process that finds all
+complete appends them to one file, with the bytes that one process would have written, and removes them; so the disk
+needs room for all images twice. If that process is stopped too, any part's command continues. torchrun's agents leave
+five minutes after their own process has ended, so that a longer end may have to be continued in this way.
 """
 
-import contextlib
-import errno
 import hashlib
-import shutil
-import sys
-import time
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import PIL
 from tqdm import tqdm
 
 from pipeline.command import run_command
 from pipeline.errors import UserError
-from pipeline.storage import beton, shards, store
+from pipeline.one_writer import BusyError
+from pipeline.storage import beton, parts, shards, store
 from pipeline.storage.adopt import Asked, adopt
-from pipeline.storage.beton_writer import BetonWriter, remove_leftovers, state_sha256
-from pipeline.storage.kept_images import keep_image, kept_images
+from pipeline.storage.beton_writer import remove_leftovers, state_sha256
+from pipeline.storage.conversion import Conversion, images_of, write_whole
 from pipeline.storage.sources.selection import (
     hold_out,
     note_count,
@@ -44,11 +51,8 @@ from pipeline.storage.sources.selection import (
     open_splits,
     require_fitting,
 )
-from pipeline.storage.sources.source import Source, image_places, read_stamps
+from pipeline.storage.sources.source import Source, read_stamps
 from pipeline.storage.verify import note_shared_images, verify
-from pipeline.storage.workers import Workers, out_of_memory
-
-SAMPLED_IMAGES = 64  # stored beforehand, to predict the size of the file
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class ConvertConfig:
     """Worker processes; 0 for one a core. The result does not depend on it."""
     skip_unreadable: bool = False
     """Leave out images that cannot be read, and list them in the manifest, instead of stopping at the first."""
+    part: str = ""
+    """K/N: convert part K, counted from 0, of N parts; other processes convert the others (see above)."""
     fresh: bool = False
     """Start again: an existing file, finished or not, is removed first."""
     verify: bool = False
@@ -144,114 +150,42 @@ def _already_there(out: Path, identity: dict, source: Source) -> bool:
             " pass --fresh to convert them again"
         )
     remove_leftovers(out)
+    parts.remove_parts(out)
     print(f"{out} is already converted; nothing to do (compared: {compared})")
     return True
 
 
-def _go_back_to_unchanged(source: Source, writer: BetonWriter) -> bool:
-    """Keeps what was done before the first image that is another one now; whether there is such a one."""
-    changed = (writer.stamps() != read_stamps(source, writer.done)).any(1)
-    if changed.any():
-        first = int(changed.argmax())
-        print(f"note: {source.where / source.names[first]} has changed since it was converted", file=sys.stderr)
-        writer.go_back(first)
-    return bool(changed.any())
+def convert(source: Source, out: Path, config: ConvertConfig) -> bool:
+    """One split into one file, or a part of it; whether the file is there.
 
-
-def _check_space(source: Source, writer: BetonWriter, config: ConvertConfig) -> None:
-    """Predicts the size of the result from a few images. Raises UserError if the disk has no room for it."""
-    chosen = np.unique(np.linspace(0, len(source) - 1, SAMPLED_IMAGES).astype(int))
-    if source.pixels is not None:
-        sizes = [source.pixels[0].nbytes]
-    else:
-        how = _how(config)._replace(decode_all=False)
-        kept = [keep_image(image_places(source, i, i + 1)[0], source.read, how)[0] for i in chosen]
-        sizes = [item.size_bytes for item in kept if not isinstance(item, str)] or [0]
-    row_bytes = np.mean(sizes) * 1.05 + 200  # page ends, the tables, the journal and the file list
-    needed = (len(source) - writer.done) * row_bytes + 3 * beton.PAGE_BYTES
-    free = shutil.disk_usage(writer.path.parent).free
-    if needed > free:
-        raise UserError(
-            f"{writer.path.parent} has {free / 1e9:.1f} GB free, about {needed / 1e9:.1f} GB are needed for"
-            f" {len(source) - writer.done} images; make room or choose another --out"
-        )
-
-
-def _append_all(source: Source, writer: BetonWriter, config: ConvertConfig, workers: Workers | None) -> None:
-    start_bytes, start_s = writer.bytes_written, time.monotonic()
-    bar = tqdm(total=len(source), initial=writer.done, unit="img", desc=writer.path.name, smoothing=0.05)
-    with bar:
-        for result, stamp in kept_images(source, writer.done, _how(config), workers):
-            if isinstance(result, str):
-                where = source.where / source.names[writer.done]
-                if not config.skip_unreadable:
-                    raise UserError(
-                        f"{where} is not a readable image ({result}); repair or remove it, or pass --skip-unreadable"
-                    )
-                bar.write(f"skipped: {where} ({result})", file=sys.stderr)
-            writer.append(None if isinstance(result, str) else result, stamp)
-            bar.update()
-            if writer.done % 64 == 0:
-                mb_per_s = (writer.bytes_written - start_bytes) / 1e6 / max(time.monotonic() - start_s, 1e-3)
-                bar.set_postfix_str(f"{mb_per_s:.0f} MB/s", refresh=False)
-
-
-def _fill(source: Source, writer: BetonWriter, config: ConvertConfig, workers: Workers | None) -> dict:
-    """Everything from where the writer stands to the finished file. Returns the manifest."""
-    out = writer.path
-    _go_back_to_unchanged(source, writer)
-    if writer.done:
-        print(f"{out.name}: continuing after {writer.done} of {len(source)} images", file=sys.stderr)
-    if len(writer.skipped()) and not config.skip_unreadable:
-        raise UserError(
-            f"{source.where / source.names[writer.skipped()[0]]} was skipped before as unreadable;"
-            " pass --skip-unreadable again, or --fresh"
-        )
-    _check_space(source, writer, config)
-    try:
-        _append_all(source, writer, config, workers)
-        if _go_back_to_unchanged(source, writer):
-            raise UserError(f"{source.where} changed while it was converted; run again when that is over")
-    except (KeyboardInterrupt, UserError, MemoryError):
-        writer.checkpoint()
-        again = "the same command without --fresh" if config.fresh else "the same command"
-        print(f"{out.name}: stopped after {writer.done} of {len(source)} images; {again} continues", file=sys.stderr)
-        raise
-    return writer.finish(source, _settings(source, config))
-
-
-def convert(source: Source, out: Path, config: ConvertConfig) -> None:
-    """One split into one file. Raises UserError for an unreadable image, a full disk, a file of another conversion."""
+    Raises UserError for an unreadable image, a full disk, a file of another conversion.
+    """
     if config.max_side is None and of_imagenet(source) and "val" in (source.split, out.stem, source.where.name):
         config = replace(config, max_side=store.ANY_SIDE_PX)
-    identity = _identity(source, config)
+    part, identity = parts.chosen_part(config.part, os.environ), _identity(source, config)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out.parent} cannot be made ({error.strerror}); give another folder with --out") from None
     if not config.fresh and _already_there(out, identity, source):
-        return
-    # The workers first: they are forked, which a process with threads must not be, and the writer has two.
-    start_workers = contextlib.nullcontext() if source.pixels is not None else Workers(config.workers)
-    with start_workers as workers, BetonWriter(out, len(source), identity, fresh=config.fresh) as writer:
-        try:
-            manifest = _fill(source, writer, config, workers)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"{out.parent} is full after {writer.done} of {len(source)} images; make room and run the same command"
-                " again, it continues there"
-            ) from None
-        except MemoryError:
-            raise out_of_memory(f"after {writer.done} of {len(source)} images") from None
-    classes = f"{len(source.classes)} classes" if source.labelled else "without labels"
-    stored = ", ".join(f"{count} {how}" for how, count in manifest["stored"].items() if count)
-    left_out = ", ".join(f"{count} {what}" for what, count in manifest["left_out"].items())
-    print(
-        f"{out}: {manifest['images']} images, {classes}, {manifest['bytes'] / 1e6:.1f} MB"
-        f" ({stored}, {len(manifest['skipped'])} skipped){f'; left out: {left_out}' if left_out else ''}"
+        return True
+    conversion = Conversion(
+        source=source,
+        out=out,
+        identity=identity,
+        settings=_settings(source, config),
+        how=_how(config),
+        workers=config.workers,
+        skip_unreadable=config.skip_unreadable,
+        fresh=config.fresh,
     )
+    if part:
+        parts.write_part(conversion, part)
+        return parts.put_together(conversion, part, lambda: _already_there(out, identity, source))
+    with images_of(conversion) as images:
+        write_whole(conversion, images)
+    parts.remove_parts(out)
+    return True
 
 
 # ---- the command ----
@@ -283,6 +217,12 @@ def main(config: ConvertConfig) -> None:
             f"--max-side {max_side} --quality {config.quality} --workers {config.workers}:"
             " expected 1 … 65535, 1 … 100 and 0 or more"
         )
+    part = parts.chosen_part(config.part, os.environ)
+    if part and config.fresh:
+        raise UserError(
+            f"--fresh with --part {part}: one part would remove what others made; remove {config.out} and what lies"
+            " beside it, or choose another --out"
+        )
     if config.shard_images < 1:
         raise UserError(f"--shard-images {config.shard_images}: expected 1 or more")
     if not (0 <= config.holdout < 1 or (config.holdout > 0 and config.holdout % 1 == 0)):
@@ -295,6 +235,7 @@ def main(config: ConvertConfig) -> None:
         "--holdout": config.holdout,
         "--unlabelled": config.unlabelled,
         "--max-side": config.max_side,
+        "--part": part,
     }
     unfit = [flag for flag, value in choosing.items() if value]
     asked = Asked(config.workers, config.skip_unreadable, config.fresh, unfit)
@@ -305,17 +246,24 @@ def main(config: ConvertConfig) -> None:
     jobs = [] if outs else _jobs(config)
     for source, out in jobs:
         note_count(source)
-        convert(source, out, config)
+        if not convert(source, out, config):
+            continue  # the process that puts its parts together does the rest
         if config.format == "webdataset":
-            shards.pack_shards(beton.open_beton(out), config.shard_images)
-    if config.holdout and config.out is not None and jobs:
-        note_shared_images(*(beton.open_beton(config.out / f"{split}.beton") for split in ("train", "val")))
+            try:
+                shards.pack_shards(beton.open_beton(out), config.shard_images)
+            except BusyError as error:
+                if not part:
+                    raise
+                print(f"note: {error}")
+                continue
+        outs.append(out)
+    if config.holdout and len(outs) == 2:
+        note_shared_images(*map(beton.open_beton, outs))
     if config.verify:
-        outs += [out for _, out in jobs]
-        if not outs and config.out is not None:
+        if not (outs or jobs) and config.out is not None:
             outs = sorted(config.out.glob("*.beton")) if config.out.is_dir() else [config.out]
-        if not outs:
-            raise UserError(f"{config.out} has no .beton file to verify")
+            if not outs:
+                raise UserError(f"{config.out} has no .beton file to verify")
         for out in outs:
             verify(shards.open_stored(out), config.workers)
             if config.format == "webdataset" and out.suffix == ".beton":

@@ -21,12 +21,16 @@ BEAT_S = 10.0  # between two signs of life of a writer
 WATCH_S = 60.0  # without a sign of life, seen from another machine, after which a writer is taken for dead
 
 
+class BusyError(UserError):
+    """Another process lives that has the right to write."""
+
+
 class OneWriter:
     """As a context, the right to write what `what` names; the file `path` stands for it and says who has it.
 
     On one machine the file tells at once whether its process still runs. Of a process on another machine only the
     file's time tells, which a thread of that process sets every BEAT_S: a second process watches it for WATCH_S.
-    Raises UserError if the first process lives.
+    Raises BusyError, a UserError, if the first process lives.
     """
 
     def __init__(self, path: Path, what: str):
@@ -101,7 +105,7 @@ class OneWriter:
         if self._lives(self.path, seen):
             about = _parsed(seen[0])
             named = f"process {about['pid']} on {about['host']}, since {about['since']}" if about else "another process"
-            raise UserError(f"{self.what} is being written by {named}; wait for it, stop it, or choose another place")
+            raise BusyError(f"{self.what} is being written by {named}; wait for it, stop it, or choose another place")
         following = self.path.with_name(f"{self.path.name}.next")
         if not self._create(following):
             time.sleep(0.01)

@@ -11,19 +11,47 @@ World size is always spelled `world_size`; `global_batch` = `rank_batch` × `wor
 
 from __future__ import annotations  # torch takes seconds to load, and neither draws nor conversion need it
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from pipeline.constants import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 SOLARIZE_THRESHOLD = 128  # v < 128 stays, v >= 128 becomes 255 - v (Zbontar 2021, appendix A)
+INTERPOLATIONS = ("bicubic", "bilinear")
+
+
+def _require(of: object, holds: Callable[[Any], bool], expected: str, *names: str) -> None:
+    """Raises UserError, one sentence, about the first of these fields that is not as expected."""
+    for name in names:
+        if not holds(value := getattr(of, name)):
+            raise UserError(f"{type(of).__name__}: {name} is {value!r}; expected {expected}")
+
+
+def _is_number(value: Any, high: float = sys.float_info.max) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and bool(0 <= value <= high)
+
+
+def _is_whole(value: Any, low: int = 1) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= low)
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, tuple | list) and len(value) == count and all(map(_is_number, value))
+
+
+def _is_range(value: Any) -> bool:
+    return _are_numbers(value, 2) and 0 < value[0] <= value[1]
 
 
 @dataclass(frozen=True)
@@ -49,6 +77,15 @@ class ViewSpec:
     sigma_px: tuple[float, float] = (0.1, 2.0)
     p_solarize: float = 0.0
 
+    def __post_init__(self) -> None:
+        _require(self, _is_range, "(least, most), both above 0", "ratio", "sigma_px", "area")
+        _require(self, lambda area: area[1] <= 1, "a share of the image, at most 1", "area")
+        _require(self, INTERPOLATIONS.__contains__, " or ".join(INTERPOLATIONS), "interpolation")
+        shares = [f.name for f in fields(self) if f.name.startswith("p_")]
+        _require(self, lambda share: _is_number(share, 1.0), "a probability, 0 to 1", *shares)
+        _require(self, _is_number, "a strength of 0 or more", "brightness", "contrast", "saturation", "hue")
+        _require(self, lambda hue: hue <= 0.5, "at most 0.5", "hue")
+
 
 @dataclass(frozen=True)
 class CentreCrop:
@@ -56,6 +93,10 @@ class CentreCrop:
 
     resize_px: int = 256
     interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        _require(self, _is_whole, "a whole number of 1 or more", "resize_px")
+        _require(self, INTERPOLATIONS.__contains__, " or ".join(INTERPOLATIONS), "interpolation")
 
 
 def centre_view(resolution_px: int) -> CentreCrop:
@@ -99,6 +140,10 @@ class Normalization:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        _require(self, lambda row: _are_numbers(row, 3), "three numbers, none negative", "mean", "std")
+        _require(self, all, "three numbers above 0", "std")
+
 
 class Batch(NamedTuple):
     """One rank's share of one step.
@@ -126,6 +171,20 @@ class Blocks(NamedTuple):
     window: int
 
 
+def _are_views(value: Any) -> bool:
+    several = isinstance(value, tuple) and len(value) > 0 and all(isinstance(view, ViewSpec) for view in value)
+    return several or isinstance(value, CentreCrop)
+
+
+def _are_blocks(value: Any) -> bool:
+    return value is None or (isinstance(value, Blocks) and all(map(_is_whole, value)))
+
+
+def _are_resolutions(value: Any) -> bool:
+    rows = isinstance(value, tuple | list) and all(_are_numbers(row, 2) and _is_whole(row[1]) for row in value)
+    return rows and all(before[0] < after[0] for before, after in pairwise(value))
+
+
 def _float32() -> torch.dtype:
     import torch
 
@@ -134,14 +193,14 @@ def _float32() -> torch.dtype:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Everything that decides what a loader yields, and how (from `backend` on) it gets there.
+    """Everything that decides what a loader yields, and how (from `backend` on) it gets there. Raises UserError.
 
     data            path of a .beton file with its manifest beside it; for dali also the shards.json of shards
-    views           one ViewSpec a view, or a CentreCrop for evaluation
+    views           one ViewSpec a view, a single one for one view, or a CentreCrop for evaluation
     resolution_px   side of the square views
     shuffle         True: shuffled full batches, epoch after epoch (order.shuffled_batches);
                     False: every sample once, in the order given (order.sequential_batches)
-    ids             positions of the samples to use; None for all
+    ids             positions of the samples to use; None for all. Shuffled, none of them may be there twice
     blocks          None: every epoch a full shuffle; else a block-shuffled one, for files larger than the memory
     on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
                     another sample stands in for it (bad_images.py), in shuffled streams
@@ -155,7 +214,7 @@ class LoaderConfig:
     """
 
     data: Path
-    views: tuple[ViewSpec, ...] | CentreCrop
+    views: tuple[ViewSpec, ...] | ViewSpec | CentreCrop
     resolution_px: int
     global_batch: int
     seed: int = 0
@@ -174,12 +233,31 @@ class LoaderConfig:
     view_type: torch.dtype = field(default_factory=_float32)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", Path(self.data))  # a string will do
+        _require(self, lambda path: isinstance(path, str | os.PathLike), "the path of a .beton", "data")
+        views = (self.views,) if isinstance(self.views, ViewSpec) else self.views
+        object.__setattr__(self, "data", Path(self.data))
+        object.__setattr__(self, "views", tuple(views) if isinstance(views, list) else views)
+        wanted = "a ViewSpec, a tuple of them (one a view), or a CentreCrop"
+        _require(self, _are_views, wanted, "views")
+        whole = ("resolution_px", "global_batch", "world_size")
+        _require(self, _is_whole, "a whole number of 1 or more", *whole)
+        _require(self, lambda n: _is_whole(n, 0), "a whole number of 0 or more", "seed", "rank", "workers")
+        _require(self, lambda seed: seed < 2**64, "a number of 64 bits", "seed")
+        _require(self, lambda rank: rank < self.world_size, f"less than the world size, {self.world_size}", "rank")
+        _require(self, lambda shuffle: isinstance(shuffle, bool), "True or False", "shuffle")
+        policies = ("stop", "substitute") if self.shuffle else ("stop",)  # a pass over all has no room for stand-ins
+        _require(self, policies.__contains__, f"{' or '.join(policies)}, as shuffle={self.shuffle}", "on_bad_image")
+        _require(self, ("auto", "cpu", "gpu").__contains__, "auto, cpu or gpu", "views_on")
+        _require(self, _are_blocks, "None or Blocks(images, window), both 1 or more", "blocks")
+        _require(self, lambda n: isinstance(n, Normalization), "a Normalization", "normalization")
+        _require(self, _are_resolutions, "(first epoch, px), ascending", "resolutions")
+        floating = "a torch.dtype such as torch.float32"
+        _require(self, lambda dtype: getattr(dtype, "is_floating_point", None) is True, floating, "view_type")
 
     @property
     def rows(self) -> tuple[ViewSpec | CentreCrop, ...]:
         """What each of the V views is."""
-        return (self.views,) if isinstance(self.views, CentreCrop) else self.views
+        return self.views if isinstance(self.views, tuple) else (self.views,)
 
     def resolution_at(self, epoch: int) -> int:
         """Side of an epoch's views, px."""

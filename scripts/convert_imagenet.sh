@@ -9,6 +9,7 @@
 # which evaluations are published (--max-side resizes both). All others are kept byte for byte, after decoding each once
 # to see that it is sound (--check quick looks at their start only: faster).
 # Interrupted, the same command continues where it stopped. --out FOLDER puts the files elsewhere.
+# On several machines: torchrun --nnodes=4 … --no-python bash scripts/convert_imagenet.sh, or --part 0/4 … --part 3/4.
 set -euo pipefail
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

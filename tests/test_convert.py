@@ -23,7 +23,7 @@ from pipeline import convert
 from pipeline.convert import ConvertConfig
 from pipeline.errors import UserError
 from pipeline.one_writer import _machine
-from pipeline.storage import beton, beton_writer, store, workers
+from pipeline.storage import beton, beton_writer, conversion, store, workers
 from pipeline.storage.sources.open import open_source
 from pipeline.storage.sources.source import Source
 
@@ -316,7 +316,7 @@ def test_a_file_replaced_while_it_is_converted(images, out, forked, monkeypatch)
     with pytest.raises(UserError, match="changed while it was converted"):
         convert.main(ConvertConfig(out, images, workers=2))
     assert not out.exists()
-    monkeypatch.setattr(convert, "_go_back_to_unchanged", lambda *_: False)  # what was written is looked at
+    monkeypatch.setattr(conversion, "go_back_to_unchanged", lambda *_: False)  # what was written is looked at
     for path in read.values():
         path.write_bytes(next(data for data, of in read.items() if of == path))
     convert.main(ConvertConfig(out, images, workers=2))
@@ -560,7 +560,7 @@ def test_a_full_disk(images, out, tmp_path, monkeypatch):
 
 
 def test_too_little_space_is_seen_beforehand(images, out, monkeypatch):
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(UserError, match=r"0\.0 GB free, about 0\.0 GB are needed for 70 images"):
         convert.main(ConvertConfig(out, images, workers=1))
     assert not out.exists()
@@ -571,14 +571,12 @@ def test_the_predicted_size_is_about_right(imagenet_sample, out, monkeypatch):
     config = ConvertConfig(out, imagenet_sample[0].parents[1], workers=2)
     convert.main(config)
     size = out.stat().st_size
-    source, other = open_source(config.source), out.with_name("other.beton")
-    writer = beton_writer.BetonWriter(other, 500, {})
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=size * 0.9))
+    source = open_source(config.source)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: SimpleNamespace(free=size * 0.9))
     with pytest.raises(UserError, match="make room"):
-        convert._check_space(source, writer, config)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=size * 1.7))
-    convert._check_space(source, writer, config)
-    writer.close()
+        conversion.check_space(source, out.parent, convert._how(config), 500)
+    monkeypatch.setattr(conversion.shutil, "disk_usage", lambda _: SimpleNamespace(free=size * 1.7))
+    conversion.check_space(source, out.parent, convert._how(config), 500)
 
 
 def test_two_at_once(images, out, monkeypatch):

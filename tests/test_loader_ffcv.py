@@ -162,7 +162,7 @@ def test_an_early_end_leaves_no_thread_and_a_usable_loader(config, in_time):
     assert torch.equal(next(passes[1]).views[1], first.views[1])
     later = loader.batches(3, 9)
     next(later)
-    with pytest.raises(RuntimeError, match="another pass was begun"):
+    with pytest.raises(UserError, match="another pass was begun"):
         next(passes[1])
     later.close()
     assert threading.active_count() == before

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.loaders.parts import PartsLoader, ahead_of
 from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig
@@ -61,7 +62,7 @@ def test_a_loader_is_closed_at_the_end_of_its_context(config):
     with pytest.raises(ZeroDivisionError), make_loader(config) as loader:
         next(loader.epoch(1))
         raise ZeroDivisionError
-    with pytest.raises(RuntimeError, match="shutdown"):
+    with pytest.raises(UserError, match="this loader is closed; make another"):
         next(loader.epoch(1))
 
 

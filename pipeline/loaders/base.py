@@ -4,9 +4,11 @@ import os
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 
 from pipeline.choices.draws import ViewParams, centre_views, draw_views
 from pipeline.choices.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
+from pipeline.errors import UserError
 from pipeline.loaders.read_ahead import Stream, read_ahead
 from pipeline.spec import Batch, CentreCrop, LoaderConfig
 from pipeline.storage.beton import Stored
@@ -14,8 +16,32 @@ from pipeline.storage.shards import open_stored
 
 
 def samples_in_use(config: LoaderConfig, dataset: Stored) -> np.ndarray:
-    """The ids that a loader draws its batches from, int64."""
-    return np.arange(len(dataset)) if config.ids is None else np.asarray(config.ids, np.int64)
+    """The ids that a loader draws its batches from, int64. Raises UserError for ids that the dataset does not have."""
+    if config.ids is None:
+        return np.arange(len(dataset))
+    ids = np.asarray(config.ids)
+    if ids.ndim != 1 or len(ids) == 0 or ids.dtype.kind not in "iu":
+        raise UserError(f"ids are {ids.dtype} of shape {ids.shape}; expected one or more whole numbers in a row")
+    if ids.min() < 0 or ids.max() >= len(dataset):
+        raise UserError(
+            f"ids go from {ids.min()} to {ids.max()}; {config.data} has {len(dataset)} images, 0 to {len(dataset) - 1}"
+        )
+    if config.shuffle and len(np.unique(ids)) < len(ids):
+        raise UserError("an id is there twice, which a shuffled order cannot keep apart; give each id once")
+    return ids.astype(np.int64)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of this name. Raises UserError if there is none."""
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} is none that views can be on; choose cpu, cuda, or cuda:0 and so on")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r} is not here: PyTorch sees {torch.cuda.device_count()} GPUs; choose cpu")
+    return device
 
 
 def view_params(config: LoaderConfig, dataset: Stored, epoch: int, ids: np.ndarray) -> ViewParams:
@@ -23,7 +49,8 @@ def view_params(config: LoaderConfig, dataset: Stored, epoch: int, ids: np.ndarr
     heights, widths, side_px = dataset.heights[ids], dataset.widths[ids], config.resolution_at(epoch)
     if isinstance(config.views, CentreCrop):
         return centre_views(heights, widths, config.views, side_px)
-    return draw_views(config.seed, epoch, ids, heights, widths, config.views, side_px)
+    rows = config.views if isinstance(config.views, tuple) else (config.views,)
+    return draw_views(config.seed, epoch, ids, heights, widths, rows, side_px)
 
 
 class Loader:
@@ -35,12 +62,17 @@ class Loader:
     sizes    heights and widths of the stored images, each (N,) int64, px
     steps_per_epoch, which is len(loader): full batches an epoch when shuffled; all batches of one pass otherwise
 
-    Raises UserError at construction for a dataset or batch size that cannot work, and while iterating for an image
-    that cannot be decoded. A context manager that closes itself. One pass over batches at a time.
+    As PyTorch's DataLoader it can be iterated again and again: each time it is the next epoch's batches, or those of
+    the epoch that `set_epoch` named. Several passes at once are the same batches as one after the other; --loader torch
+    and ffcv have one at a time, and an older one says so.
+
+    Raises UserError at construction for what cannot work, and while iterating for an image that cannot be decoded. A
+    context manager that closes itself.
     """
 
     def __init__(self, config: LoaderConfig) -> None:
-        self.config = config
+        self.config, self.device = config, usable_device(config.device)
+        self._epoch, self._closed = 0, False
         self.dataset = open_stored(config.data)
         self.ids = samples_in_use(config, self.dataset)
         self.images = len(self.ids)
@@ -59,11 +91,30 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def __iter__(self) -> Iterator[Batch]:
+        epoch = self._epoch  # read at the first batch: Lightning asks for an iterator before it says which epoch it is
+        self._epoch += 1
+        yield from self.epoch(epoch)
+
+    @property
+    def sampler(self) -> "Loader":
+        """Where Lightning and others, as of a DataLoader, look for `set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of the next iteration, as of a DistributedSampler."""
+        self._epoch = epoch
+
+    def require_open(self) -> None:
+        """Raises UserError after close()."""
+        if self._closed:
+            raise UserError("this loader is closed; make another one with make_loader(config)")
+
     def stream(self, start_step: int = 0, stop_step: int | None = None, *, reads_ahead: bool = True) -> Stream:
         """What batches() is to make: (step, epoch, sample ids of this rank); in block order the file is read ahead."""
+        self.require_open()
         c = self.config
         if not c.shuffle:
-            assert c.on_bad_image == "stop", "a pass over all samples has no room for stand-ins"
             return sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
         assert stop_step is not None, "a shuffled stream has no end of its own"
         stream = shuffled_batches(
@@ -81,4 +132,4 @@ class Loader:
 
     def close(self) -> None:
         """Ends the threads or processes. The loader cannot be used afterwards."""
-        raise NotImplementedError
+        self._closed = True

@@ -57,9 +57,8 @@ class FfcvLoader(Loader):
         c = config
         if c.views_on == "gpu":
             raise UserError("--views-on gpu: FFCV's Loader has its views made on the CPU; choose --loader fast")
-        self._device = torch.device(c.device)
-        on_gpu = self._device.type == "cuda"
-        self._cuda_stream = torch.cuda.Stream(self._device) if on_gpu else None
+        on_gpu = self.device.type == "cuda"
+        self._cuda_stream = torch.cuda.Stream(self.device) if on_gpu else None
         self._bad = BadImages(c, self.dataset, self.ids)
         self._decoder = ViewsDecoder(
             c.views, c.resolution_at(0), seed=c.seed, normalization=None if on_gpu else c.normalization
@@ -90,7 +89,7 @@ class FfcvLoader(Loader):
             for ids in parts:  # FFCV makes no batch of none
                 views = _received(iterator) if len(ids) else np.empty((0, *self._decoder.shape), self._decoder.dtype)
                 if iterator is not self._newest:
-                    raise RuntimeError("another pass was begun on this loader: FFCV has one epoch's draws at a time")
+                    raise UserError("another pass was begun on this loader: FFCV has one epoch's draws at a time")
                 torch.set_num_threads(threads)
                 yield ids, views
         finally:
@@ -115,17 +114,17 @@ class FfcvLoader(Loader):
             from pipeline.views.augment_gpu import normalize_views
 
             with torch.cuda.stream(self._cuda_stream):  # so that the copy does not wait for the consumer's work
-                levels = torch.from_numpy(memory).to(self._device, non_blocking=True).transpose(0, 1).contiguous()
+                levels = torch.from_numpy(memory).to(self.device, non_blocking=True).transpose(0, 1).contiguous()
                 views = normalize_views(levels, c.normalization, c.view_type)
             self._cuda_stream.synchronize()
             for view in views:
-                view.record_stream(torch.cuda.current_stream(self._device))
+                view.record_stream(torch.cuda.current_stream(self.device))
         else:
             each = torch.from_numpy(memory).permute(1, 0, 4, 2, 3)
             views = tuple(view.to(c.view_type, copy=True, memory_format=torch.channels_last) for view in each)
         label, sample = torch.from_numpy(self.labels[ids]), torch.from_numpy(ids)
         substituted = int((ids != wanted).sum())
-        return Batch(views, label.to(self._device), sample.to(self._device), step, epoch, substituted)
+        return Batch(views, label.to(self.device), sample.to(self.device), step, epoch, substituted)
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
@@ -136,6 +135,4 @@ class FfcvLoader(Loader):
             with closing(self._made(epoch, [self._bad.replaced(epoch, ids) for _, _, ids in order])) as made:
                 for (step, _, wanted), (ids, memory) in zip(stream, made, strict=True):
                     yield self._batch(step, epoch, wanted, ids, memory)
-
-    def close(self) -> None:
-        """FFCV's thread ends with each pass of batches(); nothing is left to end."""
+                    self.require_open()

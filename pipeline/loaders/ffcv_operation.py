@@ -121,7 +121,7 @@ class ViewsDecoder(SimpleRGBImageDecoder):
 
     def __init__(
         self,
-        views: tuple[ViewSpec, ...] | CentreCrop,
+        views: tuple[ViewSpec, ...] | ViewSpec | CentreCrop,
         resolution_px: int,
         *,
         seed: int = 0,
@@ -130,6 +130,7 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         super().__init__()
         turbojpeg()  # raises if the library is missing, which compiled code cannot
         self.resolution_px = resolution_px
+        views = (views,) if isinstance(views, ViewSpec) else views
         if isinstance(views, CentreCrop):
             interpolations, table, resize_px = [views.interpolation], view_table((ViewSpec(),)), views.resize_px
         else:

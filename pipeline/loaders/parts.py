@@ -76,7 +76,6 @@ class PartsLoader(Loader):
 
     def __init__(self, config: LoaderConfig, make_pixels: Callable[["PartsLoader"], Pixels]) -> None:
         super().__init__(config)
-        self.device = torch.device(config.device)
         self.on_gpu = self.device.type == "cuda"  # where the views end up
         self.cuda_stream = torch.cuda.Stream(self.device) if self.on_gpu else None
         self.gpu_views = config.views_on == "gpu" or (config.views_on == "auto" and self.on_gpu)
@@ -142,6 +141,7 @@ class PartsLoader(Loader):
             while ahead[0].result():
                 ahead.append(self._maker.submit(next, made, None))
                 yield self._hand_over(*ahead.popleft().result())
+                self.require_open()
         finally:
             for future in ahead:
                 if not future.cancel():
@@ -150,6 +150,7 @@ class PartsLoader(Loader):
 
     def close(self) -> None:
         """Ends the threads. The loader cannot be used afterwards."""
+        super().close()
         self._maker.shutdown(wait=True, cancel_futures=True)
         self.pool.shutdown(wait=True, cancel_futures=True)
 

@@ -89,8 +89,8 @@ class TorchLoader(Loader):
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
         c = self.config
-        assert self._loader is not None, "the loader is closed"
-        self._pass.stream = self.stream(start_step, stop_step)
+        stream = self._pass.stream = self.stream(start_step, stop_step)
+        assert self._loader is not None
         for made in self._loader:
             if isinstance(made, UserError):
                 raise made
@@ -98,7 +98,11 @@ class TorchLoader(Loader):
             label = torch.from_numpy(self.labels[sample.numpy()])
             views = tuple(view.to(c.device, c.view_type) for view in views)
             yield Batch(views, label.to(c.device), sample.to(c.device), *numbers)
+            self.require_open()
+            if self._pass.stream is not stream:
+                raise UserError("another pass was begun on this loader: its processes make one pass at a time")
 
     def close(self) -> None:
         """Ends the worker processes. The loader cannot be used afterwards."""
+        super().close()
         self._loader = None

@@ -58,6 +58,24 @@ def remove_leftovers(path: Path) -> None:
             journal.unlink(missing_ok=True)
 
 
+def _header(identity: dict) -> bytes:
+    """The journal's first line."""
+    return json.dumps({"journal": JOURNAL_VERSION} | identity, sort_keys=True).encode() + b"\n"
+
+
+def _rows(content: bytes, images: int, header: bytes) -> np.ndarray:
+    """The whole rows of a journal, up to `images`."""
+    count = min((len(content) - len(header)) // ROW.itemsize, images)
+    return np.frombuffer(content, ROW, count, len(header))
+
+
+def flushed_rows(path: Path, images: int, identity: dict) -> np.ndarray:
+    """(done,) ROW: what a half-finished file surely has, whoever writes it; none if it is missing or another one's."""
+    journal, header = path.with_suffix(".beton.journal"), _header(identity)
+    content = journal.read_bytes() if journal.exists() else b""
+    return _rows(content, images, header) if content.startswith(header) else np.zeros(0, ROW)
+
+
 def state_sha256(stamps: np.ndarray) -> str:
     """The digest of all images' stamps, (N, 2) int64: what the source was when it was converted."""
     return hashlib.sha256(np.ascontiguousarray(stamps, "<i8").tobytes()).hexdigest()
@@ -75,7 +93,7 @@ class BetonWriter:
         self.partial_path = path.with_suffix(".beton.partial")
         self.journal_path = path.with_suffix(".beton.journal")
         self._identity = identity
-        self._header = json.dumps({"journal": JOURNAL_VERSION} | identity, sort_keys=True).encode() + b"\n"
+        self._header = _header(identity)
         self._rows = np.zeros(images, ROW)
         self._start = beton.data_start(images)
         self.done = self._journaled = 0
@@ -100,8 +118,9 @@ class BetonWriter:
         content = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
         if not content.startswith(self._header):
             return False
-        count = min((len(content) - len(self._header)) // ROW.itemsize, len(self._rows))
-        self._rows[:count] = np.frombuffer(content, ROW, count, len(self._header))
+        rows = _rows(content, len(self._rows), self._header)
+        count = len(rows)
+        self._rows[:count] = rows
         if os.fstat(self._partial).st_size < self._end_of(count):
             self._rows[:] = 0
             return False

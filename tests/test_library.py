@@ -65,8 +65,8 @@ assert steps(after) == [(6, 2), (7, 2), (8, 2)], steps(after)
 Noted.save_after = 4
 fitted(2)
 Noted.save_after = -1
-_, after = fitted(3, sys.argv[2])  # one step was left of epoch 1
-assert steps(after) == [(3, 1), (6, 2), (7, 2), (8, 2)], steps(after)
+_, after = fitted(3, sys.argv[2])
+assert steps(after) == [(5, 1), (6, 2), (7, 2), (8, 2)], steps(after)
 """
 
 
@@ -146,6 +146,24 @@ def test_each_iteration_is_another_epoch(config):
         unused = iter(loader)
         loader.set_epoch(7)
         assert next(iter(loader)).epoch == 7 and next(unused).epoch == 8
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_iteration_continues_at_its_step(config, shuffle):
+    config = replace(config, shuffle=shuffle, views=config.views if shuffle else CentreCrop(32))
+    with make_loader(config) as loader:
+        expected = [*loader, *loader]
+    with make_loader(config) as loader:
+        assert loader.state_dict() == {"step": 0}
+        begun = iter(loader)
+        first = [next(begun), next(begun)]
+        state = loader.state_dict()
+    with make_loader(config) as loader:
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
+        loader.set_epoch(0)  # as Lightning does: the epoch that it is in already
+        rest = [*loader, *loader]
+    assert_same_batches(first + rest, expected)
 
 
 def test_one_view_is_the_first_of_two(config):

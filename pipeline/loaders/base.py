@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -72,7 +73,8 @@ class Loader:
 
     def __init__(self, config: LoaderConfig) -> None:
         self.config, self.device = config, usable_device(config.device)
-        self._epoch, self._closed = 0, False
+        self._epoch = self._first = 0  # of the next iteration: the epoch, and where in it it begins
+        self._next_step, self._closed = 0, False
         self.dataset = open_stored(config.data)
         self.ids = samples_in_use(config, self.dataset)
         self.images = len(self.ids)
@@ -92,9 +94,14 @@ class Loader:
         self.close()
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self._epoch  # read at the first batch: Lightning asks for an iterator before it says which epoch it is
-        self._epoch += 1
-        yield from self.epoch(epoch)
+        # Read at the first batch: Lightning asks for an iterator before it says which epoch it is.
+        epoch, first = self._epoch, self._first
+        self._epoch, self._first = epoch + 1, 0
+        start_step = epoch * len(self) + first
+        batches = self.batches(start_step, (epoch + 1) * len(self))
+        for batch in batches if self.config.shuffle else islice(batches, first, None):
+            self._next_step = batch.step + 1
+            yield batch
 
     @property
     def sampler(self) -> "Loader":
@@ -103,7 +110,16 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch of the next iteration, as of a DistributedSampler."""
-        self._epoch = epoch
+        self._epoch, self._first = epoch, self._first if epoch == self._epoch else 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the iteration is, after the batch that was handed out last; Lightning keeps it in its checkpoints."""
+        return {"step": self._next_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """The next iteration continues there, in the middle of an epoch."""
+        self._next_step = state["step"]
+        self._epoch, self._first = divmod(self._next_step, len(self))
 
     def require_open(self) -> None:
         """Raises UserError after close()."""

@@ -492,11 +492,11 @@ def test_arrays_that_could_hold_other_things_are_refused(cifar100, dtype, monkey
     [
         (
             lambda f: os.truncate(f / "train.bin", 3074 * 299),
-            "has 100 classes with 2 to 3 images; 100 with 3 each",
+            "has 2 to 3 images of a class and 100 names of classes; published are 3 of each of 100",
         ),
         (lambda f: os.truncate(f / "train.bin", 5000), "cannot be read"),
-        (lambda f: (f / "train.bin").write_bytes(bytes(3074 * 300)), "300 images of 1 classes"),
-        (lambda f: (f / "fine_label_names.txt").write_text("cat\n" * 100), "with 1 names"),
+        (lambda f: (f / "train.bin").write_bytes(bytes(3074 * 300)), "0 to 300 images of a class"),
+        (lambda f: (f / "fine_label_names.txt").write_text("cat\n" * 100), "and 1 names"),
     ],
 )
 def test_half_of_cifar100(cifar100, spoil, said):

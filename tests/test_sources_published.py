@@ -174,6 +174,7 @@ def test_a_flat_val(imagenet, tmp_path, write, place):
 def test_a_flat_val_alone(imagenet, tmp_path):
     flat_copy(imagenet, tmp_path)
     synset_list(imagenet, tmp_path)
+    (tmp_path / "val" / "ILSVRC2012_val_00000001.xml").touch()  # where its boxes are
     assert split_names(tmp_path / "val") == ["val"]
     assert open_source(tmp_path / "val", "val").labels.tolist() == sorted(list(range(10)) * IMAGES)
 
@@ -305,6 +306,7 @@ def test_tiny_imagenet(tiny, tmp_path, below):
             "27 images of 9 classes, tiny imagenet's train split",
         ),
         (lambda f: (f / "train/n01440764/images/n01440764_0.JPEG").unlink(), "train", "29 images of 10 classes"),
+        (lambda f: (f / "val/val_annotations.txt").write_text("val_3.JPEG\n"), "val", "lines without an image and its"),
         (lambda f: (f / "wnids.txt").write_text("n01440764"), "train", "are not those of .*wnids.txt"),
     ],
 )

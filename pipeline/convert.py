@@ -72,7 +72,8 @@ class ConvertConfig:
     unlabelled: bool = False
     """Take every image below --source, without labels, whatever the folders are."""
     classes: Path | None = None
-    """A file that names the classes to convert, one at the beginning of each line; None: all of them."""
+    """A file that names the classes to convert, one at the beginning of each line, or all in one line; None: all of
+    them."""
     holdout: float = 0
     """Make val.beton of images of train, for a dataset that has no val: a share of each class (0.1), or from 1 on a
     number of images (5000). 0: none is made."""

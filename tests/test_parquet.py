@@ -222,6 +222,26 @@ def test_columns_that_are_not_clear(tmp_path, columns, metadata, said):
         open_source(tmp_path, "train")
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"info": null}', '{"info": {"features": {"label": 1}}}'])
+def test_a_description_of_columns_that_cannot_be_read(tmp_path, images, content):
+    write(tmp_path / "a.parquet", images[:2], {"huggingface": content}, label=[0, 1])
+    if "label" in content:  # it says nothing about this column
+        assert open_source(tmp_path, "train").classes == ["0", "1"]
+    else:
+        with pytest.raises(UserError, match=r"a\.parquet has a description of its columns .* cannot be read"):
+            open_source(tmp_path, "train")
+
+
+def test_val_of_imagenet_keeps_its_pixels(tmp_path, images):
+    """Its classes have no WordNet ids here; the names of its images tell."""
+    large = max(images, key=lambda image: max(Image.open(io.BytesIO(image[0])).size))
+    for split, name in (("train", large[1]), ("validation", "ILSVRC2012_val_00000001_n01440764.JPEG")):
+        write(tmp_path / f"{split}.parquet", [(large[0], name)], features(label=["tench, Tinca tinca"]), label=[0])
+    convert(ConvertConfig(source=tmp_path, out=tmp_path / "out", workers=1))
+    assert jpeg_bytes(open_beton(tmp_path / "out" / "val.beton"), 0).tobytes() == large[0]
+    assert jpeg_bytes(open_beton(tmp_path / "out" / "train.beton"), 0).tobytes() != large[0]
+
+
 def test_files_of_different_columns(tmp_path, images):
     write(tmp_path / "train-0.parquet", images[:1], label=[0])
     write(tmp_path / "train-1.parquet", images[:1], cls=[0])
@@ -290,9 +310,10 @@ def test_files_that_are_not_whole(tmp_path, images, content):
         open_source(tmp_path, "train")
 
 
-def test_a_file_that_is_missing(tmp_path, images):
+@pytest.mark.parametrize("digest", ["", "-a09b74b3ef9c3b56"])  # as older files have it
+def test_a_file_that_is_missing(tmp_path, images, digest):
     for k in (0, 1, 3):
-        write(tmp_path / f"train-0000{k}-of-00005.parquet", images[:1], label=[0])
+        write(tmp_path / f"train-0000{k}-of-00005{digest}.parquet", images[:1], label=[0])
     with pytest.raises(UserError, match=r"lacks 2 of the 5 files train-… \(00002 first\)"):
         open_source(tmp_path, "train")
 

@@ -196,6 +196,13 @@ def test_names_with_spaces_are_classes_too(place):
     ]
 
 
+@pytest.mark.parametrize("content", ["n03 n01", "# two\nn03, n01,\n", "\ufeffn03\r\nn01\r\n"])
+def test_a_list_in_one_line_or_of_other_systems(classes, content):
+    (classes.parent / "list.txt").write_text(content, encoding="utf-8")
+    out = convert(classes, classes=classes.parent / "list.txt")
+    assert open_beton(out / "train.beton").classes == ["n01", "n03"]
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -209,6 +216,12 @@ def test_lists_that_do_not_fit(classes, content, said):
     with pytest.raises(UserError, match=said):
         convert(classes, classes=classes.parent / "list.txt")
     assert not left(classes.parent / "out")
+
+
+def test_a_file_has_no_folders_to_pass_over(tmp_path):
+    (tmp_path / "images.parquet").touch()
+    with pytest.raises(UserError, match="--unlabelled takes images below a folder, and .*images.parquet is a file"):
+        convert(tmp_path / "images.parquet", unlabelled=True)
 
 
 def test_images_without_classes_have_none_to_choose(place):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -222,13 +223,16 @@ def test_tars_are_the_unpacked_folder(tars, split):
         assert read_image(place)[0] == read_image(other)[0]
 
 
-def test_folders_of_other_spellings_are_no_classes(tmp_path):
-    for split in ("Train", "Val"):
-        write(tmp_path / split / "n01" / "a.jpg", b"")
-    with pytest.raises(UserError, match="the folders Train and Val, which look like splits"):
-        open_source(tmp_path)
-    write(tmp_path / "Val" / "b.jpg", b"")  # of one level: classes that are called so
-    assert open_source(tmp_path).classes == ["Train", "Val"]
+@pytest.mark.parametrize("names", ["Train Val", "ILSVRC2012_img_train ILSVRC2012_img_val"])
+def test_folders_of_other_spellings_are_no_classes(tmp_path, names):
+    train, val = names.split()
+    for place in (f"{train}/n01", val):  # as ImageNet's tars unpack
+        write(tmp_path / place / "a.jpg", b"")
+        with pytest.raises(UserError, match=f"{train} and {val}, which look like splits" if place == val else train):
+            open_source(tmp_path)
+    shutil.rmtree(tmp_path / train)
+    write(tmp_path / train / "a.jpg", b"")  # both of one level: classes that are called so
+    assert open_source(tmp_path).classes == [train, val]
 
 
 def test_a_link_that_leads_back_is_named(tmp_path):

@@ -113,8 +113,9 @@ def read(root: Path, split: str, folder: Path) -> Source:
         count = np.bincount(labels, minlength=100)
         if set(count.tolist()) != {constants.CIFAR100_IMAGES[split] // 100} or len(set(classes)) != 100:
             raise UserError(
-                f"{what}'s {split} split in {folder} has {len(labels)} images of {np.count_nonzero(count)} classes with"
-                f" {len(set(classes))} names; {constants.CIFAR100_IMAGES[split]} of 100 are published, fetch it again"
+                f"{what}'s {split} split in {folder} has {count.min()} to {count.max()} images of a class and"
+                f" {len(set(classes))} names of classes; published are {constants.CIFAR100_IMAGES[split] // 100} of"
+                " each of 100, fetch it again"
             )
     names = [f"{split}/{i:05d}" for i in range(len(labels))]
     return Source(form.kind, split, classes, names, labels.astype(np.int64), folder, pixels=pixels)

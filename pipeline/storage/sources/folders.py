@@ -30,7 +30,10 @@ SUFFIXES = (
 )
 NOT_DATA = ("@eaDir", "@Recycle", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "__MACOSX")
 _SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "validation", "valid"), "unlabelled": ("unlabelled", "unlabeled")}
-_LIKE_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabelled", "unlabeled"}
+_LIKE_SPLITS = {
+    *("train", "training", "val", "valid", "validation", "test", "testing", "unlabelled", "unlabeled"),
+    *("ilsvrc2012_img_train", "ilsvrc2012_img_val", "ilsvrc2012_img_test"),  # ImageNet's tars, unpacked
+}
 _SUFFIX = re.compile(r"\.[a-z0-9]*[a-z][a-z0-9]*")  # "img.0001" has none
 
 
@@ -88,7 +91,7 @@ def class_folders(root: Path, split: str) -> Source:
             f"{root} has {loose} images beside its class folders and {len(names)} in them; move them into class"
             " folders or out of the way, or pass --unlabelled to take all images without labels"
         )
-    if all(name.count("/") > 1 for name in names) and _only_like_splits(classes):
+    if any(name.count("/") > 1 for name in names) and _only_like_splits(classes):
         raise UserError(
             f"{root} has the folders {' and '.join(classes)}, which look like splits and not like classes; "
             "rename them to train and val, or give one of them to --source"

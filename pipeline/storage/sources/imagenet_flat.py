@@ -59,7 +59,7 @@ def read(root: Path, split: str, folder: Path) -> Source:
                 f"{folder} has images and the class folder {name}; finish moving the images into class folders, or "
                 "unpack ILSVRC2012_img_val.tar again"
             )
-        if _IMAGE.fullmatch(name):
+        if _IMAGE.fullmatch(name) and name.lower().endswith(folders.SUFFIXES):
             names.append(name)
         else:
             left_out[os.path.splitext(name)[1] or name] += 1

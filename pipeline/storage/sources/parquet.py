@@ -36,7 +36,7 @@ _WORDS = {
 }
 _ALL_WORDS = [word for words in _WORDS.values() for word in words]
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
-_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)")
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?")  # older files have a digest at the end
 
 
 class _Columns(NamedTuple):
@@ -168,12 +168,17 @@ def _columns(path: Path) -> _Columns:
     images = {name: f"{name}.bytes" for name, inside in parts.items() if "bytes" in inside}
     images = images or {f.name: f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)}
     image = _the_one(path, "image bytes", list(images), ("image", "img"))
-    features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    named = {
-        name: tuple(feature["names"])
-        for name, feature in features.items()
-        if name in parts and isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        named = {
+            name: tuple(feature["names"])
+            for name, feature in features.items()
+            if name in parts and isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, AttributeError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{path} has a description of its columns (huggingface) that cannot be read ({error!r}); download it again"
+        ) from None
     candidates = list(named) or [f.name for f in schema if f.name in _LABELS and _is_label(f.type)]
     label = _the_one(path, "labels", candidates, ("label", "labels", "fine_label")) if candidates else ""
     return _Columns(images[image], f"{image}.path" if "path" in parts[image] else "", label, named.get(label, ()))

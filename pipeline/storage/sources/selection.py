@@ -23,6 +23,8 @@ def open_splits(root: Path, split: str, *, one_file: bool, unlabelled: bool) -> 
     """
     if unlabelled:
         split_names(root)  # raises if there is no such folder
+        if not root.is_dir():
+            raise UserError(f"--unlabelled takes images below a folder, and {root} is a file; leave the flag out")
         return [unlabelled_images(root, split or "train")]
     if split or one_file:
         return [open_source(root, split)]
@@ -43,8 +45,9 @@ def require_fitting(sources: list[Source]) -> None:
 
 
 def of_imagenet(source: Source) -> bool:
-    """Whether the classes are ImageNet's, or some of them: WordNet ids."""
-    return all(re.fullmatch(r"n\d{8}", name) for name in source.classes)
+    """Whether the classes are ImageNet's, or some of them: WordNet ids; or the images' names are those of its val."""
+    by_name = all("ILSVRC2012_val_" in name for name in source.names)  # Hugging Face's classes are called "tench, …"
+    return by_name or all(re.fullmatch(r"n\d{8}", name) for name in source.classes)
 
 
 def note_count(source: Source) -> None:
@@ -69,22 +72,26 @@ def take(source: Source, ids: np.ndarray) -> Source:
 
 
 def of_classes(source: Source, path: Path) -> Source:
-    """The images of the classes that a file names, one a line, in the source's order of classes.
+    """The images of the classes that a file names, in the source's order of classes.
 
-    A line is a class, or begins with one; lines that are empty or begin with "#" are passed over. Raises UserError.
+    A line is a class, or begins with one; a single line may name all, between spaces or commas. Lines that are empty or
+    begin with "#" are passed over. Raises UserError.
     """
     if source.split == "unlabelled":
         return source
     if not source.labelled:
         raise UserError(f"--classes {path}: {source.where} has images without classes; leave it out")
     try:
-        lines = [line.strip() for line in path.read_text("utf-8", "surrogateescape").splitlines()]
+        content = path.read_text("utf-8-sig", "surrogateescape")
     except OSError as error:
         raise UserError(
             f"--classes {path} cannot be read ({error.strerror}); give a file with a class a line"
         ) from None
     known = {name: label for label, name in enumerate(source.classes)}
-    named = [line if line in known else line.split()[0] for line in lines if line and line[0] != "#"]
+    lines = [line.strip() for line in content.splitlines() if line.strip() and line.strip()[0] != "#"]
+    if len(lines) == 1 and lines[0] not in known and set(words := lines[0].replace(",", " ").split()) <= set(known):
+        lines = words
+    named = [line if line in known else line.split()[0] for line in lines]
     unknown, twice = [n for n in named if n not in known], [n for n, times in Counter(named).items() if times > 1]
     if unknown or not named:
         first = f" ({', '.join(unknown[:3])}{', …' if len(unknown) > 3 else ''})" if unknown else ""

@@ -43,7 +43,11 @@ def _val(folder: Path) -> Source:
     listed = folder / "val_annotations.txt"
     if not listed.is_file():
         raise UserError(f"{listed}, which has the classes of the images, is missing; unpack Tiny ImageNet again")
-    rows = sorted((line.split()[1], f"images/{line.split()[0]}") for line in listed.read_text().splitlines() if line)
+    try:
+        lines = [line.split() for line in listed.read_text().splitlines() if line]
+        rows = sorted((line[1], f"images/{line[0]}") for line in lines)
+    except (ValueError, IndexError):
+        raise UserError(f"{listed} has lines without an image and its class; unpack Tiny ImageNet again") from None
     names = [name for _, name in rows]
     there = {f"images/{name}" for name in os.listdir(folder / "images")}
     if there != set(names):

@@ -275,7 +275,7 @@ def adopt_tars(source: Source, asked: Asked) -> Path:
     index_path = path.with_name(f"{name}.shards.npy")
     _publish({index_path: buffer.getvalue(), beton.files_path(path): files, path: _as_json(manifest)})
     classes = f"{len(source.classes)} classes" if source.labelled else "without labels"
-    left_out = ", ".join(f"{count} {what}" for what, count in manifest["left_out"].items())
+    left_out = ", ".join(f"{count} {what}" for what, count in sorted(source.left_out.items()))
     print(
         f"{path}: {manifest['images']} images, {classes}, {len(skipped)} skipped, in {len(state)} tars"
         f"{f'; left out: {left_out}' if left_out else ''}; used where they lie (--loader dali), nothing was copied"

@@ -252,7 +252,9 @@ def test_adopting_in_place_and_again(foreign, capsys):
     adopted(foreign)
     assert "already adopted; nothing to do" in capsys.readouterr().out
     os.utime(foreign, ns=(1, 1))
-    with pytest.raises(UserError, match="has changed since it was adopted .* pass --fresh"):
+    with pytest.raises(
+        UserError, match="x.manifest.json is of other files, or they have changed since .* pass --fresh"
+    ):
         adopted(foreign)
     adopted(foreign, fresh=True)
 

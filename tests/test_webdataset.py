@@ -341,7 +341,7 @@ def test_in_place(tars, capsys):
     changed = next(tars.glob("*val*.tar"))
     shutil.copy(changed, tars / "copy")
     (tars / "copy").rename(changed)
-    with pytest.raises(UserError, match=r"val.shards.json has changed since it was adopted"):
+    with pytest.raises(UserError, match=r"val.shards.json is of other files, or they have changed since"):
         convert(ConvertConfig(source=tars, workers=1))
     convert(ConvertConfig(source=tars, workers=1, fresh=True))
     with open(changed, "r+b") as file:

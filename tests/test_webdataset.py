@@ -413,6 +413,8 @@ def test_what_is_not_used_in_place(tmp_path, photos):
     write_tar(path, [("0.jpg", photos[0]), ("1.jpg", photos[1][:5000]), ("2.jpg", photos[2])])
     with pytest.raises(UserError, match=r"x.tar/1.jpg is not a readable image .*--skip-unreadable"):
         convert(ConvertConfig(source=path, workers=1))
+    with pytest.raises(UserError, match="leave out --holdout, or give --out to convert it"):
+        convert(ConvertConfig(source=path, workers=1, holdout=1))
     assert [p.name for p in tmp_path.iterdir()] == ["x.tar"]
     convert(ConvertConfig(source=path, workers=1, skip_unreadable=True, verify=True))
     opened = open_shards(tmp_path / "x.shards.json")

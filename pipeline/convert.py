@@ -245,6 +245,9 @@ def main(config: ConvertConfig) -> None:
         if config.format == "webdataset" and out.suffix == ".beton":
             shards.pack_shards(beton.open_beton(out), config.shard_images)
     jobs = [] if outs else _jobs(config)
+    if part:
+        for source, _ in jobs:  # a val with too few images is refused before hours of train
+            parts.require_images(source, part)
     for source, out in jobs:
         note_count(source)
         if not convert(source, out, config):

@@ -252,7 +252,9 @@ def test_adopting_in_place_and_again(foreign, capsys):
     adopted(foreign)
     assert "already adopted; nothing to do" in capsys.readouterr().out
     os.utime(foreign, ns=(1, 1))
-    with pytest.raises(UserError, match="has changed since it was adopted .* pass --fresh"):
+    with pytest.raises(
+        UserError, match="x.manifest.json is of other files, or they have changed since .* pass --fresh"
+    ):
         adopted(foreign)
     adopted(foreign, fresh=True)
 
@@ -341,7 +343,7 @@ def edited(path: Path, at: int, value: np.generic) -> None:
         (beton.SAMPLES_AT + 16, np.int64(-1), "labels from -1 to 2, and class numbers from 0 to at most 1000000"),
         (beton.SAMPLES_AT + 16, np.int64(1_000_001), "labels from 0 to 1000001, and class"),
         (beton.HEADER.itemsize, np.uint8(1), "one RGBImageField|2 integer fields"),
-        (beton.HEADER.itemsize, np.uint8(255), "'image' of a type that FFCV 1 does not have"),
+        (beton.HEADER.itemsize, np.uint8(255), "'image' that is none of FFCV 1's own types"),
         (16, np.uint64(0), "was not finished or is cut short"),
         (8, np.uint64(0), "was not finished or is cut short: for 0 samples"),
         (beton.SAMPLES_AT + 5, np.uint64(77), "damaged sample table"),
@@ -406,6 +408,8 @@ def test_other_files_and_folders_without_out(tmp_path, foreign):
             convert(ConvertConfig(source=source))
     with pytest.raises(UserError, match="--out is missing: the .beton that"):
         convert(ConvertConfig(source=tmp_path / "images"))
+    with pytest.raises(UserError, match=r"x.beton looks like FFCV's, give --source .*foreign/x.beton"):
+        convert(ConvertConfig(tmp_path / "out", foreign.parent))
     foreign.write_bytes(b"not FFCV's, " * 1000)
     with pytest.raises(UserError, match="version number"):
         adopted(foreign)

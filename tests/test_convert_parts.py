@@ -278,6 +278,22 @@ def test_a_damaged_part_is_named(config):
     assert not config.out.exists()
 
 
+def test_a_part_without_its_images_is_missing(config, straight, capsys):
+    run_part(config, "0/2")
+    parts.Part(0, 2).path(config.out).with_suffix(".beton.partial").unlink()
+    run_part(config, "1/2")
+    assert "of 2 parts, these are not complete" in capsys.readouterr().out and not config.out.exists()
+    run_part(config, "0/2")
+    assert contents(config.out.parent) == straight
+
+
+def test_a_val_too_small_is_refused_before_train(config):
+    out = config.out.parent
+    with pytest.raises(UserError, match="has 4 images for val, too few for 5 parts"):
+        convert.main(replace(config, out=out, holdout=4, part="0/5"))
+    assert not out.exists()
+
+
 def test_an_unreadable_image_stops_its_part_alone(config, straight):
     strict = replace(config, skip_unreadable=False)
     run_part(strict, "0/2")
@@ -343,7 +359,7 @@ def test_room_for_all_images_twice(config, monkeypatch):
         (["--part", "-1/2"], {}, "--part -1/2: expected K/N"),
         (["--part", "0/0"], {}, "--part 0/0: expected K/N"),
         ([], {"RANK": "2", "WORLD_SIZE": "2"}, "--part 2/2: expected K/N"),
-        (["--part", "0/99"], {}, "has 23 images, too few for 99 parts; choose fewer"),
+        (["--part", "0/99"], {}, "too few for 99 parts; choose fewer"),
         (["--part", "0/2", "--fresh"], {}, "--fresh with --part 0/2: one part would remove what others made"),
     ],
 )

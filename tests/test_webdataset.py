@@ -131,7 +131,7 @@ def test_images_without_labels_to_shards_and_back(tmp_path, photos):
 
 
 @pytest.mark.parametrize("format_", ["PNG", "WEBP"])
-@pytest.mark.parametrize("how", ["json label", "json label_name", "txt", "cls name"])
+@pytest.mark.parametrize("how", ["json label", "json label_name", "json target", "txt", "cls name"])
 def test_other_formats_and_labels(tmp_path, format_, how):
     names, rows, pixels = ["cat", "dog", "emu"], [], []
     for i in range(9):
@@ -139,13 +139,13 @@ def test_other_formats_and_labels(tmp_path, format_, how):
         buffer = io.BytesIO()
         Image.fromarray(pixels[-1]).save(buffer, format_, lossless=True)
         suffix, _, field = how.partition(" ")
-        label = i % 3 if field == "label" else names[i % 3]
+        label = {"label": i % 3, "target": float(i % 3)}.get(field, names[i % 3])
         about = {"caption": f"number {i}", "flag": True, field: label} if suffix == "json" else {}
         rows += [(f"./a/{i}.{format_}", buffer.getvalue()), (f"./a/{i}.{suffix}", json.dumps(about) or "")]
         rows[-1] = (rows[-1][0], json.dumps(about) if about else str(label))
     convert(ConvertConfig(tmp_path / "x.beton", write_tar(tmp_path / "in" / "images.tar", rows), workers=1))
     opened = open_beton(tmp_path / "x.beton")
-    assert opened.classes == (["0", "1", "2"] if how == "json label" else names)
+    assert opened.classes == (["0", "1", "2"] if how in ("json label", "json target") else names)
     assert opened.labels.tolist() == [i % 3 for i in range(9)]
     assert opened.file_names()[4] == f"images.tar/a/4.{format_}"
     for i, image in enumerate(pixels):
@@ -187,6 +187,31 @@ def test_test_is_val_where_nothing_else_is(tmp_path):
         write_tar(tmp_path / f"{name}.tar", samples(i, [i]))
     assert open_source(tmp_path, "val").names == ["val.tar/0001.jpg"]
     assert open_source(tmp_path, "val").classes == ["0", "1"]
+
+
+def test_tars_of_no_split_are_counted(tmp_path):
+    for i, name in enumerate(("x-train-0", "x-val-0", "x-test-0", "more-0")):
+        write_tar(tmp_path / f"{name}.tar", samples(i, [i]))
+    for split in ("train", "val"):
+        source = open_source(tmp_path, split)
+        assert len(source) == 1 and source.left_out == {"unused tars (more-0.tar first)": 2}
+    assert not open_source(tmp_path / "more-0.tar").left_out
+
+
+def test_img2datasets_tars_are_not_its_tables(tmp_path):
+    """Beside each tar lie a table of addresses and captions, and its statistics."""
+    for shard in ("00000", "00001"):
+        rows = [
+            row
+            for key in (f"{shard}0000", f"{shard}0001")
+            for row in ((f"{key}.jpg", b"x"), (f"{key}.txt", f"of {key}"), (f"{key}.json", json.dumps({"key": key})))
+        ]
+        write_tar(tmp_path / f"{shard}.tar", rows)
+        (tmp_path / f"{shard}.parquet").write_bytes(b"PAR1")
+        (tmp_path / f"{shard}_stats.json").write_text("{}")
+    assert split_names(tmp_path) == []
+    source = open_source(tmp_path)
+    assert source.kind == "webdataset" and len(source) == 4 and not source.labelled
 
 
 def test_folders_of_images_stay_what_they_are(tmp_path):
@@ -316,7 +341,7 @@ def test_in_place(tars, capsys):
     changed = next(tars.glob("*val*.tar"))
     shutil.copy(changed, tars / "copy")
     (tars / "copy").rename(changed)
-    with pytest.raises(UserError, match=r"val.shards.json has changed since it was adopted"):
+    with pytest.raises(UserError, match=r"val.shards.json is of other files, or they have changed since"):
         convert(ConvertConfig(source=tars, workers=1))
     convert(ConvertConfig(source=tars, workers=1, fresh=True))
     with open(changed, "r+b") as file:
@@ -388,6 +413,8 @@ def test_what_is_not_used_in_place(tmp_path, photos):
     write_tar(path, [("0.jpg", photos[0]), ("1.jpg", photos[1][:5000]), ("2.jpg", photos[2])])
     with pytest.raises(UserError, match=r"x.tar/1.jpg is not a readable image .*--skip-unreadable"):
         convert(ConvertConfig(source=path, workers=1))
+    with pytest.raises(UserError, match="leave out --holdout, or give --out to convert it"):
+        convert(ConvertConfig(source=path, workers=1, holdout=1))
     assert [p.name for p in tmp_path.iterdir()] == ["x.tar"]
     convert(ConvertConfig(source=path, workers=1, skip_unreadable=True, verify=True))
     opened = open_shards(tmp_path / "x.shards.json")

@@ -45,7 +45,7 @@ class Asked(NamedTuple):
 def adopt(source: Path, out: Path | None, split: str, asked: Asked) -> list[Path]:
     """Makes usable what is used where it lies; [] if it is to be converted. Returns what to open."""
     if source.suffix in (".beton", ".ffcv") and source.is_file():
-        _require_whole(source, asked)
+        _require_whole(source, asked, "")
         return [adopt_ffcv(source, out, split, asked)]
     if out is not None:
         return []
@@ -56,13 +56,14 @@ def adopt(source: Path, out: Path | None, split: str, asked: Asked) -> list[Path
             f"--out is missing: the .beton that {source} is converted to, or a folder for it; only an FFCV file and"
             " WebDataset tars are used where they lie"
         )
-    _require_whole(source, asked)
+    _require_whole(source, asked, ", or give --out to convert it")
     return [adopt_tars(one, asked) for one in sources]
 
 
-def _require_whole(source: Path, asked: Asked) -> None:
+def _require_whole(source: Path, asked: Asked, otherwise: str) -> None:
     if asked.unfit:
-        raise UserError(f"{source} is used where it lies, whole and as it is; leave out {', '.join(asked.unfit)}")
+        flags = ", ".join(asked.unfit)
+        raise UserError(f"{source} is used where it lies, whole and as it is; leave out {flags}{otherwise}")
 
 
 def _state(files: list[Path]) -> list[list]:
@@ -88,7 +89,7 @@ def _is_done(manifest: Path, opened: Callable[[], beton.Stored], files: list[Pat
         return False
     if before != _state(files):
         raise UserError(
-            f"{dataset.path} has changed since it was adopted (size or time); pass --fresh to read it again"
+            f"{manifest} is of other files, or they have changed since (size or time); pass --fresh to make it again"
         )
     print(f"{dataset.path} is already adopted; nothing to do (compared: size and time)")
     return True
@@ -274,8 +275,10 @@ def adopt_tars(source: Source, asked: Asked) -> Path:
     }
     index_path = path.with_name(f"{name}.shards.npy")
     _publish({index_path: buffer.getvalue(), beton.files_path(path): files, path: _as_json(manifest)})
+    classes = f"{len(source.classes)} classes" if source.labelled else "without labels"
+    left_out = ", ".join(f"{count} {what}" for what, count in sorted(source.left_out.items()))
     print(
-        f"{path}: {manifest['images']} images, {len(source.classes)} classes, {len(skipped)} skipped, in"
-        f" {len(state)} tars; used where they lie (--loader dali), nothing was copied"
+        f"{path}: {manifest['images']} images, {classes}, {len(skipped)} skipped, in {len(state)} tars"
+        f"{f'; left out: {left_out}' if left_out else ''}; used where they lie (--loader dali), nothing was copied"
     )
     return path

@@ -72,7 +72,7 @@ def _rows(content: bytes, images: int, header: bytes) -> np.ndarray:
 def flushed_rows(path: Path, images: int, identity: dict) -> np.ndarray:
     """(done,) ROW: what a half-finished file surely has, whoever writes it; none if it is missing or another one's."""
     journal, header = path.with_suffix(".beton.journal"), _header(identity)
-    content = journal.read_bytes() if journal.exists() else b""
+    content = journal.read_bytes() if journal.exists() and path.with_suffix(".beton.partial").exists() else b""
     return _rows(content, images, header) if content.startswith(header) else np.zeros(0, ROW)
 
 

@@ -81,7 +81,7 @@ def read_tables(path: Path) -> Tables:
     types = descriptors["type"].tolist()
     for name, number in zip(names, types, strict=True):
         if number >= len(ENTRIES):
-            raise UserError(f"{path} has a field {name!r} of a type that FFCV 1 does not have; write it without")
+            raise UserError(f"{path} has a field {name!r} that is none of FFCV 1's own types; write it without")
     image = _only(path, [name for name, t in zip(names, types, strict=True) if t == TYPE_IMAGE], _IMAGES, "image")
     label = _only(path, [name for name, t in zip(names, types, strict=True) if t == TYPE_LABEL], _LABELS, "integer")
     if image is None or len(set(names)) < len(names):

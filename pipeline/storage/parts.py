@@ -68,10 +68,15 @@ def chosen_part(text: str, environment: Mapping[str, str]) -> Part | None:
     return part if part.of > 1 else None
 
 
-def part_of(source: Source, part: Part) -> Source:
-    """The images of a part alone, with the classes of all. Raises UserError if there are fewer images than parts."""
+def require_images(source: Source, part: Part) -> None:
+    """Raises UserError if there are fewer images than parts."""
     if part.of > len(source):
-        raise UserError(f"{source.where} has {len(source)} images, too few for {part.of} parts; choose fewer")
+        split = f" for {source.split}" if source.split else ""
+        raise UserError(f"{source.where} has {len(source)} images{split}, too few for {part.of} parts; choose fewer")
+
+
+def part_of(source: Source, part: Part) -> Source:
+    """The images of a part alone, with the classes of all."""
     images = part.images(len(source))
     cut = slice(images.start, images.stop)
     return replace(

@@ -105,7 +105,9 @@ def _one_split(root: Path, split: str) -> Source:
 
 
 def _known_near(root: Path, above: Sequence[Path] = ()) -> str:
-    """Which folder in `root`, in a folder of it, or among those above is a dataset, as the end of a sentence; or ""."""
+    """Which file or folder in `root`, or near it, is a dataset, as the end of a sentence; or ""."""
+    if files := sorted(path for path in root.glob("*") if path.suffix in (".beton", ".ffcv")):
+        return f"; {files[0].name} looks like FFCV's, give --source {files[0]}"
     below = [folder for level in ("*/", "*/*/") for folder in sorted(islice(root.glob(level), NEAR_FOLDERS))]
     for folder in (*below, *above):
         for kind in KINDS:

@@ -138,7 +138,7 @@ def _files_by_word(base: Path) -> dict[str, list[Path]]:
         if found and not inside:  # tables beside folders of images, such as metadata.parquet, are no dataset
             others = [entry for entry in os.scandir(base) if entry.is_dir() and entry.name[0] != "."]
             found = [] if folders else [path for path in found if _word(path.stem) or not others]
-        found += inside
+        found = [path for path in found + inside if not path.with_suffix(".tar").exists()]  # img2dataset's tables
     for path in found:
         by_word.setdefault(_word(path.stem) or (path.parent.name if path.parent in folders else ""), []).append(path)
     return by_word

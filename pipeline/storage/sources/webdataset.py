@@ -100,7 +100,10 @@ def read(root: Path, split: str, folder: Path) -> Source:
         )
     labels = [label for tar in tars for label in tar.labels]
     others = [_listed(tar) for other in SPLITS if other != split for tar in shards(root, other)]
-    where = files[0].parent
+    where, left_out = files[0].parent, sum((tar.left_out for tar in tars), Counter())
+    used = {*files, *(tar for other in SPLITS for tar in shards(root, other))}
+    if unused := [tar.name for tar in shards(root, "") if tar not in used]:
+        left_out[f"unused tars ({unused[0]} first)"] = len(unused)
     classes, numbers = _classes({where, root}, names, labels, [label for tar in others for label in tar.labels])
     return Source(
         kind="webdataset",
@@ -112,7 +115,7 @@ def read(root: Path, split: str, folder: Path) -> Source:
         labelled=classes is not UNLABELLED,
         files=files,
         extents=np.array([(i, *extent) for i, tar in enumerate(tars) for extent in tar.extents], np.int64),
-        left_out=sum((tar.left_out for tar in tars), Counter()),
+        left_out=left_out,
     )
 
 
@@ -174,6 +177,8 @@ def _label(file: BinaryIO, parts: dict[str, tuple[int, int]]) -> _Label:
                 return suffix, text
             about = json.loads(text)
             for value in [about.get(field) for field in FIELDS] if isinstance(about, dict) else []:
+                if isinstance(value, float) and value.is_integer():
+                    value = int(value)
                 if isinstance(value, (int, str)) and not isinstance(value, bool):
                     return suffix, str(value).strip()
     return None

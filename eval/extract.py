@@ -35,7 +35,9 @@ from eval.subject import SubjectConfig, encoder_facts, encoder_of, open_subject
 from pipeline.command import REPO, run_command
 from pipeline.disk import followed_once, whole_file, write_whole
 from pipeline.errors import UserError
-from pipeline.storage.beton import Beton, open_beton
+from pipeline.storage.beton import Stored
+from pipeline.storage.shards import SUFFIX as SHARDS
+from pipeline.storage.shards import open_stored
 from train.content import tensor_file
 
 
@@ -89,7 +91,7 @@ def converted(images: Path, folder: Path, config: ExtractConfig) -> Path:
     return out
 
 
-def write_features(config: ExtractConfig, encoder: Encoder, beton: Beton, to: Path) -> None:
+def write_features(config: ExtractConfig, encoder: Encoder, beton: Stored, to: Path) -> None:
     """Writes the file and the names beside it, each whole or not at all. Raises UserError."""
     loading = centre_loader_config(encoder, beton.path, None, config.loader, config.workers)
     features = extract_features(encoder, loading, getattr(torch, config.feature_type))
@@ -119,11 +121,11 @@ def main(config: ExtractConfig) -> None:
     images, to = require_one_target(config, world_size)
     config = replace(config, checkpoint=followed_once(config.checkpoint))
     encoder = encoder_of(config)
-    if images.suffix == ".beton":
-        write_features(config, encoder, open_beton(images), to)
+    if images.name.endswith((".beton", SHARDS)):
+        write_features(config, encoder, open_stored(images), to)
         return
     with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as folder:
-        write_features(config, encoder, open_beton(converted(images, Path(folder), config)), to)
+        write_features(config, encoder, open_stored(converted(images, Path(folder), config)), to)
 
 
 if __name__ == "__main__":

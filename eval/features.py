@@ -29,7 +29,7 @@ from eval.kept import FEATURES_VERSION, keep_features, read_features
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
-from pipeline.storage.beton import Beton
+from pipeline.storage.beton import Stored
 from train.checkpoint import BackboneInfo, load_backbone
 from train.model import make_backbone, own_side_px
 from train.run_data import dataset_sha256
@@ -165,7 +165,7 @@ class FeatureSet:
     """
 
     encoder: Encoder
-    beton: Beton
+    beton: Stored
     cache: Path
     ids: np.ndarray | None = None
     backend: str = "fast"

@@ -20,7 +20,9 @@ import numpy as np
 from pipeline.choices.subsets import balanced_subset, k_shot
 from pipeline.constants import IMAGENET_CLASSES, IMAGENET_LIST_IMAGES, IMAGENET_LIST_SHA256
 from pipeline.errors import UserError
-from pipeline.storage.beton import Beton, open_beton
+from pipeline.storage.beton import Stored
+from pipeline.storage.shards import SUFFIX as SHARDS
+from pipeline.storage.shards import open_stored
 from train.run_data import dataset_sha256
 
 LISTS = Path(__file__).resolve().parent / "splits"
@@ -29,11 +31,11 @@ _IMAGENET_NAME = re.compile(r"(n\d{8}_\d+)(?:_n\d{8})?(?:\.\w+)?")
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder with train.beton and val.beton. `val_labels` (M,) count classes as train does."""
+    """A folder with train.beton and val.beton, or these as shards. `val_labels` (M,) count classes as train does."""
 
     name: str
-    train: Beton
-    val: Beton
+    train: Stored
+    val: Stored
     val_labels: np.ndarray
 
     @property
@@ -54,21 +56,29 @@ class Subset:
     images: int
 
 
+def dataset_files(data: Path) -> tuple[Path, Path]:
+    """The training and the validation file of a folder, or of its train.beton or train.shards.json."""
+    for suffix in (".beton", SHARDS):
+        if data.name.endswith(suffix):
+            return data, data.with_name(f"val{suffix}")
+    return data / "train.beton", data / "val.beton"
+
+
 def open_dataset(data: Path) -> Dataset:
-    """Opens `data`, a folder or its train.beton. Raises UserError where a file, a class or the labels are missing.
+    """Opens the files that `data` names. Raises UserError where one of them, a class or the labels are missing.
 
     Classes are matched by name, so a validation set may lack some of them; it may not have others. Every class needs
     a training image.
     """
-    folder = data.parent if data.suffix == ".beton" else data
-    train = open_beton(data if data.suffix == ".beton" else folder / "train.beton")
+    path, held_out = dataset_files(data)
+    train = open_stored(path)
     _require_labels(train)
-    if not (folder / "val.beton").is_file():
+    if not held_out.is_file():
         raise UserError(
-            f"{folder / 'val.beton'} is missing, whose images evaluations are judged on; pipeline/convert.py makes it,"
-            " with --holdout 0.1 of a tenth of the training images if the dataset has no other"
+            f"{held_out} is missing, whose images evaluations are judged on; pipeline/convert.py makes it, with"
+            " --holdout 0.1 of a tenth of the training images if the dataset has no other"
         )
-    val = open_beton(folder / "val.beton")
+    val = open_stored(held_out)
     _require_labels(val)
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
@@ -84,10 +94,10 @@ def open_dataset(data: Path) -> Dataset:
         )
     index = {name: i for i, name in enumerate(train.classes)}
     val_labels = np.array([index[name] for name in val.classes], np.int64)[val.labels]
-    return Dataset(folder.resolve().name, train, val, val_labels)
+    return Dataset(path.parent.resolve().name, train, val, val_labels)
 
 
-def _require_labels(beton: Beton) -> None:
+def _require_labels(beton: Stored) -> None:
     if not beton.labelled:
         raise UserError(
             f"{beton.path} has images without labels, and an evaluation needs them; name a labelled dataset with"
@@ -105,7 +115,7 @@ def imagenet_list(percent: int) -> frozenset[str]:
     return frozenset(content.decode("ascii").split())
 
 
-def _listed_ids(train: Beton, percent: int) -> np.ndarray | None:
+def _listed_ids(train: Stored, percent: int) -> np.ndarray | None:
     """Ids of the listed files, None where the list does not apply, which is said of what looks like ImageNet."""
     listed = imagenet_list(percent)
     found = [_IMAGENET_NAME.fullmatch(PurePosixPath(name).name) for name in train.file_names()]
@@ -125,7 +135,7 @@ def _listed_ids(train: Beton, percent: int) -> np.ndarray | None:
     return None
 
 
-def labelled_subset(train: Beton, fraction: float, seed: int) -> Subset:
+def labelled_subset(train: Stored, fraction: float, seed: int) -> Subset:
     """The training images whose labels may be used. Raises UserError for a fraction outside (0, 1]."""
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction {fraction:g} is outside (0, 1]; give a share such as 0.01, 0.1 or 1.0")
@@ -140,7 +150,7 @@ def labelled_subset(train: Beton, fraction: float, seed: int) -> Subset:
     return Subset(ids, f"imagenet-{percent}percent{partly}", len(ids))
 
 
-def shot_subset(train: Beton, shots: int, seed: int) -> Subset:
+def shot_subset(train: Stored, shots: int, seed: int) -> Subset:
     """`shots` labelled images of each class. Raises UserError where a class has fewer."""
     ids = k_shot(seed, train.labels, shots)
     return Subset(ids, f"{shots}-shot-seed{seed}", len(ids))

@@ -59,7 +59,8 @@ class SubjectConfig(EncoderConfig):
     """The flags that all evaluations of features share."""
 
     data: Path | None = None
-    """A folder with train.beton and val.beton. None: the data the encoder was trained on, else data/imagenet."""
+    """A folder with train.beton and val.beton, or train.shards.json with --loader dali. None: the data the encoder was
+    trained on, else data/imagenet."""
     fraction: float = 1.0
     """Share of the training labels to use: 0.01, 0.1 or 1.0 (eval/splits.py says which images)."""
     shots: int = 0

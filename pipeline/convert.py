@@ -236,7 +236,7 @@ def main(config: ConvertConfig) -> None:
         "--holdout": config.holdout,
         "--unlabelled": config.unlabelled,
         "--max-side": config.max_side,
-        "--part": part,
+        "--part, or torchrun": part,
     }
     unfit = [flag for flag, value in choosing.items() if value]
     asked = Asked(config.workers, config.skip_unreadable, config.fresh, unfit)

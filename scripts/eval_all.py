@@ -23,11 +23,12 @@ from eval.detection import DetectionConfig
 from eval.features import open_encoder, random_sha256
 from eval.folder import result_folder
 from eval.frozen import is_resnet
-from eval.splits import open_dataset
+from eval.splits import dataset_files, open_dataset
 from eval.subject import RESULTS, SubjectConfig, read_results
 from pipeline.command import DATA, REPO, run_command
 from pipeline.disk import followed_once
 from pipeline.errors import UserError
+from pipeline.storage.shards import SUFFIX as SHARDS
 from pipeline.storage.sources.voc2007 import voc_root
 from train.checkpoint import BackboneInfo
 
@@ -117,6 +118,8 @@ def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
     def job(name: str, protocol: str, main: Callable, kind: type, /, *, needs: str = "imagenet", **flags: Any) -> Job:
         changed = SMALL.get(kind, ONE_EPOCH) if config.small else {}
         made = kind(**shared | changed | flags)
+        if isinstance(made, SubjectConfig) and made.data and made.data.name.endswith(SHARDS):
+            made = replace(made, loader="dali")  # which alone reads them
         return Job(name, protocol, main, made, made.data, needs, changed)
 
     def transfer_job(to: str) -> Job:
@@ -184,16 +187,14 @@ def missing_data(job: Job, root: Path) -> str:
     elif job.needs == "voc":
         found = voc_root(root / "VOCdevkit") is not None
     else:
-        folder = job.data.parent if job.data.suffix == ".beton" else job.data
-        found = all((folder / f"{split}.beton").is_file() for split in ("train", "val"))
+        found = all(path.is_file() for path in dataset_files(job.data))
     return "" if found else WANTED[job.needs].format(root=root)
 
 
 def unfit_data(job: Job) -> str:
     """Why a converted dataset cannot be evaluated on, such as for want of labels; "" where it can, or is not here."""
-    folder = job.data.parent if job.data.suffix == ".beton" else job.data
     try:
-        if job.needs != "voc" and (folder / "train.beton").is_file():  # what VOC lacks is converted on the way
+        if job.needs != "voc" and dataset_files(job.data)[0].is_file():  # what VOC lacks is converted on the way
             open_dataset(job.data)
     except UserError as error:
         return str(error)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from eval.splits import open_dataset
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.errors import UserError
@@ -362,6 +363,11 @@ def test_dali_trains_on_the_tars(tars, tmp_path):
             batches.append(list(loader.batches(0, 4)))
     assert_same_batches(batches[0], batches[1])
     assert_same_batches(batches[0], batches[2])
+    in_place, converted = open_dataset(config.data), open_dataset(tmp_path / "out")
+    assert in_place.classes == converted.classes and in_place.val.file_names() == converted.val.file_names()
+    assert in_place.val_labels.tolist() == converted.val_labels.tolist()
+    for stored, other in ((in_place.train, converted.train), (in_place.val, converted.val)):
+        assert all(np.array_equal(jpeg_bytes(stored, i), jpeg_bytes(other, i)) for i in range(len(other)))
 
 
 def test_each_image_is_read_once(tars, monkeypatch):

@@ -19,7 +19,7 @@ from eval.reporting.summary import newest_of_encoder
 from eval.splits import Dataset, open_dataset
 from pipeline.command import DATA
 from pipeline.errors import UserError
-from pipeline.storage.beton import Beton
+from pipeline.storage.beton import Stored
 from pipeline.storage.decode_pil import decode_pil
 from train.knn_vote import inverse_lengths, knn_votes, label_ranks, nearest
 from train.run_data import dataset_sha256
@@ -85,7 +85,7 @@ def data_of(run: Path, result: dict) -> Path:
         return DATA / "imagenet"
 
 
-def _kept(run: Path, result: dict, beton: Beton) -> torch.Tensor | None:
+def _kept(run: Path, result: dict, beton: Stored) -> torch.Tensor | None:
     """Features of a whole split, of whatever type and loader."""
     sha256, key = of_checkpoint(result)
     return find_features(
@@ -196,7 +196,7 @@ def shown_neighbours(kept: KeptFeatures, found: Vote) -> str:
     """Rows of pictures: a validation image, then its nearest training images."""
     train, val, classes = kept.dataset.train, kept.dataset.val, kept.dataset.train.classes
 
-    def shown(kind: str, beton: Beton, sample: int, caption: str) -> tuple:
+    def shown(kind: str, beton: Stored, sample: int, caption: str) -> tuple:
         return kind, picture(decode_pil(beton, sample), caption, 160), caption
 
     rows = []

@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 
 from pipeline.errors import UserError
-from pipeline.storage.beton import MODE_RAW, Beton, jpeg_bytes
+from pipeline.storage.beton import MODE_RAW, Stored, jpeg_bytes
 
 
-def decode_pil(beton: Beton, sample: int) -> Image.Image:
+def decode_pil(beton: Stored, sample: int) -> Image.Image:
     """The stored image as RGB. Raises UserError, with the file's name, if it is not the image the table says."""
     height, width = int(beton.heights[sample]), int(beton.widths[sample])
     stored = jpeg_bytes(beton, sample)

@@ -21,11 +21,13 @@ def open_splits(root: Path, split: str, *, one_file: bool, unlabelled: bool) -> 
 
     `unlabelled` takes every image below `root` as train. Raises UserError.
     """
+    if unlabelled and split:
+        raise UserError(f"--unlabelled takes every image below --source; give the folder of {split}, without --split")
     if unlabelled:
         split_names(root)  # raises if there is no such folder
         if not root.is_dir():
             raise UserError(f"--unlabelled takes images below a folder, and {root} is a file; leave the flag out")
-        return [unlabelled_images(root, split or "train")]
+        return [unlabelled_images(root, "train")]
     if split or one_file:
         return [open_source(root, split)]
     return [open_source(root, name) for name in split_names(root) or [split_of(root)]]

@@ -79,7 +79,7 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
         backbone, features = _without_classifier(name, zero_init_residual=True)
         return (backbone if stem == "imagenet" else with_small_stem(backbone, 1 + (stem == "small-padded"))), features
     if stem != "imagenet":
-        raise UserError(f"--stem {stem} is made for torchvision's ResNets, not for {arch}; leave it out")
+        raise UserError(f"--stem {stem} is made for torchvision's ResNets, not for {arch}; pass --stem imagenet")
     if name.startswith("torchvision:"):
         return _without_classifier(name.removeprefix("torchvision:"))
     import timm

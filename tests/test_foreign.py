@@ -89,6 +89,8 @@ def test_a_run_begins_with_somebody_elses_vit(tmp_path):
         initial_network(replace(config, arch="test_vit", init_from=tmp_path / "backbone.safetensors"))
     with pytest.raises(UserError, match="is timm:test_vit with .* this run is resnet18 .* pass --arch timm:test_vit"):
         initial_network(replace(OURS, init_from=tmp_path / "backbone.safetensors"))
+    with pytest.raises(UserError, match=r"does not take views of 32 px .* pass --resolution 224"):
+        initial_network(replace(OURS, arch="deit_tiny_patch16_224", init_from=path))
     with pytest.raises(UserError, match="holds no timm:test_vit2"):
         initial_network(replace(OURS, arch="test_vit2", init_from=path))
 

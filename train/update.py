@@ -30,7 +30,7 @@ from train.lars import LARS, gradient_norm
 from train.memory import compile_parts, recompute_blocks, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.methods.contract import Method, Metrics, keep_views_apart
-from train.model import make_backbone, network_names
+from train.model import make_backbone, network_names, require_side
 from train.recorded import RecordedStep
 
 FINAL_SHARE = 0.001  # the cosine ends at this share of the peak (Zbontar 2021, section 2.2)
@@ -57,6 +57,8 @@ def initial_network(config: PretrainConfig) -> tuple[nn.Module, int, dict[str, t
     With --init-from the weights are the file's, all from one read of it. Raises UserError.
     """
     backbone, features = make_backbone(config.arch, config.stem)
+    require_side(backbone, config.arch, config.resolution)
+    backbone.train()
     if not config.init_from:
         return backbone, features, {}
     own = network_names(config.arch)[-1]

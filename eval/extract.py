@@ -76,9 +76,16 @@ def require_one_target(config: ExtractConfig, world_size: int) -> tuple[Path, Pa
     if world_size > 1:
         raise UserError("--to is written by one process; start it without torchrun")
     to = config.to.expanduser().absolute()
-    if to.suffix not in (".safetensors", ".npy") or not to.parent.is_dir():
-        raise UserError(f"--to {to}: give a file name that ends in .safetensors or .npy, in a folder that is there")
-    return config.images.expanduser().absolute(), to
+    if to.suffix not in (".safetensors", ".npy") or to.is_dir() or not os.access(to.parent, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--to {to}: give a file name that ends in .safetensors or .npy, in a folder that can be written"
+        )
+    images = config.images.expanduser().absolute()
+    if images.suffix == ".beton" and config.split:
+        raise UserError(f"--split {config.split} chooses of a folder, --images {images} is one file; leave it out")
+    if stored := sorted(images.glob("*.beton")):
+        raise UserError(f"--images {images} is a converted dataset; give one of its files, such as {stored[0]}")
+    return images, to
 
 
 def converted(images: Path, folder: Path, config: ExtractConfig) -> Path:

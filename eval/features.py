@@ -31,7 +31,7 @@ from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
 from pipeline.storage.beton import Stored
 from train.checkpoint import BackboneInfo, load_backbone
-from train.model import make_backbone, own_side_px
+from train.model import make_backbone, require_side
 from train.run_data import dataset_sha256
 
 KINDS = ("raw pixels", "untrained", "trained")  # what an Encoder can be, as tables list them
@@ -85,22 +85,9 @@ def open_encoder(
         info = replace(info, arch="pixels", stem="", features=3 * side * side, resolution_px=side)
     elif random_seed is not None:
         kind, module, info = "untrained", *random_encoder(info, random_seed)
-    require_side(module, info)
+    require_side(module, info.arch, info.resolution_px)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return Encoder(kind, module.eval().to(device).to(memory_format=torch.channels_last), info, device)
-
-
-@torch.no_grad()
-def require_side(module: nn.Module, info: BackboneInfo) -> None:
-    """Raises UserError where a network does not take views of this side, as most ViTs take those of one side only."""
-    side, own = info.resolution_px, own_side_px(module)
-    try:
-        if ":" in info.arch or own not in (None, side):
-            module.eval()(torch.zeros(1, 3, side, side))
-    except (ValueError, RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        text = f"{info.arch} does not take views of {side} px ({reason}); pass --resolution {own or 224}"
-        raise UserError(text) from error
 
 
 def random_encoder(info: BackboneInfo, seed: int) -> tuple[nn.Module, BackboneInfo]:

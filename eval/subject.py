@@ -152,10 +152,11 @@ def open_subject(config: Config, *, dataset: Dataset | None = None) -> Subject[C
     started = time.monotonic()
     config = replace(config, checkpoint=followed_once(config.checkpoint))
     encoder = encoder_of(config)
-    run = made_result_folder(config.checkpoint, config.out)
     data = config.data.expanduser() if config.data else Path(encoder.info.data or DATA / "imagenet")
     dataset = dataset or open_dataset(data)
-    return Subject(config, encoder, dataset, chosen_subset(config, dataset), run, started)
+    subset = chosen_subset(config, dataset)
+    run = made_result_folder(config.checkpoint, config.out)  # last, so that what is refused leaves none
+    return Subject(config, encoder, dataset, subset, run, started)
 
 
 def encoder_of(config: SubjectConfig) -> Encoder:

@@ -13,6 +13,8 @@ from pipeline.storage.shards import SUFFIX as SHARDS
 
 def make_loader(config: LoaderConfig) -> Loader:
     """The loader of `config.backend`. Raises UserError for a dataset, batch size or backend that cannot work."""
+    if not isinstance(config, LoaderConfig):
+        raise UserError(f"make_loader was given {config!r}; expected a LoaderConfig (pipeline/spec.py)")
     backend = config.backend
     if backend != "dali" and config.data.name.endswith(SHARDS):
         raise UserError(f"{config.data} are shards, which --loader dali reads; give --data a .beton, or choose that")

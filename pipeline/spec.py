@@ -42,7 +42,7 @@ def _is_number(value: Any, high: float = sys.float_info.max) -> bool:
     return isinstance(value, int | float | np.integer | np.floating) and bool(0 <= value <= high)
 
 
-def _is_whole(value: Any, low: int = 1) -> bool:
+def is_whole(value: Any, low: int = 1) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= low)
 
 
@@ -95,7 +95,7 @@ class CentreCrop:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        _require(self, _is_whole, "a whole number of 1 or more", "resize_px")
+        _require(self, is_whole, "a whole number of 1 or more", "resize_px")
         _require(self, INTERPOLATIONS.__contains__, " or ".join(INTERPOLATIONS), "interpolation")
 
 
@@ -142,6 +142,7 @@ class Normalization:
 
     def __post_init__(self) -> None:
         _require(self, lambda row: _are_numbers(row, 3), "three numbers, none negative", "mean", "std")
+        _require(self, lambda row: max(row) <= 1, "shares of 1, not of 255", "mean")
         _require(self, all, "three numbers above 0", "std")
 
 
@@ -177,11 +178,11 @@ def _are_views(value: Any) -> bool:
 
 
 def _are_blocks(value: Any) -> bool:
-    return value is None or (isinstance(value, Blocks) and all(map(_is_whole, value)))
+    return value is None or (isinstance(value, Blocks) and all(map(is_whole, value)))
 
 
 def _are_resolutions(value: Any) -> bool:
-    rows = isinstance(value, tuple | list) and all(_are_numbers(row, 2) and _is_whole(row[1]) for row in value)
+    rows = isinstance(value, tuple | list) and all(_are_numbers(row, 2) and is_whole(row[1]) for row in value)
     return rows and all(before[0] < after[0] for before, after in pairwise(value))
 
 
@@ -233,15 +234,20 @@ class LoaderConfig:
     view_type: torch.dtype = field(default_factory=_float32)
 
     def __post_init__(self) -> None:
-        _require(self, lambda path: isinstance(path, str | os.PathLike), "the path of a .beton", "data")
+        _require(
+            self,
+            lambda path: isinstance(path, str | os.PathLike) and bool(Path(path).name),
+            "the path of a .beton",
+            "data",
+        )
         views = (self.views,) if isinstance(self.views, ViewSpec) else self.views
         object.__setattr__(self, "data", Path(self.data))
         object.__setattr__(self, "views", tuple(views) if isinstance(views, list) else views)
         wanted = "a ViewSpec, a tuple of them (one a view), or a CentreCrop"
         _require(self, _are_views, wanted, "views")
         whole = ("resolution_px", "global_batch", "world_size")
-        _require(self, _is_whole, "a whole number of 1 or more", *whole)
-        _require(self, lambda n: _is_whole(n, 0), "a whole number of 0 or more", "seed", "rank", "workers")
+        _require(self, is_whole, "a whole number of 1 or more", *whole)
+        _require(self, lambda n: is_whole(n, 0), "a whole number of 0 or more", "seed", "rank", "workers")
         _require(self, lambda seed: seed < 2**64, "a number of 64 bits", "seed")
         _require(self, lambda rank: rank < self.world_size, f"less than the world size, {self.world_size}", "rank")
         _require(self, lambda shuffle: isinstance(shuffle, bool), "True or False", "shuffle")

@@ -154,14 +154,17 @@ def is_done(job: Job, results: list[dict], info: BackboneInfo) -> bool:
     expected = {
         "checkpoint_sha256": random_sha256(info, config.seed) if config.features == "random" else info.sha256,
         "key": info.key,
+        "arch": info.arch,
         "resolution_px": info.resolution_px,
         "seed": config.seed,
         "fraction": config.fraction if isinstance(config, SubjectConfig) else None,
     }
+    normalization = [list(info.normalization.mean), list(info.normalization.std)]
     found = []
     for r in results:
         changed = {name: value for name, value in r["changed"].items() if name not in FROM_THE_ENCODER}
         same = all(r.get(name, "") == value for name, value in expected.items())
+        same &= r.get("normalization", normalization) == normalization  # older lines have none
         # What the published settings measured serves a --small call as well.
         same &= r["protocol"].removesuffix("-modified") == job.protocol and changed in ({}, job.changed)
         if same and len(r["details"].get("seeds", [0])) >= getattr(config, "seeds", 1):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from pipeline.disk import append_line
 from pipeline.errors import UserError
 from scripts import eval_all
 from scripts.eval_all import EvalAllConfig, main
-from tests.evaluation import write_dataset, write_run
+from tests.evaluation import ARCH, write_dataset, write_run
 
 EXPECTED = {
     "knn-mmselfsup": 2,
@@ -80,7 +81,7 @@ def test_detection_runs_where_its_images_are(root, tmp_path, monkeypatch, capsys
     def measure(config):
         """Another program's result is added before this one returns."""
         asked.append(config)
-        line = dict.fromkeys(("time", "arch", "checkpoint", "dataset", "split"), "") | {"encoder": "trained"}
+        line = dict.fromkeys(("time", "checkpoint", "dataset", "split"), "") | {"encoder": "trained", "arch": ARCH}
         line |= dict.fromkeys(("step", "epochs", "train_images", "val_images", "classes", "seed"), 0)
         line |= {"protocol": "detection-voc0712", "metric": "AP", "value": 1.5, "values": {}, "seconds": 2.0}
         line |= {"checkpoint_sha256": open_encoder(run).info.sha256, "dataset_sha256": dict(images), "changed": {}}
@@ -106,6 +107,12 @@ def test_detection_runs_where_its_images_are(root, tmp_path, monkeypatch, capsys
     assert (one.task, one.data, one.iterations) == ("voc", tmp_path / "VOCdevkit", None)
     printed = capsys.readouterr().out
     assert "detection-voc          AP 1.50 in 2 s" in printed and "detection-voc          done before" in printed
+    (job,) = (job for job in eval_all.jobs_of(config, tmp_path) if job.name == "detection-voc")
+    info, results = open_encoder(run).info, eval_all.read_results(run)
+    assert eval_all.is_done(job, results, info)
+    assert not eval_all.is_done(job, results, replace(info, arch="timm:resnetblur18")), "another network of its file"
+    normalized = [line | {"normalization": [[0.5] * 3, [0.5] * 3]} for line in results]
+    assert not eval_all.is_done(job, normalized, info), "config.json was put beside the file since"
     images["val"] = "other annotations"
     main(config)
     assert len(asked) == 2 and "done before" not in capsys.readouterr().out

@@ -88,12 +88,18 @@ def test_a_folder_that_cannot_be_converted_leaves_nothing(run, folder, tmp_path,
 
 def test_flags_that_do_not_go_together(run, folder, tmp_path, monkeypatch):
     given = {"checkpoint": run, "images": folder, "to": tmp_path / "x.npy"}
+    (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "val.beton").touch()
     for other, said in (
         ({"to": None}, "--images and --to go together"),
         ({"images": None}, "--images and --to go together"),
         ({"fraction": 0.1, "data": folder}, "leave out --data, --fraction"),
         ({"to": tmp_path / "x.pt"}, "ends in .safetensors or .npy"),
-        ({"to": tmp_path / "nowhere" / "x.npy"}, "in a folder that is there"),
+        ({"to": tmp_path / "nowhere" / "x.npy"}, "in a folder that can be written"),
+        ({"to": tmp_path / "folder.npy"}, "give a file name"),
+        ({"images": tmp_path / "kept" / "val.beton", "split": "val"}, "--split val chooses of a folder"),
+        ({"images": tmp_path / "kept"}, r"is a converted dataset; give one of its files, such as .*/val\.beton"),
     ):
         with pytest.raises(UserError, match=said):
             main(ExtractConfig(**given | other))

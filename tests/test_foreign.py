@@ -1,5 +1,6 @@
 """Several ResNets in somebody else's file, and networks that have the parameters of another one."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 import torchvision
 
 from pipeline.errors import UserError
+from pipeline.spec import Normalization
 from train.cards import PRESETS
-from train.checkpoint import load_backbone, save_checkpoint
+from train.checkpoint import BackboneInfo, export_backbone, load_backbone, save_checkpoint
 from train.foreign import find_encoder
 from train.update import initial_network
 
@@ -26,6 +28,7 @@ def below(prefix: str, weights: dict) -> dict:
     return {prefix + name: w for name, w in weights.items()}
 
 
+CIFAR = Normalization((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 OURS = replace(PRESETS["cifar10"], arch="resnet18", stem="imagenet", projector="16-16")
 ONE, TWO = resnet18_of(1.0), resnet18_of(2.0)
 SEVERAL = {
@@ -69,6 +72,57 @@ def test_where_the_rule_does_not_decide_the_file_is_refused(tmp_path):
     save_checkpoint(tmp_path, {"step": 0})
     with pytest.raises(UserError, match="--key x chooses among several networks"):
         load_backbone(tmp_path, "x")
+
+
+def test_a_run_begins_with_somebody_elses_vit(tmp_path):
+    """By timm's name with and without its origin, and again from a file of ours, whose views are the run's own."""
+    path, theirs = tmp_path / "theirs.pth", timm.create_model("test_vit", num_classes=3)
+    torch.save({"state_dict": below("module.", theirs.state_dict())}, path)
+    for arch in ("test_vit", "timm:test_vit"):
+        config = replace(OURS, arch=arch, init_from=path)
+        begun, features, _ = initial_network(config)
+        assert features == 64 and torch.equal(begun.blocks[1].attn.qkv.weight, theirs.blocks[1].attn.qkv.weight)
+        info = BackboneInfo(arch, resolution_px=96, normalization=CIFAR)
+        export_backbone(tmp_path, begun, info)
+        found = load_backbone(tmp_path / "backbone.safetensors")[1]
+        assert (found.resolution_px, found.normalization) == (96, CIFAR)
+        initial_network(replace(config, arch="test_vit", init_from=tmp_path / "backbone.safetensors"))
+    with pytest.raises(UserError, match="is timm:test_vit with .* this run is resnet18 .* pass --arch timm:test_vit"):
+        initial_network(replace(OURS, init_from=tmp_path / "backbone.safetensors"))
+    with pytest.raises(UserError, match=r"does not take views of 32 px .* pass --resolution 224"):
+        initial_network(replace(OURS, arch="deit_tiny_patch16_224", init_from=path))
+    with pytest.raises(UserError, match="holds no timm:test_vit2"):
+        initial_network(replace(OURS, arch="test_vit2", init_from=path))
+
+
+def test_moco_v3s_small_vit_is_not_timms(tmp_path):
+    """It has 12 heads of attention where timm's has 6, in parameters of the same names and shapes."""
+    weights = {
+        n: w.expand(w.shape) for n, w in timm.create_model("vit_small_patch16_224", num_classes=0).state_dict().items()
+    }
+    for content in (
+        {"state_dict": below("module.base_encoder.", weights)},
+        {"arch": "vit_small", "state_dict": below("module.", weights)},
+    ):
+        with pytest.raises(UserError, match="is MoCo v3's ViT-S, whose attention has 12 heads"):
+            find_encoder(content, tmp_path / "x.pth", arch="vit_small_patch16_224")
+    assert find_encoder({"teacher": below("backbone.", weights)}, tmp_path / "x.pth", arch="vit_small_patch16_224")
+
+
+def test_what_timms_config_says_of_a_resnet(tmp_path):
+    """Its normalization is used; what builds another network with the same parameters is refused."""
+    torch.save(ONE, tmp_path / "model.bin")
+    told = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    write = (tmp_path / "config.json").write_text
+    write(json.dumps({"architecture": "resnet18", "pretrained_cfg": told}))
+    assert load_backbone(tmp_path / "model.bin")[1].normalization == Normalization((0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    write(json.dumps({"architecture": "resnet18", "model_args": {"aa_layer": "blurpc"}}))
+    with pytest.raises(UserError, match=r"config\.json builds resnet18 with {'aa_layer': 'blurpc'}"):
+        load_backbone(tmp_path / "model.bin")
+    for wrong in ([1], {"mean": None}, {"mean": [0.5]}):
+        write(json.dumps({"architecture": "resnet18", "pretrained_cfg": wrong}))
+        with pytest.raises(UserError, match=r"the mean and std in its config\.json cannot be used"):
+            load_backbone(tmp_path / "model.bin")
 
 
 def test_a_network_that_only_looks_like_a_resnet_is_refused(tmp_path):

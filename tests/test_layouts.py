@@ -391,6 +391,21 @@ def test_a_refusal_says_what_the_file_holds(tmp_path, vits):
         find_encoder({"epoch": 3}, tmp_path / "x.pth")
 
 
+def test_a_file_of_another_kind_than_its_name(tmp_path, resnets):
+    (tmp_path / "page.pth").write_bytes(b"<html>404</html>")
+    (tmp_path / "empty.pth").touch()
+    safetensors.torch.save_file(resnets[0].state_dict(), tmp_path / "x.pth")
+    torch.save(resnets[0].state_dict(), tmp_path / "x.safetensors")
+    for name, says in (
+        ("page.pth", "it is not what torch.save writes"),
+        ("empty.pth", "it is not what torch.save writes"),
+        ("x.pth", "by its content; give it a name that ends in .safetensors"),
+        ("x.safetensors", "what torch.save writes; give it a name that ends in .pth"),
+    ):
+        with pytest.raises(UserError, match=says):
+            load_backbone(tmp_path / name)
+
+
 def test_a_file_with_classes_is_not_called_damaged(tmp_path, resnets):
     weights = resnets[0].state_dict()
     torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1)}, tmp_path / "x.pth")

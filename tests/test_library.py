@@ -216,11 +216,11 @@ WRONG_VIEW = {
 }
 WRONG_CROP = {"resize_px": [(0, "a whole number of"), *NOT_WHOLE], "interpolation": [("area", "bicubic or bilinear")]}
 WRONG_NORMALIZATION = {
-    "mean": [((0.5, 0.5), "three numbers"), (0.5, "three numbers")],
+    "mean": [((0.5, 0.5), "three numbers"), (0.5, "three numbers"), ((123.7, 116.3, 103.5), "shares of 1, not of 255")],
     "std": [((0.2, 0.2, 0.0), "three numbers above 0"), (None, "three numbers")],
 }
 WRONG = {
-    "data": [("none/train.beton", r"none/train\.beton is missing"), (5, "the path of a .beton"), (None, "the path")],
+    "data": [("none/train.beton", r"none/train\.beton is missing"), (5, "the path of a .beton"), ("", "the path")],
     "views": [
         *((value, "expected a ViewSpec, a tuple of them") for value in ((), [], "two", (ViewSpec(), "b"), None)),
         ((CentreCrop(),), "or a CentreCrop"),
@@ -273,6 +273,18 @@ def test_every_wrong_argument_gets_a_sentence(small_beton, kind, wrong):
                 made = kind(**(given | {name: value}))
                 make_loader(made)
             assert "\n" not in str(refused.value)
+
+
+def test_wrong_steps_and_epochs_get_a_sentence(config):
+    with pytest.raises(UserError, match="make_loader was given 'train.beton'; expected a LoaderConfig"):
+        make_loader("train.beton")
+    with make_loader(config) as loader:
+        for wrong in (-1, 0.5, "0", None, 2**63):
+            for use in (loader.epoch, loader.set_epoch, lambda step: next(loader.batches(step, 2))):
+                with pytest.raises(UserError, match="expected a whole number of 0 or more"):
+                    use(wrong)
+        with pytest.raises(UserError, match="the step to stop before is None"):
+            next(loader.batches())
 
 
 def test_what_is_right_is_taken(small_beton):

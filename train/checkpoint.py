@@ -75,6 +75,7 @@ class Network(NamedTuple):
     backbone: nn.Module
     info: BackboneInfo
     heads: dict[str, torch.Tensor]
+    of_a_run: bool
 
 
 def save_checkpoint(folder: Path, state: dict, *, before: int | None = None, keep: int = 1) -> None:
@@ -203,11 +204,21 @@ def load_backbone(path: str | Path, key: str = "", arch: str = "") -> tuple[nn.M
     read once: weights, info and sha256 are of the same bytes. Raises UserError for everything else.
     """
     network = read_network(path, key, arch)
-    return network.backbone, network.info
+    backbone, info, path = network.backbone, network.info, Path(path).expanduser()
+    if network.of_a_run:
+        if arch:
+            text = f"--arch {arch} says what somebody else's file holds, {path} is of a run and tells that itself"
+            raise UserError(text)
+        return backbone, info
+    side_px, normalization = own_side_px(backbone) or 224, told_normalization(path, info.arch, backbone)
+    return backbone, replace(info, resolution_px=side_px, normalization=normalization)
 
 
 def read_network(path: str | Path, key: str = "", arch: str = "") -> Network:
-    """`load_backbone`, and the weights of what stands beside the backbone, {} where the file has none."""
+    """`load_backbone`, and the weights of what stands beside the backbone, {} where the file has none.
+
+    `arch` is not looked at where the file is of a run; the views of somebody else's network are not told.
+    """
     path = Path(path).expanduser()
     content: object
     tensors: dict[str, torch.Tensor] = {}
@@ -221,12 +232,11 @@ def read_network(path: str | Path, key: str = "", arch: str = "") -> Network:
     else:
         content, sha256 = read_state(path)
 
-    if key and (_is_ours(content) or "backbone" in about):
+    of_a_run = _is_ours(content) or "backbone" in about
+    if key and of_a_run:
         raise UserError(
             f"--key {key} chooses among several networks of a file, {path} is of a run and has one backbone"
         )
-    if arch and (_is_ours(content) or "backbone" in about):
-        raise UserError(f"--arch {arch} says what somebody else's file holds, {path} is of a run and tells that itself")
     if _is_ours(content):
         _require_version(content, path)
         weights, info = below(content["model"], "backbone."), _info(content["backbone"])
@@ -241,10 +251,7 @@ def read_network(path: str | Path, key: str = "", arch: str = "") -> Network:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit the architecture it names, {info.arch} ({info.stem} stem)") from error
-    if info.arch.startswith(("timm:", "torchvision:")):
-        side, normalization = own_side_px(backbone) or 224, told_normalization(path, info.arch, backbone)
-        info = replace(info, resolution_px=side, normalization=normalization)
-    return Network(backbone.eval(), replace(info, features=features, sha256=sha256), heads)
+    return Network(backbone.eval(), replace(info, features=features, sha256=sha256), heads, of_a_run)
 
 
 def newest_or_refuse(folder: Path) -> Stored:

@@ -126,9 +126,10 @@ class Recipe:
     seed: int = 0
     """Decides the initial weights, the order of images, every view, and which images --fraction takes."""
     init_from: Path | None = None
-    """Start from the weights of a checkpoint instead of random ones: a run folder or file of this program, or a
-    published Barlow Twins resnet50.pth or checkpoint.pth (with its projector, if the widths are equal). If a file holds
-    several ResNets, the one that was trained, not its average. The schedule and momentum start from scratch."""
+    """Start from the weights of a checkpoint instead of random ones: a run folder or file of this program, a published
+    Barlow Twins resnet50.pth or checkpoint.pth (with its projector, if the widths are equal), or somebody else's file
+    of the network that --arch names (eval/README.md). If a file holds several, the one that was trained, not its
+    average. The schedule and momentum start from scratch."""
     key: str = ""
     """Chooses another network if the file of --init-from holds several: its path in the file, or whole parts of that
     path (train/foreign.py)."""

@@ -120,9 +120,15 @@ def read_state(path: Path) -> tuple[object, str]:
                 f"{path} holds an object of {pickled[1]} besides its weights, which is not loaded: that would run "
                 "what its writer chose. If you trust the file, keep its weights alone, in Python that has that class: "
                 f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pth"); '
-                'the weights may have another name there than "state_dict", such as "model"'
+                'the weights may have another name there than "state_dict", such as "model"; a whole network has them '
+                "as .state_dict()"
             ) from error
         reason = str(error).split("\n")[0].split(". ")[0]
+        if reason in ("", "Weights only load failed"):  # torch.load's words for bytes of another kind
+            reason = "it is not what torch.save writes"
+            if data[8:10] == b'{"':
+                text = f"{path} is a safetensors file by its content; give it a name that ends in .safetensors"
+                raise DamagedFile(text) from error
         text = f"{path} cannot be read as a checkpoint ({reason}); it may be damaged or incomplete"
         raise DamagedFile(text) from error
     if isinstance(state, dict) and DIGEST in state:
@@ -156,6 +162,9 @@ def parsed_tensor_file(data: bytes, path: Path) -> tuple[dict[str, torch.Tensor]
         header_bytes = int.from_bytes(data[:8], "little")
         about = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        if zipfile.is_zipfile(io.BytesIO(data)):
+            text = f"{path} is not safetensors but what torch.save writes; give it a name that ends in .pth"
+            raise DamagedFile(text) from error
         raise DamagedFile(f"{path} cannot be read as safetensors ({error}); it may be damaged or incomplete") from error
     # A damaged name must not make a file one without a digest, so the value, too, tells that it is one.
     if DIGEST in about or any(value.startswith(SHA256) for value in about.values()):

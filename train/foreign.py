@@ -14,7 +14,8 @@ names joined by dots: `state_dict.module.encoder_q`. Where a file holds several:
 
 Which one was taken is said on stderr. Three networks of timm cannot be told from a ResNet by their parameters, since
 what they add has none (anti-aliased strides): they are recognized by the file's name or what the file says of itself.
-Nor can solo-learn's stem for CIFAR, which is padded by 2: it is taken where a 3×3 stem stands in solo-learn's layout.
+Nor can MoCo v3's ViT-S from timm's, which has half as many attention heads: it is refused in MoCo v3's layout. Nor can
+solo-learn's stem for CIFAR, which is padded by 2: it is taken where a 3×3 stem stands in solo-learn's layout.
 """
 
 import contextlib
@@ -81,12 +82,34 @@ def find_encoder(content, path: Path, key: str = "", arch: str = "") -> Place:
     if not places and not arch and isinstance(about.get("architecture"), str):
         return find_encoder(content, path, key, f"timm:{about['architecture']}")
     chosen = _chosen(places, path, key, arch) if places else _refuse(content, path, arch, rejected)
+    _refuse_what_parameters_do_not_tell(content, path, chosen)
+    return chosen
+
+
+def _refuse_what_parameters_do_not_tell(content, path: Path, chosen: Place) -> None:
+    """Raises UserError for a file whose network computes something else with the same parameters."""
+    about = timm_config(path)
+    if about.get("model_args") and chosen.arch.removeprefix("timm:") == about.get("architecture"):
+        raise UserError(
+            f"{path}: its config.json builds {about['architecture']} with {about['model_args']}, which this "
+            "program does not; save the network under an architecture of timm that has these by its name"
+        )
+    if chosen.arch == "timm:vit_small_patch16_224" and _is_moco_v3(content, chosen.name):
+        raise UserError(
+            f"{path} is MoCo v3's ViT-S, whose attention has 12 heads: it has the parameters of {chosen.arch}, which "
+            "has 6, and computes something else with them; give MoCo v3's ViT-B or ResNet-50"
+        )
     if (told := _anti_aliased(content, path)) and told not in chosen.arch:
         raise UserError(
             f"{path} is {told} by its name or content: it has the parameters of {chosen.arch} and computes something "
             f"else with them; pass --arch timm:{told}, give a plain ResNet, or rename the file if its name is wrong"
         )
-    return chosen
+
+
+def _is_moco_v3(content, place: str) -> bool:
+    """By its encoders' names, or by the architecture that its linear classifier's file names."""
+    named = {"base_encoder", "momentum_encoder"} & set(place.split("."))
+    return bool(named) or (isinstance(content, dict) and content.get("arch") == "vit_small")
 
 
 def _dicts_of_tensors(value, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
@@ -218,18 +241,17 @@ def timm_config(path: Path) -> dict:
 def told_normalization(path: Path, arch: str, backbone: nn.Module) -> Normalization:
     """What a file's views are normalized with: as timm's config.json beside it says, else as ImageNet's are.
 
-    The latter is said where timm's own weights of the architecture have another one. Raises UserError where config.json
-    builds the architecture in another way than by its name.
+    The latter is said where timm's own weights of the architecture have another one. Raises UserError for numbers in
+    config.json that cannot be used.
     """
     about, usual = timm_config(path), Normalization()
-    if arch == f"timm:{about.get('architecture')}":
-        if about.get("model_args"):
-            raise UserError(
-                f"{path}: its config.json builds {about['architecture']} with {about['model_args']}, which this "
-                "program does not; save the network under an architecture of timm that has these by its name"
-            )
-        own = about.get("pretrained_cfg", about)
-        return Normalization(tuple(own.get("mean", usual.mean)), tuple(own.get("std", usual.std)))
+    if arch.removeprefix("timm:") == about.get("architecture"):
+        try:
+            own = about.get("pretrained_cfg", about)
+            return Normalization(tuple(own.get("mean", usual.mean)), tuple(own.get("std", usual.std)))
+        except (AttributeError, TypeError, UserError) as error:
+            text = f"{path}: the mean and std in its config.json cannot be used ({error}); correct them there"
+            raise UserError(text) from error
     own = getattr(backbone, "pretrained_cfg", {})
     if tuple(own.get("mean", usual.mean)) != usual.mean:
         print(

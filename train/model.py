@@ -12,6 +12,7 @@ where a network is made and not by every --help.
 import difflib
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.errors import UserError
@@ -79,7 +80,7 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
         backbone, features = _without_classifier(name, zero_init_residual=True)
         return (backbone if stem == "imagenet" else with_small_stem(backbone, 1 + (stem == "small-padded"))), features
     if stem != "imagenet":
-        raise UserError(f"--stem {stem} is made for torchvision's ResNets, not for {arch}; leave it out")
+        raise UserError(f"--stem {stem} is made for torchvision's ResNets, not for {arch}; pass --stem imagenet")
     if name.startswith("torchvision:"):
         return _without_classifier(name.removeprefix("torchvision:"))
     import timm
@@ -104,6 +105,20 @@ def own_side_px(backbone: nn.Module) -> int | None:
     about: Any = getattr(backbone, "pretrained_cfg", {})  # of timm's models
     side: Any = about["input_size"][-1] if about.get("fixed_input_size") else getattr(backbone, "image_size", None)
     return side
+
+
+@torch.no_grad()
+def require_side(network: nn.Module, arch: str, side_px: int) -> None:
+    """Raises UserError where a network does not take views of this side, as most ViTs take those of one side only."""
+    own = own_side_px(network)
+    try:
+        if ":" in arch or own not in (None, side_px):
+            network.eval()(torch.zeros(1, 3, side_px, side_px))
+    except (ValueError, RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(
+            f"{arch} does not take views of {side_px} px ({reason}); pass --resolution {own or 224}"
+        ) from error
 
 
 def with_small_stem(resnet: nn.Module, padding: int = 1) -> nn.Module:

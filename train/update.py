@@ -30,7 +30,7 @@ from train.lars import LARS, gradient_norm
 from train.memory import compile_parts, recompute_blocks, with_activations, with_device_defaults
 from train.methods.choose import make_method
 from train.methods.contract import Method, Metrics, keep_views_apart
-from train.model import make_backbone
+from train.model import make_backbone, network_names, require_side
 from train.recorded import RecordedStep
 
 FINAL_SHARE = 0.001  # the cosine ends at this share of the peak (Zbontar 2021, section 2.2)
@@ -57,11 +57,14 @@ def initial_network(config: PretrainConfig) -> tuple[nn.Module, int, dict[str, t
     With --init-from the weights are the file's, all from one read of it. Raises UserError.
     """
     backbone, features = make_backbone(config.arch, config.stem)
+    require_side(backbone, config.arch, config.resolution)
+    backbone.train()
     if not config.init_from:
         return backbone, features, {}
-    theirs = read_network(config.init_from, config.key)
+    own = network_names(config.arch)[-1]
+    theirs = read_network(config.init_from, config.key, own if ":" in own else "")  # "": whichever ResNet is in it
     info = theirs.info
-    if (info.arch, info.stem) != (config.arch, config.stem):
+    if (network_names(info.arch)[-1], info.stem) != (own, config.stem):
         raise UserError(
             f"--init-from {config.init_from} is {info.arch} with the {info.stem} stem, this run is {config.arch} "
             f"with the {config.stem} stem; pass --arch {info.arch} --stem {info.stem}, or another file"

@@ -11,7 +11,7 @@ from pipeline.choices.draws import ViewParams, centre_views, draw_views
 from pipeline.choices.order import rank_batch, sequential_batches, shuffled_batches, steps_per_epoch
 from pipeline.errors import UserError
 from pipeline.loaders.read_ahead import Stream, read_ahead
-from pipeline.spec import Batch, CentreCrop, LoaderConfig
+from pipeline.spec import Batch, CentreCrop, LoaderConfig, is_whole
 from pipeline.storage.beton import Stored
 from pipeline.storage.shards import open_stored
 
@@ -30,6 +30,12 @@ def samples_in_use(config: LoaderConfig, dataset: Stored) -> np.ndarray:
     if config.shuffle and len(np.unique(ids)) < len(ids):
         raise UserError("an id is there twice, which a shuffled order cannot keep apart; give each id once")
     return ids.astype(np.int64)
+
+
+def require_whole(what: str, value: object) -> None:
+    """Raises UserError for what is no step or epoch."""
+    if not is_whole(value, 0) or value >= 2**63:  # type: ignore[operator]
+        raise UserError(f"the {what} is {value!r}; expected a whole number of 0 or more")
 
 
 def usable_device(name: str) -> torch.device:
@@ -109,7 +115,8 @@ class Loader:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch of the next iteration, as of a DistributedSampler."""
+        """The epoch of the next iteration, as of a DistributedSampler. Raises UserError for none."""
+        require_whole("epoch", epoch)
         self._epoch, self._first = epoch, self._first if epoch == self._epoch else 0
 
     def state_dict(self) -> dict[str, int]:
@@ -130,16 +137,20 @@ class Loader:
         """What batches() is to make: (step, epoch, sample ids of this rank); in block order the file is read ahead."""
         self.require_open()
         c = self.config
+        require_whole("first step", start_step)
+        if stop_step is not None or c.shuffle:
+            require_whole("step to stop before", stop_step)
         if not c.shuffle:
             return sequential_batches(self.ids, c.global_batch, c.rank, c.world_size)
-        assert stop_step is not None, "a shuffled stream has no end of its own"
+        assert stop_step is not None
         stream = shuffled_batches(
             c.seed, self.ids, c.global_batch, c.rank, c.world_size, start_step, stop_step, c.blocks
         )
         return read_ahead(stream, c, self.dataset, self.ids) if c.blocks and reads_ahead else stream
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch; without shuffling every epoch is the same pass."""
+        """The batches of one epoch; without shuffling every epoch is the same pass. Raises UserError for none."""
+        require_whole("epoch", epoch)
         return self.batches(epoch * len(self), (epoch + 1) * len(self))
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:

@@ -179,6 +179,8 @@ def read_manifest(path: Path, version: int, expected: dict[str, type]) -> dict:
 def _read_manifest(path: Path) -> dict:
     """That of a .beton, both of which must be there."""
     where = manifest_path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the path of a .beton in it, as pipeline/convert.py makes them")
     if not path.is_file():
         raise UserError(f"{path} is missing; make it with pipeline/convert.py, or give the path of another .beton")
     if not where.is_file():

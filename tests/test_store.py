@@ -403,9 +403,10 @@ def test_a_shortage_of_memory_is_no_unreadable_image(photo):
     before, held, refused = resource.getrlimit(resource.RLIMIT_AS), [], 0
     try:
         limit_memory(0)
-        with contextlib.suppress(MemoryError):  # takes what earlier tests have freed
-            while True:
-                held.append(bytearray(1 << 20))
+        for size_bytes in (1 << 20, 1 << 16, 1 << 12):  # takes what earlier tests have freed, down to small pieces
+            with contextlib.suppress(MemoryError):
+                while True:
+                    held.append(bytearray(size_bytes))
         for room_bytes in (5_000_000, 20_000_000, 40_000_000):
             limit_memory(room_bytes)
             for number, (data, side) in enumerate(cases):

@@ -318,7 +318,7 @@ def test_ranks_with_other_flags_or_images_do_not_begin(several):
 def test_all_ranks_end_where_another_process_writes_the_run(several):
     _, folder, (first, *others) = several
     assert first["taken"].startswith(
-        f"UserError the run {folder / 'taken'} is being written by process {os.getpid()} on"
+        f"BusyError the run {folder / 'taken'} is being written by process {os.getpid()} on"
     )
     assert all(rank["taken"] == "SystemExit 2" for rank in others)
     assert all(rank["left"] == "begun" for rank in (first, *others)), "its writer gave no sign of life"

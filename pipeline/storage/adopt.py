@@ -231,7 +231,7 @@ def adopt_tars(source: Source, asked: Asked) -> Path:
     if _is_done(path, lambda: shards.open_shards(path), source.files, asked.fresh):
         return path
     _require_place(path, folder / f"{name}.beton")
-    state, how = _state(source.files), store.How(65535, 90, decode_all=True)
+    state, how = _state(source.files), store.How(store.ANY_SIDE_PX, 90, decode_all=True)
     index, rows, skipped = np.zeros(len(source), shards.ROW), [], []
     with Workers(asked.workers) as workers, contextlib.closing(kept_images(source, 0, how, workers)) as kept:
         for i, (image, _) in enumerate(tqdm(kept, path.name, len(source), unit="img")):

@@ -403,7 +403,7 @@ def test_a_shortage_of_memory_is_no_unreadable_image(photo):
     before, held, refused = resource.getrlimit(resource.RLIMIT_AS), [], 0
     try:
         limit_memory(0)
-        for size_bytes in (1 << 20, 1 << 16, 1 << 12):  # takes what earlier tests have freed, down to small pieces
+        for size_bytes in (1 << 20, 1 << 17):  # takes what earlier tests have freed, the large pieces first
             with contextlib.suppress(MemoryError):
                 while True:
                     held.append(bytearray(size_bytes))

@@ -339,6 +339,16 @@ def test_timms_file_with_its_config_needs_no_arch(tmp_path, name):
         load_backbone(tmp_path / "model.safetensors")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "resnet18"])
+def test_what_timm_itself_saves_for_the_hub(tmp_path, name):
+    network = drawn(timm.create_model(name, num_classes=7), 1)
+    timm.models.save_for_hf(network, tmp_path)
+    found, info = load_backbone(tmp_path / "pytorch_model.bin")
+    images = torch.randn(2, 3, info.resolution_px, info.resolution_px)
+    assert torch.equal(network.get_classifier()(found(images)), network(images))  # type: ignore[operator]
+
+
 def test_an_anti_aliased_network_by_its_name(tmp_path):
     network = drawn(timm.create_model("resnetblur18", num_classes=0), 1)
     torch.save(network.state_dict(), tmp_path / "resnetblur18.pth")

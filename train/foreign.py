@@ -89,9 +89,9 @@ def find_encoder(content, path: Path, key: str = "", arch: str = "") -> Place:
 def _refuse_what_parameters_do_not_tell(content, path: Path, chosen: Place) -> None:
     """Raises UserError for a file whose network computes something else with the same parameters."""
     about = timm_config(path)
-    if about.get("model_args") and chosen.arch.removeprefix("timm:") == about.get("architecture"):
+    if chosen.arch.removeprefix("timm:") == about.get("architecture") and (own := _own_args(about)):
         raise UserError(
-            f"{path}: its config.json builds {about['architecture']} with {about['model_args']}, which this "
+            f"{path}: its config.json builds {about['architecture']} with {own}, which this "
             "program does not; save the network under an architecture of timm that has these by its name"
         )
     if chosen.arch == "timm:vit_small_patch16_224" and _is_moco_v3(content, chosen.name):
@@ -104,6 +104,20 @@ def _refuse_what_parameters_do_not_tell(content, path: Path, chosen: Place) -> N
             f"{path} is {told} by its name or content: it has the parameters of {chosen.arch} and computes something "
             f"else with them; pass --arch timm:{told}, give a plain ResNet, or rename the file if its name is wrong"
         )
+
+
+def _own_args(about: dict) -> dict:
+    """What timm's config.json changes of an architecture; since timm 1.0.31 it names also what is as usual."""
+    args = about.get("model_args") or {}
+    if not isinstance(args, dict):
+        return {"model_args": args}
+    with contextlib.suppress(ImportError):  # earlier versions write what was changed alone
+        import timm
+        from timm.models._input import get_model_args
+
+        usual = json.loads(json.dumps(get_model_args(timm.create_model(about["architecture"])), default=str))
+        args = {name: value for name, value in args.items() if name != "num_classes" and value != usual.get(name)}
+    return args
 
 
 def _is_moco_v3(content, place: str) -> bool:

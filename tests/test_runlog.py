@@ -13,9 +13,9 @@ from PIL import Image
 from pipeline.choices.order import epoch_order
 from pipeline.errors import UserError
 from train.config import PretrainConfig, as_plain
+from train.curves import plot_loss
 from train.distributed import Ranks
 from train.runlog import RunLog, describe_run, installed_version, keep_lines_before, open_run_folder
-from train.sinks import plot_loss
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 IMAGES = 40

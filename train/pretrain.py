@@ -25,6 +25,7 @@ from pipeline.storage.shards import open_stored
 from train.agreement import only_writer, require_same_start
 from train.checkpoint import export_backbone
 from train.config import PretrainConfig, as_plain
+from train.curves import plot_loss
 from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
 from train.flags import chosen_preset, resolved
 from train.memory import with_device_defaults
@@ -32,7 +33,6 @@ from train.online_knn import OnlineKnn
 from train.run_data import dataset_sha256, loader_config, train_beton
 from train.runlog import METRICS, RunLog, describe_run, open_run_folder
 from train.runstate import RunState
-from train.sinks import plot_loss
 from train.update import make_update
 from train.watchdog import Watchdog
 

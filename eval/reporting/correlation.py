@@ -1,21 +1,25 @@
-"""What the loss saw: both views of some training images, and the cross-correlation matrix of their embeddings.
+"""What the loss saw: some training images, both views of them, and the cross-correlation matrix of their embeddings.
 
 The views are those of the run's own first batches, by the loader of train/run_data.py. The network is the
 checkpoint's, with its projector, in evaluation mode; every embedding dimension is then normalized over all the images
 taken, as the loss does.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from eval.reporting.page import PARTS, left_out, matrix_picture, picture, whose
+from eval.reporting.charts import Charts, matrix
+from eval.reporting.facts import config_from
+from eval.reporting.page import PARTS, Section, left_out, picture, whose
 from pipeline.choices.order import steps_per_epoch
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, Normalization
+from pipeline.storage.decode_pil import decode_pil
 from pipeline.storage.shards import SUFFIX as SHARDS
 from pipeline.storage.shards import open_stored
 from train.checkpoint import newest_or_refuse, refuse_other_images
@@ -36,13 +40,16 @@ SHOWN_DIMENSIONS = 256  # of the matrix
 
 @dataclass(frozen=True)
 class Correlation:
-    """pairs: [(view 1, view 2)] as (H, W, 3) uint8; matrix (D, D) float32; images: how many it is made of.
+    """What is shown of a network, and which one it is.
 
+    originals   the stored images; pairs: their (view 1, view 2), each (H, W, 3) uint8
+    matrix      (D, D) float32; images: how many it is made of
     checkpoint_sha256, step     of the network
     """
 
     checkpoint_sha256: str
     step: int
+    originals: list[Image.Image]
     pairs: list[tuple[np.ndarray, np.ndarray]]
     matrix: np.ndarray
     images: int
@@ -58,15 +65,6 @@ class Correlation:
         d = len(self.matrix)
         squares = np.square(self.matrix, dtype=np.float64).sum() - np.square(self.matrix.diagonal(), dtype=float).sum()
         return float(np.sqrt(squares / max(1, d * (d - 1))))
-
-
-def config_from(plain: dict) -> PretrainConfig:
-    """The configuration that checkpoints and config.json hold; values that this program does not know are dropped."""
-    known = {field.name for field in fields(PretrainConfig)}
-    if "loss" not in plain:  # from before the ablations, when every method's configuration had SimSiam's flag set
-        known -= {"stop_gradient"}
-    plain = {name: value for name, value in plain.items() if name in known}
-    return PretrainConfig(**plain | {"data": Path(plain["data"]), "without": tuple(plain.get("without", ()))})
 
 
 def load_method(state: dict) -> tuple[Method, PretrainConfig]:
@@ -107,12 +105,14 @@ def correlate(run: Path) -> Correlation:
     """Embeds the views of at most IMAGES images of the run's first batches. Raises UserError where that cannot be."""
     state, path, sha256 = newest_or_refuse(run)
     method, config = load_method(state)
-    refuse_other_images(state, config.data, dataset_sha256(open_stored(train_beton(config.data))), path)
+    stored = open_stored(train_beton(config.data))
+    refuse_other_images(state, config.data, dataset_sha256(stored), path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     method = method.to(device).to(memory_format=torch.channels_last)
     loading = shown_loader_config(config, device)
     large_on_cpu = device.type == "cpu" and loading.resolution_at(0) >= LARGE_PX
     embeddings: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    originals: list[Image.Image] = []
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     with make_loader(loading) as loader:
         # The run's first epoch leaves out what does not fill one of its own batches.
@@ -124,26 +124,30 @@ def correlate(run: Path) -> Correlation:
             if not pairs:
                 shown = (shown_pixels(view[:SHOWN_VIEWS], loading.normalization) for view in batch.views)
                 pairs = list(zip(*shown, strict=True))
+                originals = [decode_pil(stored, int(sample)) for sample in batch.sample[:SHOWN_VIEWS]]
     z1, z2 = (torch.cat(parts) for parts in embeddings)
     if not (z1.isfinite().all() and z2.isfinite().all()):
         raise UserError("the embeddings are not all finite numbers: the run has diverged")
     # A dimension that never varies has no correlation: it stays 0 instead of being divided by 0.
     z1, z2 = ((z - z.mean(0)) / z.std(0, correction=0).clamp(min=1e-6) for z in (z1, z2))
-    return Correlation(sha256, state["step"], pairs, cross_correlation(z1, z2).cpu().numpy(), len(z1))
+    correlation = cross_correlation(z1, z2).cpu().numpy()
+    return Correlation(sha256, state["step"], originals, pairs, correlation, len(z1))
 
 
-def of_correlation(run: Path, shown: dict | None) -> list[str]:
+def of_correlation(run: Path, shown: dict | None, charts: Charts) -> list[Section]:
     """The sections about what the loss saw; one that says why where that cannot be made. `shown`: a result, if any."""
     try:
         c = correlate(run)
     except UserError as error:
         return [left_out("Views and correlation matrix", error)]
-    pairs = [[picture(pair[v], f"image {i}, view {v + 1}") for v in (0, 1)] for i, pair in enumerate(c.pairs, 1)]
+    rows = [
+        [picture(original, f"image {i}"), *(picture(view, f"image {i}, view {v}") for v, view in enumerate(pair, 1))]
+        for i, (original, pair) in enumerate(zip(c.originals, c.pairs, strict=True), 1)
+    ]
     of = c.checkpoint_sha256, c.step
     named = whose(shown or dict(zip(("checkpoint_sha256", "step"), of, strict=True)), of)
     d = min(SHOWN_DIMENSIONS, len(c.matrix))
-    drawn = matrix_picture(c.matrix[:d, :d], "cross-correlation matrix")
     return [
-        PARTS.section("Both views", PARTS.views(pairs, named)),
-        PARTS.section("Correlation matrix", PARTS.matrix(drawn, c, d, named)),
+        ("Originals and both views", PARTS.views(rows, named)),
+        ("Correlation matrix", PARTS.matrix(matrix(c.matrix[:d, :d], charts), c, d, named)),
     ]

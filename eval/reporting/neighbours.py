@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import normalize
 
 from eval.kept import find_features
-from eval.reporting.charts import scatter
-from eval.reporting.page import PARTS, left_out, or_sentence, picture, whose
+from eval.reporting.charts import Charts, scatter
+from eval.reporting.page import PARTS, Section, left_out, or_sentence, picture, whose
 from eval.reporting.summary import newest_of_encoder
 from eval.splits import Dataset, open_dataset
 from pipeline.command import DATA
@@ -185,10 +185,10 @@ def shown_queries(kept: KeptFeatures, found: Vote) -> list[int]:
     return [int(firsts[i]) for i in np.unique(np.linspace(0, len(firsts) - 1, QUERIES).round().astype(int))]
 
 
-def feature_map(kept: KeptFeatures) -> str:
+def feature_map(kept: KeptFeatures, charts: Charts) -> str:
     """A point for each of some validation images, near to those with like features."""
     places, labels, names = embedding_map(kept)
-    drawn = scatter(places.tolist(), labels.tolist(), names)
+    drawn = scatter(places, labels, names, charts)
     return PARTS.feature_map(drawn, len(places), names, len(kept.dataset.train.classes), whose(kept.result))
 
 
@@ -217,13 +217,13 @@ def classes_accuracy(kept: KeptFeatures, found: Vote) -> str:
     return PARTS.bars(accuracy, MOST_CLASSES, VOTERS, len(found.queries), len(kept.val), whose(kept.result))
 
 
-def of_kept_features(run: Path, own: list[dict], data: Path | None) -> list[str]:
+def of_kept_features(run: Path, own: list[dict], data: Path | None, charts: Charts) -> list[Section]:
     """The sections made of kept features; one that says why where there are none."""
     try:
         kept = kept_features(run, own, data)
     except UserError as error:
         return [left_out("Features", error)]
-    parts = [or_sentence("Map of the features", lambda: feature_map(kept))]
+    parts = [or_sentence("Map of the features", lambda: feature_map(kept, charts))]
     try:
         found = vote(kept)
     except UserError as error:

@@ -1,6 +1,6 @@
 """One self-contained HTML page, without a script and without a network: its parts by name, and pictures inside it.
 
-`PARTS.section(…)` and the others are the macros of parts.html: plain data → HTML. TABLES are those of tables.md.
+`PARTS.measured(…)` and the others are the macros of parts.html: plain data → HTML. TABLES are those of tables.md.
 """
 
 import base64
@@ -18,6 +18,8 @@ from PIL import Image
 from pipeline.errors import UserError
 
 HERE = Path(__file__).parent
+STYLE = (HERE / "style.css").read_text("utf-8")
+Section = tuple[str, str]  # a title and its HTML
 PIXELATED_BELOW_PX = 65  # smaller pictures are enlarged pixel by pixel, so that they stay what they are
 
 
@@ -27,9 +29,13 @@ def with_code(text: str) -> Markup:
 
 
 _TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(HERE), autoescape=jinja2.select_autoescape(), trim_blocks=True
+    loader=jinja2.FileSystemLoader(HERE),
+    autoescape=jinja2.select_autoescape(),
+    trim_blocks=True,
+    extensions=["jinja2.ext.do"],
 )
 _TEMPLATES.filters["code"] = with_code
+_TEMPLATES.filters["cell"] = lambda text: str(text).replace("|", "\\|")
 PARTS: Any = _TEMPLATES.get_template("parts.html").module
 TABLES: Any = _TEMPLATES.get_template("tables.md").module
 
@@ -39,17 +45,17 @@ def readable(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def or_sentence(title: str, make: Callable[[], str]) -> str:
+def or_sentence(title: str, make: Callable[[], str]) -> Section:
     """A section, or why it is not there."""
     try:
-        return PARTS.section(title, make())
+        return title, make()
     except UserError as error:
         return left_out(title, error)
 
 
-def left_out(title: str, error: UserError) -> str:
+def left_out(title: str, error: UserError) -> Section:
     """A section that says why it is empty."""
-    return PARTS.section(title, PARTS.left_out(error))
+    return title, PARTS.left_out(error)
 
 
 def whose(shown: dict, other: tuple[str, int] | None = None) -> str:
@@ -60,9 +66,9 @@ def whose(shown: dict, other: tuple[str, int] | None = None) -> str:
     return f"Checkpoint {other[0][:12]}, step {other[1]}. The results are of another: {own}"
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """The whole document."""
-    return PARTS.page(title, (HERE / "style.css").read_text("utf-8"), parts)
+def page(title: str, sections: Sequence[Section]) -> str:
+    """The whole document, with a contents list."""
+    return PARTS.page(title, STYLE, [(f"part-{i}", *section) for i, section in enumerate(sections, 1)])
 
 
 def _image(image: Image.Image, alt: str, *, lossless: bool, pixelated: bool) -> Markup:
@@ -79,11 +85,3 @@ def picture(pixels: np.ndarray | Image.Image, alt: str, most_px: int = 224) -> M
         image = image.copy()
         image.thumbnail((most_px, most_px), Image.Resampling.BICUBIC)
     return _image(image, alt, lossless=small, pixelated=small)
-
-
-def matrix_picture(matrix: np.ndarray, alt: str) -> Markup:
-    """An <img> of a (d, d) matrix in [−1, 1]: blue above 0, orange below, at 0 clear, so that the page shows."""
-    strength = (np.abs(matrix).clip(0, 1) * 255).round().astype(np.uint8)
-    colour = np.where((matrix > 0)[..., None], [43, 116, 200], [226, 110, 25]).astype(np.uint8)
-    rgba = np.concatenate([colour, strength[..., None]], 2)
-    return _image(Image.fromarray(rgba), alt, lossless=True, pixelated=False)

@@ -6,21 +6,28 @@ that would be equal then say what differs. A cell is the newest result of its ki
 numbers come from is named below the table, and in the cell itself where one column holds several.
 """
 
+import csv
+import io
 import json
+import re
 from pathlib import Path
 
 from eval.features import KINDS
 from eval.reporting.page import PARTS, TABLES, with_code
 from pipeline.errors import UserError
 
-# Column title → (beginning of the protocol's name, fraction of the labels).
-COLUMNS = {
+# Column title → (beginning of the protocol's name, fraction of the labels; detection has none).
+COLUMNS: dict[str, tuple[str, float | None]] = {
     "kNN top-1": ("knn", 1.0),
     "linear top-1": ("linear", 1.0),
+    "linear on stage 5 top-1": ("heads", 1.0),
     "1 % semi-supervised top-1": ("semisup", 0.01),
     "10 % semi-supervised top-1": ("semisup", 0.1),
+    "SVM mAP": ("svm", 1.0),
+    "transfer top-1": ("transfer", 1.0),
+    "detection AP": ("detection", None),
 }
-EXPLANATION = "Percent of the validation images; the last epoch's, not the best."
+EXPLANATION = "Percent of the validation images, or mean average precision; the last epoch's, not the best."
 
 Rows = dict[str, dict[str, dict]]  # {row title: {column title: newest result}}
 
@@ -41,11 +48,11 @@ def row_key(result: dict) -> tuple:
     return KINDS.index(result["encoder"]), result["resolution_px"], data, *of
 
 
-def row_title(result: dict, run: Path) -> str:
+def row_title(result: dict, run: str) -> str:
     """What a result belongs to, for a person."""
     if result["encoder"] == "raw pixels":
         return f"raw pixels ({result['dataset']})"
-    what = "untrained encoder" if result["encoder"] == "untrained" else f"encoder of {run.name}"
+    what = "untrained encoder" if result["encoder"] == "untrained" else f"encoder of {run}"
     return f"{what} ({result['arch']}, {result['dataset']})"
 
 
@@ -77,8 +84,8 @@ def told_apart(titles: list[str], facts: list[list[str]]) -> list[str]:
     return told
 
 
-def newest_cells(results: list[tuple[Path, dict]]) -> Rows:
-    """(run, result) pairs, oldest first → rows: raw pixels first, then untrained, then trained encoders."""
+def newest_cells(results: list[tuple[str, dict]]) -> Rows:
+    """(run's name, result) pairs, oldest first → rows: raw pixels first, then untrained, then trained encoders."""
     cells: dict[tuple, dict[str, dict]] = {}
     newest: dict[tuple, tuple[str, dict]] = {}
     for run, result in results:
@@ -91,9 +98,14 @@ def newest_cells(results: list[tuple[Path, dict]]) -> Rows:
     return {title: cells[key] for title, key in zip(titles, keys, strict=True)}
 
 
+def table_columns(rows: Rows) -> list[str]:
+    """The columns that have a result."""
+    return [column for column in COLUMNS if any(column in cells for cells in rows.values())]
+
+
 def table_cells(rows: Rows) -> tuple[list[str], list[list[str]]]:
-    """Column titles and rows as text, the row's title first. Columns without any result are left out."""
-    columns = [column for column in COLUMNS if any(column in cells for cells in rows.values())]
+    """Column titles and rows as text, the row's title first."""
+    columns = table_columns(rows)
     protocols = {c: {cells[c]["protocol"] for cells in rows.values() if c in cells} for c in columns}
     body = []
     for row, cells in rows.items():
@@ -116,14 +128,94 @@ def protocol_notes(rows: Rows) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def summary_markdown(rows: Rows) -> str:
-    """The table and the notes below it."""
-    return TABLES.summary(*table_cells(rows), EXPLANATION, protocol_notes(rows)).strip()
+def controls_ahead(rows: Rows) -> str:
+    """One sentence that says where raw pixels or an untrained encoder did at least as well; "" where they did not."""
+    ahead = []
+    for title, cells in rows.items():
+        for column, ours in cells.items():
+            others = [(other, row[column]) for other, row in rows.items() if column in row and row is not cells]
+            ahead += [
+                f"{other} at {column} ({control['value']:.2f} against {ours['value']:.2f} of {title})"
+                for other, control in others
+                if ours["encoder"] == "trained" != control["encoder"]
+                and alike(ours, control)
+                and control["value"] >= ours["value"]
+            ]
+    return f"Not better than its control: {'; '.join(ahead)}." if ahead else ""
 
 
-def measured(rows: Rows) -> str:
+def alike(one: dict, other: dict) -> bool:
+    """Whether two numbers may be compared: the same protocol with the same settings on the same images.
+
+    The side of the views may differ: it is the encoder's own, and raw pixels have at most 32 px.
+    """
+
+    def of(result: dict) -> tuple:
+        changed = {name: value for name, value in result["changed"].items() if name != "resolution_px"}
+        return result["protocol"].removesuffix("-modified"), changed, result["dataset_sha256"], result["split"]
+
+    return of(one) == of(other)
+
+
+def difference(rows: Rows, first: str, last: str) -> list[str]:
+    """A row of the table: what the run `last` has more than the run `first`, where the numbers may be compared."""
+    texts = [f"{last} minus {first}"]
+    for column in table_columns(rows):
+        a, b = (of_run(rows, column, run) for run in (first, last))
+        texts.append(f"{b['value'] - a['value']:+.2f}" if a and b and alike(a, b) else "–")
+    return texts
+
+
+def of_run(rows: Rows, column: str, run: str) -> dict | None:
+    """The newest number of a run's own encoder in a column; a control of raw pixels is not it."""
+    cells = [row[column] for row in rows.values() if column in row]
+    own = [cell for cell in cells if cell["run"] == run and cell["encoder"] != "raw pixels"]
+    return max(own, key=lambda cell: cell["time"], default=None)
+
+
+def summary_markdown(rows: Rows, compared: list[str]) -> str:
+    """The table and the notes below it. `compared`: the row of differences, [] for none."""
+    head, body = table_cells(rows)
+    return TABLES.summary(head, body + [compared] * bool(compared), EXPLANATION, protocol_notes(rows)).strip()
+
+
+def summary_csv(rows: Rows) -> str:
+    """The table as CSV: a column for each protocol, plain numbers, nothing where nothing was measured."""
+    columns = [
+        (column, protocol)
+        for column in table_columns(rows)
+        for protocol in sorted({cells[column]["protocol"] for cells in rows.values() if column in cells})
+    ]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["encoder", *(f"{column} ({protocol})" for column, protocol in columns)])
+    for title, cells in rows.items():
+        found = [(cells.get(column), protocol) for column, protocol in columns]
+        values = [f"{cell['value']:.2f}" if cell and cell["protocol"] == protocol else "" for cell, protocol in found]
+        writer.writerow([title, *values])
+    return text.getvalue().rstrip("\n")
+
+
+def summary_latex(rows: Rows, compared: list[str]) -> str:
+    """The table as a LaTeX tabular that needs no package; what its numbers are stands below it as comments."""
+    head, body = table_cells(rows)
+    lines = [" & ".join(map(as_latex, row)) + r" \\" for row in (head, *body, *([compared] * bool(compared)))]
+    notes = [f"% {' '.join(note.split())}" for note in (EXPLANATION, *protocol_notes(rows))]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}"
+    return "\n".join([begin, r"\hline", lines[0], r"\hline", *lines[1:], r"\hline", r"\end{tabular}", *notes])
+
+
+def as_latex(text: str) -> str:
+    """Text with LaTeX's own characters escaped, `marked` parts in typewriter letters."""
+    names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$"}
+    escaped = re.sub(r"[\\~^–−#$%&_{}]", lambda found: names.get(found[0], "\\" + found[0]), " ".join(text.split()))
+    return re.sub(r"`([^`]*)`", r"\\texttt{\1}", escaped)
+
+
+def measured(rows: Rows, compared: list[str]) -> str:
     """The table of results as HTML."""
     if not rows:
-        raise UserError("no kNN, linear or semi-supervised result; `python eval/knn.py` measures the first")
+        raise UserError("no result for a table yet; `python eval/knn.py` measures the first")
     head, body = table_cells(rows)
-    return PARTS.measured(head, [[row[0], *map(with_code, row[1:])] for row in body], EXPLANATION, protocol_notes(rows))
+    cells = [[row[0], *map(with_code, row[1:])] for row in body]
+    return PARTS.measured(head, cells, compared, EXPLANATION, protocol_notes(rows))

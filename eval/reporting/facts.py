@@ -1,0 +1,247 @@
+"""What was measured, in words: a run's dataset, network, batch, rates, device, hours and command.
+
+All of it is read from the run's own record: config.json, env.json, metrics.jsonl, backbone.safetensors. Of somebody
+else's file only its results tell.
+"""
+
+import json
+import shlex
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from eval.protocols import published_file
+from eval.reporting.comparison import duration
+from pipeline.command import REPO, RUNS
+from pipeline.disk import read_lines
+from pipeline.errors import UserError
+from pipeline.storage.shards import open_stored
+from train.cards import PRESETS
+from train.checkpoint import BACKBONE
+from train.config import AMP, PretrainConfig, as_plain, projector_widths, recipe
+from train.curves import is_number
+from train.flags import lr_weights_for, run_folder
+from train.methods.barlow_ablations import is_ablated
+from train.run_data import dataset_sha256, train_beton
+from train.runlog import METRICS
+
+# Of a command: named apart, or decided by the device where they are not given.
+NO_FLAGS = {"preset", "run", "data", "method", "compile", "cuda_graph", "views_together", "activations"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder with what it says of itself: `config` and `environment` are empty where it was not trained here.
+
+    name      tells it from the other runs of the page
+    results   the lines of its results.jsonl, oldest first
+    """
+
+    name: str
+    folder: Path
+    config: PretrainConfig | None
+    environment: dict
+    results: list[dict]
+
+
+def config_from(plain: dict) -> PretrainConfig:
+    """The configuration that checkpoints and config.json hold; values that this program does not know are dropped."""
+    known = {field.name for field in fields(PretrainConfig)}
+    if "loss" not in plain:  # from before the ablations, when every method's configuration had SimSiam's flag set
+        known -= {"stop_gradient"}
+    plain = {name: value for name, value in plain.items() if name in known}
+    paths = {name: Path(plain[name]) for name in ("data", "init_from") if plain.get(name)}
+    return PretrainConfig(**plain | paths | {"without": tuple(plain.get("without", ()))})
+
+
+def read_json(path: Path) -> dict:
+    """{} where there is none that can be read."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(folder: Path) -> PretrainConfig | None:
+    """What config.json says; None where it says nothing."""
+    try:
+        return config_from(read_json(folder / "config.json"))
+    except (KeyError, TypeError):
+        return None
+
+
+def method_of(folder: Path, otherwise: str) -> str:
+    """The pretraining method that a run folder tells; an ablation of one is another method."""
+    config = read_config(folder)
+    if config is None:
+        return otherwise
+    changed = (config.method == "barlow_twins" and is_ablated(config)) or config.without
+    return config.method + (", ablated" if changed else "")
+
+
+def shown_path(path: Path) -> str:
+    """For a command line: within the checkout from there, else from the home folder."""
+    if path.is_relative_to(REPO):
+        return shlex.quote(str(path.relative_to(REPO)))
+    home = Path.home()
+    return "~/" + shlex.quote(str(path.relative_to(home))) if path.is_relative_to(home) else shlex.quote(str(path))
+
+
+def command(config: PretrainConfig, world_size: int) -> str:
+    """The command line that makes this run: the card, and the flags that differ from it."""
+    card = PRESETS[config.preset]
+    card = replace(  # what flags.resolved fills in is no flag that somebody gave
+        card,
+        lr_weights=lr_weights_for(config.global_batch) if card.lr_weights is None else card.lr_weights,
+        lr_biases=config.lr_weights if card.lr_biases is None else card.lr_biases,
+    )
+    words = ["torchrun", *([f"--nproc-per-node={world_size}"] if world_size > 1 else []), "train/pretrain.py"]
+    words += [f"--preset {config.preset}"] if config.preset != "imagenet" else []
+    if config.data != card.data:
+        words.append(f"--data {shown_path(config.data)}")
+    folder = Path(config.run)
+    if folder != run_folder(replace(config, run="")):
+        named = folder.parent == RUNS and not folder.name.startswith((".", "~"))
+        words.append(f"--name {shlex.quote(folder.name) if named else shown_path(folder)}")
+    for name in (field.name for field in fields(PretrainConfig) if field.name not in NO_FLAGS):
+        value: Any = getattr(config, name)
+        flag = f"--{name.replace('_', '-')}"
+        if value == getattr(card, name):
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            words.append(f"{flag} {' '.join(value)}")
+        else:
+            words.append(f"{flag} {shown_path(value) if isinstance(value, Path) else shlex.quote(str(value))}")
+    return " ".join(words)
+
+
+def trained(config: PretrainConfig, folder: Path) -> tuple[int, float, float]:
+    """Steps, epochs and seconds of training that metrics.jsonl tells; each line has the speed since the one before."""
+    steps, epoch, seconds = 0, 0.0, 0.0
+    for line in read_lines(folder / METRICS) if (folder / METRICS).is_file() else []:
+        if is_number(line.get("images_per_s")) and is_number(line.get("step")) and is_number(line.get("epoch")):
+            seconds += (line["step"] - steps) * config.global_batch / max(line["images_per_s"], 1e-9)
+            steps, epoch = int(line["step"]), line["epoch"]
+    return steps, epoch, seconds
+
+
+def exported(folder: Path) -> dict:
+    """What backbone.safetensors says of itself; {} where there is none yet."""
+    try:
+        with safe_open(folder / BACKBONE, "np") as file:
+            return json.loads(file.metadata()["backbone"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def images(config: PretrainConfig, known_sha256: str) -> str:
+    """The dataset in words. `known_sha256`: the digest of the images that were trained on, if it is known."""
+    named = config.data.name.removesuffix(".shards.json").removesuffix(".beton")
+    name = config.data.parent.name if named != config.data.name else named
+    try:
+        stored = open_stored(train_beton(config.data))
+    except (UserError, OSError) as error:
+        return f"{name} (not there now: {error})"
+    if known_sha256 and dataset_sha256(stored) != known_sha256:
+        return f"{name} (its folder holds other images now than those that were trained on)"
+    count = f"{len(stored):,} training images"
+    if config.fraction != 1:
+        count = f"{config.fraction:.4g} of {count}, the same share of every class"
+    count += f" in {len(stored.classes)} classes" if stored.labelled else " without labels"
+    sides = [
+        f"{low}" if low == high else f"{low} to {high}" for low, high in map(_ends, (stored.widths, stored.heights))
+    ]
+    return f"{name}: {count}, stored at {' × '.join(sides)} px"
+
+
+def _ends(sides) -> tuple[int, int]:
+    return int(sides.min()), int(sides.max())
+
+
+def method_title(name: str) -> str:
+    """Barlow Twins; SimCLR; a method that the published tables do not have, by its own name."""
+    return published_file()["titles"].get(name, name)
+
+
+def facts(run: Run) -> dict[str, str]:
+    """What was measured, row by row; of somebody else's file what its newest result tells."""
+    newest = run.results[-1] if run.results else {}
+    found = facts_of_training(run, run.config) if run.config else facts_of_result(newest)
+    if newest:
+        found["Evaluated on"] = (
+            f"{newest['dataset']}: {newest['val_images']:,} validation images in {newest['classes']} classes, "
+            f"last on {newest['time'][:10]}"
+        )
+    return found
+
+
+def facts_of_result(newest: dict) -> dict[str, str]:
+    """Of a network that was not trained here."""
+    if not newest:
+        return {}
+    about = {
+        "Network": newest["arch"],
+        "File": Path(newest["checkpoint"]).name,
+        "Pretrained": f"{newest['epochs']} epochs" if newest["epochs"] else "its file does not tell for how long",
+        "Views": f"{newest['resolution_px']} px",
+    }
+    return about | {"Seed": str(newest["seed"]), "Device": str(newest.get("device", "not recorded"))}
+
+
+def facts_of_training(run: Run, config: PretrainConfig) -> dict[str, str]:
+    """Of a run of train/pretrain.py."""
+    about, env = exported(run.folder), run.environment
+    steps, epoch, seconds = trained(config, run.folder)
+    whole = f"{config.epochs} ({steps:,} steps)" if epoch >= config.epochs else ""
+    whole = whole if config.epochs else "0: an untrained network, a control"
+    widths, world_size = projector_widths(config.projector), int(env.get("world_size", 1))
+    scale = config.global_batch / 256
+    weights, biases = (rate * scale for rate in (config.lr_weights or 0.0, config.lr_biases or 0.0))
+    method = method_title(config.method)
+    without = f", without {', '.join(config.without)}" if config.without else ""
+    network = [config.arch, *(["small stem"] if config.stem == "small" else [])]
+    network += [f"{about['features']} features"] if about.get("features") else []
+    device = str(env.get("device", "not recorded"))
+    cores = f", {env['cpu_cores']} cores" if "cpu_cores" in env and not env.get("cuda") else ""
+    precision = config.amp if AMP[config.amp].itemsize == 2 else "float32"
+    speed = f", {steps * config.global_batch / seconds:.0f} images a second" if seconds else ""
+    predictor = f"; predictor {config.predictor}" if config.predictor else ""
+    start = {"Begun from": shown_path(config.init_from)} if config.init_from else {}
+    return {
+        "Method": method + (" (an ablation)" if method_of(run.folder, "").endswith("ablated") else ""),
+        "Dataset": images(config, about.get("dataset_sha256", "")),
+        "Network": ", ".join(network),
+        "Projector": f"{config.projector}: embeddings of {widths[-1]} dimensions{predictor}",
+        "Views": f"{config.resolution_schedule or config.resolution} px, the augmentations of {config.views}{without}",
+        "Epochs": whole or f"{epoch:.3g} of {config.epochs} so far ({steps:,} steps)",
+        "Batch": f"{config.global_batch} images" + (f" over {world_size} processes" if world_size > 1 else ""),
+        "Learning rates": (
+            f"at their peak {weights:.4g} for weights, {biases / config.paper_world_size:.4g} for biases; "
+            f"{config.warmup_epochs} epochs of warm-up, then a cosine; weight decay {config.weight_decay:g}"
+        ),
+        **start,
+        "Seed": str(config.seed),
+        "Device": f"{world_size} × {device}{cores}; {precision}; PyTorch {env.get('torch', 'not recorded')}",
+        "Time": f"{duration(seconds)} of training{speed}" if seconds else "no step",
+        "Command": f"`{command(config, world_size)}`",
+    }
+
+
+def fact_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """Each fact with its value of every run."""
+    found = [facts(run) for run in runs]
+    labels = dict.fromkeys(label for row in found for label in row)
+    return [(label, [row.get(label, "–") for row in found]) for label in labels]
+
+
+def other_settings(runs: list[Run]) -> dict[str, list[str]]:
+    """Settings that decide the weights and that the runs do not share, by flag; a row has one value a run."""
+    plain = [recipe(as_plain(run.config)) if run.config else {} for run in runs]
+    names = dict.fromkeys(name for settings in plain for name in settings)
+    values = {name: [str(settings.get(name, "–")) for settings in plain] for name in names}
+    return {f"--{name.replace('_', '-')}": row for name, row in values.items() if len(set(row)) > 1}

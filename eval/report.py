@@ -107,6 +107,8 @@ def main(config: ReportConfig) -> None:
         raise UserError("--csv and --latex are two forms of the one table; give one of them")
     runs = read_runs(config)
     rows = newest_cells([(run.name, result) for run in runs for result in run.results])
+    if (config.csv or config.latex) and not rows:
+        raise UserError("no result for a table yet; `python eval/knn.py` measures the first")
     compared = difference(rows, runs[0].name, runs[-1].name) if len(runs) == 2 and rows else []
     summary = summary_markdown(rows, compared) if rows else NO_RESULT
     ahead = controls_ahead(rows)

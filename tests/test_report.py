@@ -5,24 +5,31 @@ import hashlib
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+import tyro
+from matplotlib.figure import Figure
 from PIL import Image
+from safetensors.numpy import save_file
 
+from eval import report
 from eval.knn import KnnConfig
 from eval.knn import main as knn
-from eval.report import ReportConfig, main, method_of
+from eval.report import ReportConfig, main, read_runs
 from eval.reporting import correlation, neighbours
-from eval.reporting.charts import MOST_POINTS, curves, line_chart, nice_ticks, thinned
+from eval.reporting.charts import PALETTE, Charts, matrix, training
 from eval.reporting.correlation import correlate, load_method
+from eval.reporting.facts import command, facts, method_of, read_config
 from eval.reporting.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
-from eval.reporting.page import PARTS, matrix_picture
+from eval.reporting.page import PARTS, STYLE
 from eval.subject import read_results
 from pipeline.choices.draws import draw_views
 from pipeline.choices.order import shuffled_batches
@@ -37,7 +44,9 @@ from tests.evaluation import ARCH, write_dataset, write_run, write_split
 from train.cards import PRESETS
 from train.checkpoint import newest_or_refuse, save_checkpoint
 from train.config import PretrainConfig, as_plain
+from train.curves import MOST_POINTS, draw_curve, thinned
 from train.distributed import Ranks
+from train.flags import chosen_preset, resolved
 from train.methods.choose import make_method, view_table
 from train.model import make_backbone
 from train.run_data import loader_config
@@ -46,7 +55,8 @@ from train.runstate import backbone_info
 IMAGES = 200
 
 
-CLASSES = [*(f"class_{i}" for i in range(4)), "class_\udcff"]  # the last one's folder has a name that is not UTF-8
+# One name that would be a script, and one that is not UTF-8.
+CLASSES = ["class_0", "class_$1$", "_class_2", "<script>alert(3)", "class_\udcff"]
 
 
 def write_state(
@@ -75,10 +85,26 @@ def run(tmp_path_factory):
         write_split(data / f"{split}.beton", np.arange(5 * each) % 5, CLASSES, seed)
     config = write_state(folder, data)
     (folder / "config.json").write_text(json.dumps(as_plain(config)))
-    lines = [{"step": i, "epoch": i / 9, "loss": 5 / i, "lr_weights": 0.1} for i in range(1, 10)]
+    lines = [{"step": i, "epoch": i / 9, "loss": 5 / i, "images_per_s": 64.0} for i in range(1, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     knn(KnnConfig(checkpoint=folder))
     return folder
+
+
+def read_run(folder: Path):
+    return read_runs(ReportConfig((folder,)))[0]
+
+
+def needs_nothing_else(page: str) -> None:
+    """No script, no tag of a file's, nothing from outside; the browser is told so, too."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    assert page.index(f'http-equiv="Content-Security-Policy" content="{policy}"') < page.index("<style>")
+    assert not re.search(r"https?://|<script|@import|<link|<iframe|\son\w+=", page)
+    assert {found[:5] for found in re.findall(r'(?:src|href)="(.*?)"', page) if found[0] != "#"} <= {"data:"}
+    assert all(found[0] == "#" for found in re.findall(r"url\((.*?)\)", page))
+    ids = re.findall(r'\sid="(.*?)"', page)
+    assert len(set(ids)) == len(ids), "of two charts, too"
+    assert set(re.findall(r'href="#(.*?)"|url\(#(.*?)\)', page)) <= {pair for i in ids for pair in ((i, ""), ("", i))}
 
 
 @pytest.mark.slow
@@ -87,16 +113,17 @@ def test_the_page_has_every_part_and_needs_nothing_else(run, capsys):
     page = (run / "report.html").read_text()
     titles = re.findall("<h2>(.*?)</h2>", page)
     assert titles == [
-        *("Results", "Beside the published numbers", "Training", "Both views", "Correlation matrix"),
-        *("Map of the features", "Nearest neighbours", "Accuracy of each class"),
+        *("What was measured", "Results", "Beside the published numbers", "Training", "Originals and both views"),
+        *("Correlation matrix", "Map of the features", "Nearest neighbours", "Accuracy of each class"),
     ]
+    links = re.findall('<a href="#(.*?)">(.*?)</a>', page)
+    assert links == list(zip(re.findall('<section id="(.*?)">', page), titles, strict=True))
     assert "Left out" not in page and "<h1>a &amp; b</h1>" in page
-    assert set(re.findall(r'(?:src|href)="([a-z]+:)', page)) == {"data:"} and "url(" not in page
-    assert not re.search(r"https?://|<script|@import", page)
-    assert page.count("<img") == 2 * 8 + 1 + 5 * 9 and page.count("<circle") == 60 + 2
+    needs_nothing_else(page)
+    assert page.count("<img") == 3 * 8 + 5 * 9 and page.count("<svg") == 2 + 1 + 1
     printed = capsys.readouterr().out
     assert printed.splitlines()[0] == "| | kNN top-1 |" and printed in (run / "report.md").read_text()
-    assert page.count("class_\ufffd") > 2, "a name that is not UTF-8"
+    assert page.count("class_\ufffd") > 2 and page.count("&lt;script&gt;alert(3)") > 2
     own = f"Checkpoint {read_results(run)[0]['checkpoint_sha256'][:12]}, step 9."
     assert page.count(own) == 5 and "of another" not in page
 
@@ -176,7 +203,7 @@ def test_a_page_about_a_run_that_trains_on(run, tmp_path):
     main(ReportConfig((later,)))
     page = (later / "report.html").read_text()
     sections = dict(re.findall("<h2>(.*?)</h2>(.*?)</section>", page, re.DOTALL))
-    for title in ("Both views", "Correlation matrix"):
+    for title in ("Originals and both views", "Correlation matrix"):
         assert f"Checkpoint {sha256}, step 21. The results are of another: Checkpoint {old}, step 9." in sections[title]
     for title in ("Map of the features", "Nearest neighbours", "Accuracy of each class"):
         assert f"Checkpoint {old}, step 9." in sections[title] and sha256 not in sections[title]
@@ -201,13 +228,51 @@ def test_curves_of_what_the_trainer_writes(tmp_path):
     lines = ['{"step": 20, "epoch": 1, "loss": 5.0, "lost": null}', '{"step": 40, "epoch": 2, "loss": null, "grad": 2}']
     lines += ['{"step": 60, "epoch": 3, "knn_top1": 44.0}', '{"step": 80, "epo', "[1]", '{"epoch": null, "loss": 1}']
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 100, "epoch": 5, "loss": 3.0}']) + "\n")
-    made = curves(tmp_path)
-    titles = re.findall('class="t" x="2" y="16">(.*?)<', made)
-    assert titles == ["loss", "grad", "kNN top-1, %"] and "last 3<" in made
-    assert "to step 100. Nowhere finite: lost." in made
+    made = training({"run": (tmp_path, None)}, Charts())
+    titles = re.findall("<figcaption><b>(.*?)</b><span><span>(.*?)</span>", made)
+    assert titles == [("loss", "3"), ("kNN top-1, %", "44"), ("grad", "2")]
+    assert re.findall("<h3>(.*?)</h3>", made) == ["Loss", "Accuracy in training", "Other numbers"]
+    assert "Nowhere finite: lost." in made
     (tmp_path / "metrics.jsonl").write_text('{"step": 80, "epo')
     with pytest.raises(UserError, match="has no line"):
-        curves(tmp_path)
+        training({"run": (tmp_path, None)}, Charts())
+
+
+def test_names_in_a_record_are_text(tmp_path):
+    """A metric and a run that are called like a tag, a formula or an underscore; in the file, too."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "<img onerror=x> $a$ \\\\1": 5.0}\n')
+    runs = {"<script>": (tmp_path, None), "_$b$": (tmp_path, None)}
+    made = training(runs, Charts(tmp_path / "charts", "svg"))
+    assert made.count("&lt;img onerror=x&gt; $a$ \\1") == 2 and "<img" not in made and "<script" not in made
+    assert "&lt;script&gt;" in made and "_$b$" in made
+    (file,) = (tmp_path / "charts").iterdir()
+    texts = ["".join(element.itertext()) for element in ElementTree.parse(file).iter() if element.tag.endswith("text")]
+    assert {"<script>", "_$b$", "<img onerror=x> $a$ \\1"} <= set(texts)
+
+
+def test_charts_take_the_colours_of_the_page(tmp_path):
+    """Each is a variable that style.css has in light and in dark; the file of the same chart has the light colour."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "effective_dimensions": 7.04}\n')
+    config = replace(PRESETS["cifar10-demo"], projector="64-32", global_batch=16)
+    made = training({"run": (tmp_path, config)}, Charts(tmp_path, "svg"))
+    assert "7.0 of 32" in made and "at most 15 effective dimensions" in made
+    used = set(re.findall(r"var\(--(\w+)\)", made))
+    light, dark = STYLE.split("@media(prefers-color-scheme:dark)")
+    assert {"c0", "soft", "line", "good"} <= used and all(f"--{c}:#" in light and f"--{c}:#" in dark for c in used)
+    assert not re.search("(?:fill|stroke): #", made), "no colour of its own"
+    assert PALETTE["c0"] in (tmp_path / "effective_dimensions.svg").read_text()
+
+
+def test_a_run_below_the_healthy_values_shows_them(tmp_path):
+    """The axis reaches the band, which begins above the curve."""
+    axes = Figure().add_subplot()
+    draw_curve(axes, [(0.0, 1.1), (1.0, 1.2)], "effective_dimensions")
+    assert axes.get_ylim()[1] > 2 > max(axes.lines[0].get_ydata())
+
+
+def test_charts_as_pdf(tmp_path):
+    matrix(np.eye(4), Charts(tmp_path / "charts", "pdf"))
+    assert (tmp_path / "charts" / "correlation_matrix.pdf").read_bytes().startswith(b"%PDF")
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25])
@@ -305,27 +370,90 @@ def test_an_ablated_run_is_no_barlow_twins(run, tmp_path):
     assert method_of(tmp_path, "other") == "simsiam" and method_of(tmp_path / "none", "other") == "other"
 
 
-def test_ticks_and_thinning():
-    assert nice_ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
-    assert nice_ticks(0.0021, 0.0089) == pytest.approx([0.004, 0.006, 0.008])
-    assert nice_ticks(3, 77) == [20, 40, 60]
-    many = thinned(range(10_001))
-    assert len(many) <= MOST_POINTS + 1 and (many[0], many[-1]) == (0, 10_000)
-    assert thinned([7]) == [7]
+def test_thinning():
+    many = thinned([(i, i) for i in range(10_001)])
+    assert len(many) <= MOST_POINTS + 1 and (many[0], many[-1]) == ((0, 0), (10_000, 10_000))
+    assert thinned([(7, 7)]) == [(7, 7)]
 
 
-def test_line_chart_places_its_points():
-    chart = line_chart("a < b", "epoch", [0, 1, 2], [10.0, float("nan"), 30.0])
-    assert "a &lt; b" in chart and "last 30" in chart
-    (path,) = re.findall('class="l" d="M(.*?)"', chart)
-    assert [[float(x) for x in point.split()] for point in path.split("L")] == [[46, 176], [330, 30]]
-
-
-def test_matrix_picture_is_clear_at_zero():
-    uri = re.search('base64,(.*?)"', matrix_picture(np.array([[1.0, 0.0], [-0.5, 2.0]]), "C"))[1]
+def test_matrix_is_clear_at_zero():
+    """The picture in the chart: blue above 0, orange below, nothing at 0."""
+    uri = re.search('base64,(.*?)"', matrix(np.array([[1.0, 0.0], [-0.5, 2.0]]), Charts()).replace(" ", ""))[1]
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
-    assert pixels[..., 3].tolist() == [[255, 0], [128, 255]]
+    assert pixels.shape == (2, 2, 4) and pixels[..., 3].tolist() == [[255, 0], [127, 255]]
     assert pixels[0, 0, 2] > pixels[0, 0, 0] and pixels[1, 0, 0] > pixels[1, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["--preset", "cifar10-demo", "--epochs", "3", "--without", "grey", "flip", "--lars-clip", "--name", "a b"],
+        ["--global-batch", "300", "--method", "simsiam", "--no-stop-gradient", "--data", "/data/my images"],
+        [
+            "--preset",
+            "cifar10-byol",
+            "--seed",
+            "4",
+            "--lr-weights",
+            "0.5",
+            "--init-from",
+            "/data/x.pth",
+            "--name",
+            "/r/x",
+        ],
+    ],
+)
+def test_the_command_makes_the_run(line):
+    """Parsed again it gives the same configuration, to the last field."""
+    config = resolved(tyro.cli(PretrainConfig, args=line, default=chosen_preset(line)))
+    words = shlex.split(command(config, 1))
+    assert words[:2] == ["torchrun", "train/pretrain.py"]
+    assert resolved(tyro.cli(PretrainConfig, args=words[2:], default=chosen_preset(words[2:]))) == config
+    assert len(words) - 2 <= len(line) + 2, "no flag that nobody gave"
+
+
+def test_what_was_measured(run):
+    made = facts(read_run(run))
+    assert made["Dataset"] == "data: 200 training images in 5 classes, stored at 32 × 32 px"
+    assert made["Projector"].endswith("of 16 dimensions") and made["Batch"] == "128 images"
+    assert made["Network"].startswith(ARCH) and made["Seed"] == "0"
+    assert made["Epochs"] == "1 of 2 so far (9 steps)"
+    assert made["Time"] == f"{9 * 128 / 64:.0f} s of training, 64 images a second"
+    assert "60 validation images in 5 classes" in made["Evaluated on"]
+    config = replace(read_config(run), data=run / "gone" / "train.beton")
+    gone = facts(replace(read_run(run), config=config))["Dataset"]
+    assert gone.startswith("gone (not there now: no train.beton in ")
+
+
+def test_no_images_are_named_that_were_not_trained_on(run, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    info = json.dumps({"features": 96, "dataset_sha256": "ab" * 32})
+    save_file({"x": np.zeros(1)}, copied / "backbone.safetensors", {"backbone": info})
+    made = facts(read_run(copied))
+    assert made["Dataset"] == "data (its folder holds other images now than those that were trained on)"
+    assert made["Network"] == f"{ARCH}, 96 features"
+
+
+def test_two_runs_side_by_side(run, tmp_path, monkeypatch):
+    """Settings that differ stand out, equal ones are said once; curves share a chart; the title names both."""
+    monkeypatch.setattr(report, "of_correlation", lambda *_: [])
+    monkeypatch.setattr(report, "of_kept_features", lambda *_: [])
+    other = tmp_path / "other" / run.name
+    shutil.copytree(run, other)
+    plain = json.loads((run / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(plain | {"lambd": 0.5, "seed": 7}))
+    main(ReportConfig((run, other)))
+    page = (other / "report.html").read_text()
+    first, last = f"{run.parent.name}/a &amp; b", "other/a &amp; b"
+    assert f"<h1>{first} and {last}</h1>" in page, "equal names are told apart"
+    assert f'class=ours><th>Seed</th><td data-of="{first}">0</td><td data-of="{last}">7</td>' in page
+    assert "<th>Batch</th><td colspan=2>128 images</td>" in page
+    assert page.count("<h3>Other settings that differ</h3>") == 1 and ">0.5</td>" in page
+    loss = re.search("<b>loss</b>(.*?)</svg>", page, re.DOTALL)[1]
+    assert "var(--c0)" in loss and "var(--c1)" in loss
+    needs_nothing_else(page)
+    assert not (run / "report.html").exists() or (run / "report.html").read_text() != page
 
 
 def test_differences_are_coloured_by_their_sign():

@@ -1,10 +1,18 @@
 """The table of results."""
 
+import csv
+import io
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 
+from eval import protocols
+from eval.protocols import Protocol
 from eval.report import ReportConfig, main
+from eval.reporting.comparison import comparisons
 from pipeline.disk import append_line
 from pipeline.errors import UserError
 
@@ -70,7 +78,7 @@ def test_the_table(runs, capsys):
         "| untrained encoder (resnet18, cifar10) | 25.00 | – | 50.00 |",
         "| encoder of ours (resnet18, cifar10) | 51.25 | 60.00 | 71.50 |",
     ]
-    assert (runs[1] / "report.md").read_text().startswith(printed)
+    assert printed in (runs[1] / "report.md").read_text()
     assert not (runs[0] / "report.md").exists()
 
 
@@ -137,6 +145,112 @@ def test_runs_without_results(tmp_path, runs, capsys):
     (tmp_path / "empty" / "results.jsonl").write_text("")
     with pytest.raises(UserError, match="no result in .*empty; measure this run first"):
         main(ReportConfig((tmp_path / "empty",)))
-    add(tmp_path / "other", "svm-voc07", 80.0)
+    add(tmp_path / "other", "of-my-own", 80.0)
     main(ReportConfig((tmp_path / "other",)))
-    assert "No kNN, linear or semi-supervised result yet." in capsys.readouterr().out
+    assert "No result for a table yet." in capsys.readouterr().out
+    for flag in ({"csv": True}, {"latex": True}):
+        with pytest.raises(UserError, match="no result for a table yet; `python eval/knn.py` measures the first"):
+            main(ReportConfig((tmp_path / "other",), **flag))
+
+
+def test_every_kind_of_evaluation_has_a_column(tmp_path, capsys):
+    run = tmp_path / "ours"
+    ours = [p for p in vars(protocols).values() if isinstance(p, Protocol)]
+    ours += [*protocols.TRANSFER.values(), *protocols.DETECTION.values()]
+    for protocol in ours:
+        fraction = None if protocol.name.startswith("detection") else 0.1 if protocol.name == "semisup-bt" else 1.0
+        add(run, protocol.name, 50.0, fraction=fraction)
+    main(ReportConfig((run,)))
+    head = capsys.readouterr().out.splitlines()[0]
+    assert head.count("|") == 2 + 7, head
+
+
+def test_what_two_runs_differ_by(runs, capsys):
+    """Only numbers that may be compared: the same protocol, settings and images. Raw pixels are nobody's."""
+    main(ReportConfig(tuple(runs)))
+    assert "| ours minus untrained | +26.25 | – | +21.50 |" in capsys.readouterr().out
+    add(runs[1], "knn-mmselfsup", 60.0, dataset_sha256={"train": "a"})
+    add(runs[1], "semisup-bt-modified", 60.0, fraction=0.1, changed={"epochs": 10})
+    main(ReportConfig(tuple(runs)))
+    assert "| ours minus untrained | +26.25 | – | – |" in capsys.readouterr().out
+
+
+def test_a_sentence_where_controls_are_ahead(runs, capsys):
+    main(ReportConfig(tuple(runs)))
+    assert "Controls do as well" not in capsys.readouterr().out
+    add(runs[1], "linear-cached", 43.0, "raw pixels", arch="pixels", changed={"epochs": 90})  # of another training
+    add(runs[1], "knn-mmselfsup", 51.25, "raw pixels", arch="pixels", resolution_px=16, changed={"resolution_px": 16})
+    add(runs[0], "semisup-bt", 80.0, "untrained", fraction=0.1)
+    main(ReportConfig(tuple(runs)))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "Controls do as well or better: kNN top-1 of raw pixels (cifar10; 16 px) is 51.25, of encoder of ours "
+        "(resnet18, cifar10) 51.25; 10 % semi-supervised top-1 of untrained encoder (resnet18, cifar10) is 80.00, of "
+        "encoder of ours (resnet18, cifar10) 71.50."
+    )
+    assert (runs[1] / "report.html").read_text().count('<p class="ahead">Controls do as well') == 1
+
+
+def test_csv(runs, capsys):
+    add(runs[1], "linear-bt-modified", 62.0, changed={"epochs": 10}, dataset='c"i,f\nar')
+    main(ReportConfig(tuple(runs), csv=True))
+    head, *body = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert head == [
+        *("encoder", "kNN top-1 (knn-mmselfsup)", "linear top-1 (linear-bt-modified)"),
+        *("linear top-1 (linear-cached)", "10 % semi-supervised top-1 (semisup-bt)"),
+    ]
+    assert {len(row) for row in body} == {5}
+    assert body[1] == ["untrained encoder (resnet18, cifar10)", "25.00", "", "", "50.00"]
+    assert body[2] == ['encoder of ours (resnet18, c"i,f\nar)', "51.25", "62.00", "", "71.50"]
+
+
+def test_latex(runs, capsys, tmp_path):
+    """Every row has as many cells as columns, and LaTeX, where it is installed, takes it."""
+    name = r"a_b & 5% #1 $x$ {y} \z ~ ^"
+    hostile = tmp_path / name
+    add(hostile, "knn-mmselfsup", 51.25)
+    add(hostile, "linear-bt-modified", 62.0, changed={"epochs": 10})
+    add(hostile, "linear-cached", 41.5, "raw pixels")
+    main(ReportConfig((runs[0], hostile), latex=True))
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert text.startswith("\\begin{tabular}{lrrr}\n\\hline\n") and len(rows) == 5
+    assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {3}
+    assert r"62.00 \texttt{linear-bt-modified}" in text and r"10 \% semi-supervised" in text
+    if shutil.which("pdflatex"):
+        whole = "\\documentclass{article}\\begin{document}\n" + text + "\n\\end{document}\n"
+        (tmp_path / "table.tex").write_text(whole)
+        command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "table.tex"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+
+
+def test_one_form_at_a_time(runs):
+    with pytest.raises(UserError, match="--csv and --latex are two forms of the one table; give one of them"):
+        main(ReportConfig(tuple(runs), csv=True, latex=True))
+    assert not (runs[1] / "report.md").exists()
+
+
+def test_only_tables_with_ours_are_open(tmp_path):
+    """Outside of <details> every published table has a number of ours; the others are in there, on page and in .md."""
+    run = tmp_path / "ours"
+    add(run, "linear-cached", 60.0)
+    main(ReportConfig((run,), method="barlow_twins"))
+    page, text = ((run / f"report.{kind}").read_text() for kind in ("html", "md"))
+    published = {name for name in comparisons([])}
+    for document, heading, ours in ((page, "<h3>(.*?)</h3>", "class=ours"), (text, "### (.*)", "60.00")):
+        opened, folded = document.split("<details>")
+        folded = folded.split("</details>")[0]
+        shown = [name for name in re.findall(heading, opened) if name in published]
+        assert shown == ["CIFAR-10, ResNet-18"] and {*shown, *re.findall(heading, folded)} == published
+        assert all(ours in part for part in re.split(heading, opened)[2::2]) and ours not in folded
+
+
+def test_names_of_results_are_text(tmp_path):
+    run = tmp_path / "<b>|x"
+    evil = "<script>alert(1)</script>"
+    add(run, f"knn{evil}", 50.0, dataset=evil, arch=evil, metric=evil, split=evil, changed={evil: evil})
+    main(ReportConfig((run,)))
+    page = (run / "report.html").read_text()
+    assert "<script" not in page and "<b>|" not in page and page.count("&lt;script&gt;") > 4
+    rows = [line for line in (run / "report.md").read_text().splitlines() if "50.00" in line]
+    assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)

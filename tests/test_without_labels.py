@@ -58,8 +58,9 @@ def test_pretraining_without_labels(unlabelled, tmp_path, capsys):
 
     report(ReportConfig(runs=(tmp_path / "with",)))
     page = (tmp_path / "with" / "report.html").read_text()
-    assert "no result yet" in page and "Correlation matrix" in page and "Both views" in page
-    assert "learning rate, weights" in page and (tmp_path / "with" / "report.md").is_file()
+    assert "no result for a table yet" in page and "Correlation matrix" in page and "both views" in page
+    assert "50 training images without labels" in page
+    assert "learning rate of the weights" in page and (tmp_path / "with" / "report.md").is_file()
 
 
 def test_a_preview_without_labels(unlabelled, tmp_path, capsys):

@@ -62,7 +62,7 @@ GROUPS: dict[str, dict[str, Quantity]] = {
         "substituted_images": Quantity("images that stand in for damaged ones", "0", (0.0, 0.0)),
     },
     "Speed": {
-        "images_per_s": Quantity("images a second", "even"),
+        "images_per_s": Quantity("images a second", "steady"),
         "data_wait_share": Quantity("waiting for data, % of the time", "under 5", (0.0, 5.0), 100),
     },
 }
@@ -112,7 +112,7 @@ def draw_curve(axes: "Axes", points: Points, name: str, colour: str | None = Non
     axes.grid(True)
     band = QUANTITIES.get(name, Quantity(name)).band
     if band:
-        axes.axhline(band[0], alpha=0)  # widens the axis to it, so that a run far below shows as that
+        axes.axhline(band[0], color="none")  # widens the axis to it, so that a run far below shows as that
         low, high = axes.get_ylim()
         axes.axhspan(band[0], min(band[1], high), color="#1a7437", alpha=0.1, linewidth=0)
         axes.set_ylim(low, high)

@@ -159,7 +159,7 @@ def scatter(places: np.ndarray, labels: np.ndarray, names: Sequence[str], charts
             axes.plot(*places[labels == i].T, "o", markersize=4.5, markeredgewidth=0, color=SERIES[i])
         axes.set_axis_off()
 
-    return charts.show("feature_map", draw, title="map of the features", legend=names, size_px=(520, 420))
+    return charts.show("feature_map", draw, title="map of the features", legend=names, size_px=(460, 380))
 
 
 def matrix(values: np.ndarray, charts: Charts) -> Markup:
@@ -177,4 +177,4 @@ def matrix(values: np.ndarray, charts: Charts) -> Markup:
         if scale.solids is not None:
             scale.solids.set(rasterized=True, edgecolor="none")
 
-    return charts.show("correlation_matrix", draw, title="cross-correlation matrix", size_px=(460, 390))
+    return charts.show("correlation_matrix", draw, title="cross-correlation matrix", size_px=(380, 320))

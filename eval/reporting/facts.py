@@ -29,6 +29,20 @@ from train.runlog import METRICS
 
 # Of a command: named apart, or decided by the device where they are not given.
 NO_FLAGS = {"preset", "run", "data", "method", "compile", "cuda_graph", "views_together", "activations"}
+# Settings that the facts say in words.
+IN_FACTS = {
+    "method",
+    "fraction",
+    "arch",
+    "stem",
+    "projector",
+    "predictor",
+    "resolution",
+    "resolution_schedule",
+    "views",
+}
+IN_FACTS |= {"without", "epochs", "global_batch", "lr_weights", "lr_biases", "warmup_epochs"}
+IN_FACTS |= {"paper_world_size", "weight_decay", "init_from", "seed", "amp"}
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ def config_from(plain: dict) -> PretrainConfig:
     if "loss" not in plain:  # from before the ablations, when every method's configuration had SimSiam's flag set
         known -= {"stop_gradient"}
     plain = {name: value for name, value in plain.items() if name in known}
-    paths = {name: Path(plain[name]) for name in ("data", "init_from") if plain.get(name)}
+    paths = {"data": Path(plain["data"]), "init_from": Path(plain["init_from"]) if plain.get("init_from") else None}
     return PretrainConfig(**plain | paths | {"without": tuple(plain.get("without", ()))})
 
 
@@ -240,8 +254,8 @@ def fact_rows(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def other_settings(runs: list[Run]) -> dict[str, list[str]]:
-    """Settings that decide the weights and that the runs do not share, by flag; a row has one value a run."""
+    """What else decides the weights and is not the same for all runs, by flag; a row has one value a run."""
     plain = [recipe(as_plain(run.config)) if run.config else {} for run in runs]
-    names = dict.fromkeys(name for settings in plain for name in settings)
+    names = dict.fromkeys(name for settings in plain for name in settings if name not in IN_FACTS)
     values = {name: [str(settings.get(name, "–")) for settings in plain] for name in names}
     return {f"--{name.replace('_', '-')}": row for name, row in values.items() if len(set(row)) > 1}

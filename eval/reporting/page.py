@@ -25,7 +25,7 @@ PIXELATED_BELOW_PX = 65  # smaller pictures are enlarged pixel by pixel, so that
 
 def with_code(text: str) -> Markup:
     """Text as HTML, `marked` parts as code."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text)))
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # str: Markup would escape the tags
 
 
 _TEMPLATES = jinja2.Environment(

@@ -135,13 +135,13 @@ def controls_ahead(rows: Rows) -> str:
         for column, ours in cells.items():
             others = [(other, row[column]) for other, row in rows.items() if column in row and row is not cells]
             ahead += [
-                f"{other} at {column} ({control['value']:.2f} against {ours['value']:.2f} of {title})"
+                f"{column} of {other} is {control['value']:.2f}, of {title} {ours['value']:.2f}"
                 for other, control in others
                 if ours["encoder"] == "trained" != control["encoder"]
                 and alike(ours, control)
                 and control["value"] >= ours["value"]
             ]
-    return f"Not better than its control: {'; '.join(ahead)}." if ahead else ""
+    return f"Controls do as well or better: {'; '.join(ahead)}." if ahead else ""
 
 
 def alike(one: dict, other: dict) -> bool:
@@ -161,16 +161,16 @@ def difference(rows: Rows, first: str, last: str) -> list[str]:
     """A row of the table: what the run `last` has more than the run `first`, where the numbers may be compared."""
     texts = [f"{last} minus {first}"]
     for column in table_columns(rows):
-        a, b = (of_run(rows, column, run) for run in (first, last))
-        texts.append(f"{b['value'] - a['value']:+.2f}" if a and b and alike(a, b) else "–")
+        pairs = [(a, b) for a in of_run(rows, column, first) for b in of_run(rows, column, last) if alike(a, b)]
+        a, b = max(pairs, key=lambda pair: (pair[1]["time"], pair[0]["time"]), default=(None, None))
+        texts.append(f"{b['value'] - a['value']:+.2f}" if a and b else "–")
     return texts
 
 
-def of_run(rows: Rows, column: str, run: str) -> dict | None:
-    """The newest number of a run's own encoder in a column; a control of raw pixels is not it."""
+def of_run(rows: Rows, column: str, run: str) -> list[dict]:
+    """A column's numbers of a run's own encoders; a control of raw pixels is none."""
     cells = [row[column] for row in rows.values() if column in row]
-    own = [cell for cell in cells if cell["run"] == run and cell["encoder"] != "raw pixels"]
-    return max(own, key=lambda cell: cell["time"], default=None)
+    return [cell for cell in cells if cell["run"] == run and cell["encoder"] != "raw pixels"]
 
 
 def summary_markdown(rows: Rows, compared: list[str]) -> str:

@@ -1,23 +1,17 @@
 """The page about a run: its parts against independent computations, and that it needs nothing outside itself."""
 
-import base64
 import hashlib
 import io
 import json
 import re
-import shlex
 import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
-import tyro
-from matplotlib.figure import Figure
-from PIL import Image
 from safetensors.numpy import save_file
 
 from eval import report
@@ -25,11 +19,9 @@ from eval.knn import KnnConfig
 from eval.knn import main as knn
 from eval.report import ReportConfig, main, read_runs
 from eval.reporting import correlation, neighbours
-from eval.reporting.charts import PALETTE, Charts, matrix, training
 from eval.reporting.correlation import correlate, load_method
-from eval.reporting.facts import command, facts, method_of, read_config
+from eval.reporting.facts import facts, method_of, read_config
 from eval.reporting.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
-from eval.reporting.page import PARTS, STYLE
 from eval.subject import read_results
 from pipeline.choices.draws import draw_views
 from pipeline.choices.order import shuffled_batches
@@ -44,9 +36,7 @@ from tests.evaluation import ARCH, write_dataset, write_run, write_split
 from train.cards import PRESETS
 from train.checkpoint import newest_or_refuse, save_checkpoint
 from train.config import PretrainConfig, as_plain
-from train.curves import MOST_POINTS, draw_curve, thinned
 from train.distributed import Ranks
-from train.flags import chosen_preset, resolved
 from train.methods.choose import make_method, view_table
 from train.model import make_backbone
 from train.run_data import loader_config
@@ -223,58 +213,6 @@ def test_a_page_where_nothing_can_be_shown_as_it_is(run, tmp_path, monkeypatch):
     assert page.endswith("</html>\n") and "<h1>rün</h1>" in page and "class_\ufffd" in page
 
 
-def test_curves_of_what_the_trainer_writes(tmp_path):
-    """null where fp16 skipped a step, other names in other lines, a torn line, and what is no line of the trainer's."""
-    lines = ['{"step": 20, "epoch": 1, "loss": 5.0, "lost": null}', '{"step": 40, "epoch": 2, "loss": null, "grad": 2}']
-    lines += ['{"step": 60, "epoch": 3, "knn_top1": 44.0}', '{"step": 80, "epo', "[1]", '{"epoch": null, "loss": 1}']
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 100, "epoch": 5, "loss": 3.0}']) + "\n")
-    made = training({"run": (tmp_path, None)}, Charts())
-    titles = re.findall("<figcaption><b>(.*?)</b><span><span>(.*?)</span>", made)
-    assert titles == [("loss", "3"), ("kNN top-1, %", "44"), ("grad", "2")]
-    assert re.findall("<h3>(.*?)</h3>", made) == ["Loss", "Accuracy in training", "Other numbers"]
-    assert "Nowhere finite: lost." in made
-    (tmp_path / "metrics.jsonl").write_text('{"step": 80, "epo')
-    with pytest.raises(UserError, match="has no line"):
-        training({"run": (tmp_path, None)}, Charts())
-
-
-def test_names_in_a_record_are_text(tmp_path):
-    """A metric and a run that are called like a tag, a formula or an underscore; in the file, too."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "<img onerror=x> $a$ \\\\1": 5.0}\n')
-    runs = {"<script>": (tmp_path, None), "_$b$": (tmp_path, None)}
-    made = training(runs, Charts(tmp_path / "charts", "svg"))
-    assert made.count("&lt;img onerror=x&gt; $a$ \\1") == 2 and "<img" not in made and "<script" not in made
-    assert "&lt;script&gt;" in made and "_$b$" in made
-    (file,) = (tmp_path / "charts").iterdir()
-    texts = ["".join(element.itertext()) for element in ElementTree.parse(file).iter() if element.tag.endswith("text")]
-    assert {"<script>", "_$b$", "<img onerror=x> $a$ \\1"} <= set(texts)
-
-
-def test_charts_take_the_colours_of_the_page(tmp_path):
-    """Each is a variable that style.css has in light and in dark; the file of the same chart has the light colour."""
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "effective_dimensions": 7.04}\n')
-    config = replace(PRESETS["cifar10-demo"], projector="64-32", global_batch=16)
-    made = training({"run": (tmp_path, config)}, Charts(tmp_path, "svg"))
-    assert "7.0 of 32" in made and "at most 15 effective dimensions" in made
-    used = set(re.findall(r"var\(--(\w+)\)", made))
-    light, dark = STYLE.split("@media(prefers-color-scheme:dark)")
-    assert {"c0", "soft", "line", "good"} <= used and all(f"--{c}:#" in light and f"--{c}:#" in dark for c in used)
-    assert not re.search("(?:fill|stroke): #", made), "no colour of its own"
-    assert PALETTE["c0"] in (tmp_path / "effective_dimensions.svg").read_text()
-
-
-def test_a_run_below_the_healthy_values_shows_them(tmp_path):
-    """The axis reaches the band, which begins above the curve."""
-    axes = Figure().add_subplot()
-    draw_curve(axes, [(0.0, 1.1), (1.0, 1.2)], "effective_dimensions")
-    assert axes.get_ylim()[1] > 2 > max(axes.lines[0].get_ydata())
-
-
-def test_charts_as_pdf(tmp_path):
-    matrix(np.eye(4), Charts(tmp_path / "charts", "pdf"))
-    assert (tmp_path / "charts" / "correlation_matrix.pdf").read_bytes().startswith(b"%PDF")
-
-
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_a_collapsed_encoder_has_no_map_and_no_neighbours(run, value):
     """t-SNE of equal features ended the process with SIGSEGV."""
@@ -370,48 +308,6 @@ def test_an_ablated_run_is_no_barlow_twins(run, tmp_path):
     assert method_of(tmp_path, "other") == "simsiam" and method_of(tmp_path / "none", "other") == "other"
 
 
-def test_thinning():
-    many = thinned([(i, i) for i in range(10_001)])
-    assert len(many) <= MOST_POINTS + 1 and (many[0], many[-1]) == ((0, 0), (10_000, 10_000))
-    assert thinned([(7, 7)]) == [(7, 7)]
-
-
-def test_matrix_is_clear_at_zero():
-    """The picture in the chart: blue above 0, orange below, nothing at 0."""
-    uri = re.search('base64,(.*?)"', matrix(np.array([[1.0, 0.0], [-0.5, 2.0]]), Charts()).replace(" ", ""))[1]
-    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
-    assert pixels.shape == (2, 2, 4) and pixels[..., 3].tolist() == [[255, 0], [127, 255]]
-    assert pixels[0, 0, 2] > pixels[0, 0, 0] and pixels[1, 0, 0] > pixels[1, 0, 2]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        ["--preset", "cifar10-demo", "--epochs", "3", "--without", "grey", "flip", "--lars-clip", "--name", "a b"],
-        ["--global-batch", "300", "--method", "simsiam", "--no-stop-gradient", "--data", "/data/my images"],
-        [
-            "--preset",
-            "cifar10-byol",
-            "--seed",
-            "4",
-            "--lr-weights",
-            "0.5",
-            "--init-from",
-            "/data/x.pth",
-            "--name",
-            "/r/x",
-        ],
-    ],
-)
-def test_the_command_makes_the_run(line):
-    """Parsed again it gives the same configuration, to the last field."""
-    config = resolved(tyro.cli(PretrainConfig, args=line, default=chosen_preset(line)))
-    words = shlex.split(command(config, 1))
-    assert words[:2] == ["torchrun", "train/pretrain.py"]
-    assert resolved(tyro.cli(PretrainConfig, args=words[2:], default=chosen_preset(words[2:]))) == config
-    assert len(words) - 2 <= len(line) + 2, "no flag that nobody gave"
-
-
 def test_what_was_measured(run):
     made = facts(read_run(run))
     assert made["Dataset"] == "data: 200 training images in 5 classes, stored at 32 × 32 px"
@@ -454,10 +350,3 @@ def test_two_runs_side_by_side(run, tmp_path, monkeypatch):
     assert "var(--c0)" in loss and "var(--c1)" in loss
     needs_nothing_else(page)
     assert not (run / "report.html").exists() or (run / "report.html").read_text() != page
-
-
-def test_differences_are_coloured_by_their_sign():
-    coloured = PARTS.difference
-    assert coloured("+1.00 / +0.20") == '<span class="plus">+1.00 / +0.20</span>'
-    assert coloured("-1.00") == '<span class="minus">−1.00</span>'
-    assert coloured("-1.00 / +0.20") == '<span class="">−1.00 / +0.20</span>' and coloured("") == "–"

@@ -112,7 +112,8 @@ def draw_curve(axes: "Axes", points: Points, name: str, colour: str | None = Non
     axes.grid(True)
     band = QUANTITIES.get(name, Quantity(name)).band
     if band:
-        axes.axhline(band[0], color="none")  # widens the axis to it, so that a run far below shows as that
+        axes.update_datalim([(points[0][0], band[0])])  # the axis reaches it, so that a run far below shows as that
+        axes.autoscale_view()
         low, high = axes.get_ylim()
         axes.axhspan(band[0], min(band[1], high), color="#1a7437", alpha=0.1, linewidth=0)
         axes.set_ylim(low, high)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
+from tests.support import REPO, lend_kernels
+
 IMAGES_PER_CLASS = {"train": 16, "val": 4}
 CLASSES = 4
 
@@ -24,6 +25,7 @@ def checkout(tmp_path_factory, shared_data) -> Path:
     code = root / "checkout"
     for name in ("pipeline", "train", "eval", "scripts"):
         shutil.copytree(REPO / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    lend_kernels(code)
     (code / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
     (code / "inside").mkdir()
     taken: dict[tuple[str, str], int] = {}

@@ -32,6 +32,7 @@ METHODS = "tests/test_compare.py::test_every_method_with_every_seed"
 ABLATIONS = "tests/test_compare.py::test_every_ablation_is_one_that_can_be_trained"
 GPU_REPORT = "tests/test_gpu_report.py::test_the_command"
 BENCH = "python scripts/bench"
+SMALL_RUN = SMALL.replace("resnet18", "resnet10_narrow")
 SMALL_BENCH = "--bank 500 --queries 300 --epochs 2 --repeats 2 --dimensions 16 --workers 1"
 
 COMMANDS: dict[str, Small | str] = {
@@ -53,7 +54,7 @@ COMMANDS: dict[str, Small | str] = {
     "torchrun train/pretrain.py": WALK,
     "python eval/semisup.py --fraction 0.01": WALK,
     "python pipeline/convert.py --source WHAT --out data/mine": Small({"WHAT": "$IMAGENET"}, "--workers 1"),
-    "python train/pretrain.py": Small({}, f"--data data/mine {SMALL} --name one"),
+    "python train/pretrain.py": Small({}, f"--data data/mine {SMALL_RUN} --name one"),
     "python eval/extract.py --checkpoint FILE --images WHAT --to features.safetensors": Small(
         {"FILE": "runs/one", "WHAT": "$IMAGENET/val"}, "--workers 1 && test -s features.safetensors.tsv"
     ),

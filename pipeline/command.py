@@ -9,9 +9,11 @@ import tyro
 
 from pipeline.errors import UserError
 
-REPO = Path(__file__).resolve().parents[1]
-DATA = REPO / "data"
-RUNS = REPO / "runs"
+REPO = Path(__file__).resolve().parents[1]  # the code's folder: a checkout, or where the wheel was installed
+_INSTALLED = any(REPO.glob("barlow_at_speed-*.dist-info"))  # beside the code only if it was unpacked from the wheel
+_HOME = Path.cwd() if _INSTALLED else REPO
+DATA = _HOME / "data"
+RUNS = _HOME / "runs"
 
 
 def run_command(config_type: type, main: Callable, default=None) -> None:

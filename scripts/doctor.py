@@ -1,5 +1,6 @@
 """Says what bounds the training on this machine, and which flag to change.
 
+    python scripts/doctor.py      names the machine and the versions, for a report of a fault
     python scripts/doctor.py --data data/imagenet [--arch resnet50] [--resolution 224] [--seconds 2]
 
 Each stage runs alone on real images of the dataset, the CPU's on one core:
@@ -15,6 +16,7 @@ The answer assumes that cores add up and that stages overlap, as they do in the 
 
 import math
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from bench.measure import GB, seconds_of
+from bench.measure import GB, machine, seconds_of
 
 from pipeline.choices.draws import draw_views
 from pipeline.command import run_command
@@ -36,6 +38,7 @@ from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.flags import resolved
 from train.run_data import train_beton
+from train.runlog import PACKAGES, installed_version
 from train.update import make_update
 
 CHUNK = 32  # images a call of a stage gets
@@ -46,8 +49,8 @@ CROPS = (ViewSpec(p_jitter=0, p_grey=0), ViewSpec(p_jitter=0, p_grey=0))
 class DoctorConfig:
     """What to look at."""
 
-    data: Path
-    """A folder with train.beton, or a .beton file: the --data of train/pretrain.py."""
+    data: Path | None = None
+    """A folder with train.beton, or a .beton file: the --data of train/pretrain.py. Without it nothing is measured."""
     arch: str = "resnet50"
     """The network of the train stage."""
     projector: str = "8192-8192-8192"
@@ -285,9 +288,14 @@ def this_machine(path: Path) -> Machine:
 
 
 def main(config: DoctorConfig) -> None:
-    """Measures, and prints the times and the answer."""
+    """Names the machine; with a dataset also measures, and prints the times and the answer."""
     if config.seconds <= 0 or config.rank_batch < 2 or config.resolution < 1:
         raise UserError("--seconds must be above 0, --rank-batch at least 2, --resolution at least 1")
+    # No names of hosts, users or folders: people put this into public reports.
+    here = machine(*filter(installed_version, ("barlow-at-speed", *PACKAGES)))
+    print(f"{here}, PyTorch for CUDA {torch.version.cuda}, {platform.platform()}", flush=True)
+    if config.data is None:
+        return print("Give --data FOLDER to measure what bounds the training on this machine.")
     beton = open_beton(train_beton(config.data.expanduser().resolve()))
     stages = Stages(beton, config)
     times = measure(stages, config.seconds)

@@ -15,7 +15,7 @@ if not Path("/dev/nvidiactl").exists():
 # Files whose tests take a minute or more, the longest first.
 LONGEST = """test_machine_code test_torchrun test_promised_commands test_learns test_gpu_report test_bench_step
 test_detection test_bench_loader test_world_size test_resume test_methods_run test_loader_gpu test_null_cuda
-test_eval_all""".split()
+test_readmes test_wheel test_eval_all""".split()
 
 
 @pytest.fixture(scope="session")

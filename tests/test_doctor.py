@@ -1,10 +1,13 @@
 """The doctor: a stage made slow is the one it names, and its arithmetic on made-up machines."""
 
 import importlib.util
+import platform
+import re
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -132,3 +135,15 @@ def test_the_command(small_beton):
         assert word in done.stdout
     wrong = subprocess.run([*command, "--seconds", "0"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "error:" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_what_a_report_of_a_fault_needs(tmp_path):
+    """Versions by pip's own account of them; not whose machine it is, nor where anything lies."""
+    command = [sys.executable, REPO / "scripts" / "doctor.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for package in ("torch", "numba", "pillow", "barlow-at-speed"):
+        assert f"{package} {version(package)}," in done.stdout
+    assert not {platform.node(), str(REPO), str(Path.home()), str(tmp_path)} & set(re.split("[ ,\n]", done.stdout))
+    assert "--data FOLDER" in done.stdout and "What bounds" not in done.stdout

@@ -24,8 +24,8 @@ python=${PYTHON:-}
 for candidate in .venv/bin/python python3 python3.13 python3.12 python3.11; do
   [[ -z $python ]] && "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && python=$candidate
 done
-"${python:=python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || fail "$python is $("$python" \
-  --version 2>&1 || echo missing), Python 3.11 or newer is expected; set PYTHON=/path/to/python3.11 (conda and uv bring one without root)"
+"${python:=python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || fail "$python is $({ "$python" \
+  --version || echo missing; } 2>/dev/null), Python 3.11 or newer is expected; set PYTHON=/path/to/python3.11 (conda and uv bring one without root)"
 
 may_apt() { command -v apt-get >/dev/null && { [[ $EUID -eq 0 ]] || sudo -n true 2>/dev/null; }; }
 apt_install() {

@@ -105,7 +105,7 @@ def _gives_our_pixels(lib: ctypes.CDLL) -> bool:
     handle = lib.tjInitDecompress()
     lib.tjDecompress2(handle, data, len(data), pixels.ctypes.data, 32, 0, 32, RGB, STRICT)
     lib.tjDestroy(handle)
-    return (zlib.crc32(data), zlib.crc32(pixels)) == _CHECKSUMS
+    return (zlib.crc32(data), zlib.crc32(pixels.tobytes())) == _CHECKSUMS
 
 
 @functools.cache

@@ -58,6 +58,10 @@ def cache_folder() -> str:
 
 
 _FOLDER = cache_folder()
+# Triton and matplotlib keep what they make at home. Where nobody may write there, the one stops and the other warns.
+if not os.access(os.path.expanduser("~"), os.W_OK):
+    for _variable in ("TRITON_CACHE_DIR", "MPLCONFIGDIR"):
+        os.environ.setdefault(_variable, f"{_FOLDER}/{_variable}")
 
 
 def compiled(**options):

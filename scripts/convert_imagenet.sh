@@ -20,6 +20,5 @@ if [[ -z "${IMAGENET:-}" ]]; then
   echo "error: IMAGENET is not set; set it to the folder that has ImageNet's train/ and val/ (or its tar files), for example: IMAGENET=/data/imagenet bash scripts/convert_imagenet.sh" >&2
   exit 2
 fi
-python=$repo/.venv/bin/python
-[[ -x $python ]] || python=python3
-exec "$python" "$repo/pipeline/convert.py" --source "$IMAGENET" --out "$repo/data/imagenet" --check full "$@"
+[[ -x $repo/.venv/bin/python ]] || { echo "error: .venv is missing; run: bash scripts/setup.sh" >&2; exit 2; }
+exec "$repo/.venv/bin/python" "$repo/pipeline/convert.py" --source "$IMAGENET" --out "$repo/data/imagenet" --check full "$@"

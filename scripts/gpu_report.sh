@@ -7,4 +7,6 @@
 # interpreter than .venv's. --dry-run: toy size, on the CPU.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec env PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "${PYTHON:-.venv/bin/python}" scripts/bench/gpu_report.py "$@"
+python=${PYTHON:-.venv/bin/python}
+command -v "$python" >/dev/null || { echo "error: $python is missing; run: bash scripts/setup.sh" >&2; exit 2; }
+exec env PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" "$python" scripts/bench/gpu_report.py "$@"

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Sets up like the demo, with NVIDIA DALI, checks style and types, and runs the tests.
+# Sets up like the demo, with NVIDIA DALI and, where this user may install packages, FFCV; checks style and types, and
+# runs the tests.
 #   usage: bash scripts/test.sh [--fast] [pytest arguments ...]      --fast leaves out the tests marked slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash scripts/setup.sh --dali
+ffcv=(); if [[ $EUID -eq 0 ]] || sudo -n true 2>/dev/null; then ffcv=(--ffcv); fi
+bash scripts/setup.sh --dali ${ffcv[@]+"${ffcv[@]}"}
 
 marks=""
 if [[ "${1:-}" == --fast ]]; then marks="not slow"; shift; fi

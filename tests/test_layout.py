@@ -1,6 +1,9 @@
 """The layout's rules: imports flow one way, and no file hides a module when a script beside it runs."""
 
 import ast
+import functools
+import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
@@ -35,6 +38,7 @@ ENTRIES = {"pipeline.convert", "pipeline.preview", "train.pretrain"} | {
 PACKAGES = ("pipeline", "train", "eval")
 
 
+@functools.cache
 def _modules() -> dict[str, Path]:
     files = [p for package in PACKAGES for p in sorted((REPO / package).rglob("*.py")) if p.name != "__init__.py"]
     return {".".join(p.relative_to(REPO).with_suffix("").parts): p for p in files}
@@ -85,6 +89,29 @@ def test_no_file_shadows_a_module():
     assert {REPO / package for package in (*PACKAGES, "scripts")} <= folders
     files = [p for folder in folders for p in folder.glob("*.py")]
     assert [str(p) for p in files if p.stem in taken] == []
+
+
+def _names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w.-]+", requirement)[0].lower() for requirement in requirements}
+
+
+def test_every_import_is_declared():
+    """What is imported where a file begins is a dependency; what a function imports may be an extra."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    needed = _names(project["dependencies"])
+    extras = _names([name for names in project["optional-dependencies"].values() for name in names])
+    distributions, wrong = importlib.metadata.packages_distributions(), set()
+    ours = {path.stem for path in (REPO / "scripts").rglob("*.py")} | {*PACKAGES, "bench"} | sys.stdlib_module_names
+    for path in [path for folder in (*PACKAGES, "scripts") for path in (REPO / folder).rglob("*.py")]:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for module in {name.split(".")[0] for name in modules} - ours:
+                given = {name.lower() for name in distributions.get(module, [module])}
+                if not given & (needed if node in tree.body else needed | extras):
+                    wrong.add(f"{path.relative_to(REPO)} imports {module}")
+    assert sorted(wrong) == []
 
 
 def test_every_file_is_in_the_wheel():

@@ -5,11 +5,17 @@ same code for a warning as for a fatal fault that follows one, and there most of
 
 Each call makes its own decompressor (4 µs): after some faults in one image (a bogus Huffman table) libjpeg-turbo
 2.1 refuses every later image on the same one.
+
+Whichever library is found, the pixels are the same: one that encodes or decodes a small image otherwise is passed over.
 """
 
+import contextlib
 import ctypes
-import ctypes.util
 import functools
+import os
+import sys
+import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +28,8 @@ STRICT = 8192 | 32768
 _NO_REALLOC, _ACCURATE_DCT = 1024, 4096  # TJFLAG_NOREALLOC, TJFLAG_ACCURATEDCT
 _SPACE_RGB, _SPACE_YCBCR, _SPACE_GREY = 0, 1, 2  # TJCS_*
 _GREY_SAMPLES, _420_SAMPLES = 3, 2  # TJSAMP_GRAY, TJSAMP_420
+_LIBRARY = "libturbojpeg.so.0"
+_CHECKSUMS = 0xBECCC3DA, 0x6406EB79  # of the JPEG and the pixels that libjpeg-turbo 2.1 and 3 make in the check below
 _CHROMA_FACTORS = {0: (1, 1), 1: (1, 2), 2: (2, 2), 4: (2, 1), 5: (1, 4)}  # TJSAMP_* → rows, columns a chroma sample
 
 
@@ -59,22 +67,20 @@ class Planes(NamedTuple):
     factors: tuple[int, int]
 
 
-def load_library() -> ctypes.CDLL | None:
-    """libturbojpeg, None if it is not installed."""
-    for name in ("libturbojpeg.so.0", ctypes.util.find_library("turbojpeg")):
-        try:
-            return ctypes.CDLL(name) if name else None
-        except OSError:
-            continue
-    return None
+def _places() -> Iterator[str]:
+    """Where the library may lie: known to the system, in conda's folder, beside this Python, in the wheel turbojpeg."""
+    yield _LIBRARY
+    yield from (f"{prefix}/lib/{_LIBRARY}" for prefix in (os.environ.get("CONDA_PREFIX"), sys.prefix) if prefix)
+    import importlib.metadata  # only here: it takes longer to load than the library
+
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        files = importlib.metadata.files("turbojpeg") or []
+        yield from (str(file.locate()) for file in files if file.name.startswith("libturbojpeg"))
 
 
-@functools.cache
-def turbojpeg() -> ctypes.CDLL:
-    """The library with the signatures of what is called from Python. Raises UserError if it is missing."""
-    lib, pointer, size, number = load_library(), ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
-    if lib is None:
-        raise UserError("libturbojpeg.so.0 is missing; install the package libturbojpeg0 (Debian, Ubuntu)")
+def _declare(lib: ctypes.CDLL) -> ctypes.CDLL:
+    """Declares what is called from Python. Raises AttributeError if the library lacks some of it."""
+    pointer, size, number = ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int
     lib.tjInitDecompress.restype = lib.tjInitCompress.restype = pointer
     lib.tjDestroy.argtypes = lib.tjGetErrorCode.argtypes = lib.tjGetErrorStr2.argtypes = [pointer]
     lib.tjGetErrorStr2.restype = ctypes.c_char_p
@@ -88,6 +94,39 @@ def turbojpeg() -> ctypes.CDLL:
     ]
     lib.tjBufSize.argtypes = lib.tjPlaneHeight.argtypes = lib.tjPlaneWidth.argtypes = [number] * 3
     lib.tjBufSize.restype = size
+    return lib
+
+
+def _gives_our_pixels(lib: ctypes.CDLL) -> bool:
+    """Whether it encodes and decodes a 4:2:0 image of 32 × 32 px as libjpeg-turbo does."""
+    luma = np.arange(1024).reshape(32, 32) * 7 % 256
+    planes = [plane.astype(np.uint8) for plane in (luma, luma[:16, 16:], luma[16:, :16])]
+    data, pixels = _encode(lib, planes, 32, 32, quality=90), np.zeros((32, 32, 3), np.uint8)
+    handle = lib.tjInitDecompress()
+    lib.tjDecompress2(handle, data, len(data), pixels.ctypes.data, 32, 0, 32, RGB, STRICT)
+    lib.tjDestroy(handle)
+    return (zlib.crc32(data), zlib.crc32(pixels.tobytes())) == _CHECKSUMS
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The first usable libturbojpeg, None if there is none."""
+    for place in _places():
+        with contextlib.suppress(OSError, AttributeError):
+            if _gives_our_pixels(lib := _declare(ctypes.CDLL(place))):
+                return lib
+    return None
+
+
+def turbojpeg() -> ctypes.CDLL:
+    """The library. Raises UserError if no usable one is found."""
+    lib = load_library()
+    if lib is None:
+        raise UserError(
+            f"no usable libturbojpeg (2.0 or newer) in the system, $CONDA_PREFIX/lib, {sys.prefix}/lib or the Python "
+            "package turbojpeg; install libturbojpeg0 (Debian, Ubuntu), libjpeg-turbo (conda) or, on x86-64 with "
+            "Python 3.11 to 3.13, turbojpeg (pip)"
+        )
     return lib
 
 
@@ -171,7 +210,11 @@ def decode_planes(data: bytes, max_side_px: int, max_pixels: int) -> Planes | No
 
 def encode_planes(planes: list[np.ndarray], height: int, width: int, *, quality: int) -> bytes:
     """A JPEG of Y alone or, as 4:2:0, of Y and Cb, Cr of half its size. Y's size is the image's, made even."""
-    lib, samples = turbojpeg(), _420_SAMPLES if len(planes) == 3 else _GREY_SAMPLES
+    return _encode(turbojpeg(), planes, height, width, quality=quality)
+
+
+def _encode(lib: ctypes.CDLL, planes: list[np.ndarray], height: int, width: int, *, quality: int) -> bytes:
+    samples = _420_SAMPLES if len(planes) == 3 else _GREY_SAMPLES
     buffer = np.empty(lib.tjBufSize(width, height, samples), np.uint8)
     address, size = ctypes.c_void_p(buffer.ctypes.data), ctypes.c_ulong(len(buffer))
     places = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in planes))

@@ -58,5 +58,6 @@ echo "setup: compiling the kernels for this machine" >&2
 # Python's bytecode too: uv leaves none, and under PYTHONDONTWRITEBYTECODE every later start would compile torch's sources.
 export -n PYTHONDONTWRITEBYTECODE
 TQDM_DISABLE=1 .venv/bin/python scripts/compile_kernels.py >/dev/null
-.venv/bin/python -c 'import eval.report, eval.semisup, train.pretrain, matplotlib.pyplot, sklearn.manifold, timm, torch.utils.tensorboard'
+.venv/bin/python -c 'import eval.report, eval.semisup, train.pretrain
+import matplotlib.pyplot, sklearn.manifold, timm, torch._inductor.compile_fx, torch.distributed.run, torch.utils.tensorboard'
 rm -f .venv/.setup-*; touch ".venv/.setup-$stamp"

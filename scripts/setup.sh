@@ -81,5 +81,9 @@ if [[ $ffcv ]] && ! { # FFCV builds against the NumPy that is installed.
 fi
 [[ -z $left_out ]] || echo "setup: FFCV is left out ($left_out); only --loader ffcv needs it, and bash scripts/setup.sh --ffcv gets it" >&2
 echo "setup: compiling the kernels for this machine" >&2
+# Python's bytecode too: uv leaves none, and under PYTHONDONTWRITEBYTECODE every later start would compile torch's sources.
+export -n PYTHONDONTWRITEBYTECODE
 TQDM_DISABLE=1 .venv/bin/python scripts/compile_kernels.py >/dev/null
+.venv/bin/python -c 'import eval.report, eval.semisup, train.pretrain
+import matplotlib.pyplot, sklearn.manifold, timm, torch._inductor.compile_fx, torch.distributed.run, torch.utils.tensorboard'
 rm -f .venv/.setup-*; touch ".venv/.setup-$stamp"

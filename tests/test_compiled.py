@@ -104,3 +104,11 @@ def test_the_digest_depends_on_names_and_contents(tmp_path):
         (tmp_path / name).write_text(content)
         digests.add(source_digest(tmp_path))
     assert len(digests) == 5
+
+
+@pytest.mark.parametrize("module", "torch torch._inductor.compile_fx timm torchvision matplotlib sklearn".split())
+def test_setup_leaves_bytecode(module):
+    """Without it a start under PYTHONDONTWRITEBYTECODE, as in many containers, compiles torch's sources: seconds."""
+    spec = importlib.util.find_spec(module)
+    assert spec and spec.cached
+    assert Path(spec.cached).is_file(), "run scripts/setup.sh"

@@ -97,6 +97,12 @@ def earlier_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
 
 
+def remove_run_before(folder: Path) -> None:
+    """Removes the checkpoints and the export of a run that is started over."""
+    for path in (folder / CHECKPOINT, *earlier_checkpoints(folder), folder / BACKBONE):
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes, at once, the GB that a process left behind which was killed while it wrote. For the only writer."""
     for name in (CHECKPOINT, BACKBONE):

@@ -80,7 +80,9 @@ def train_alone(
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
     state = RunState(update, loader.images, dataset_sha256=images_sha256, writer=writer)
     start_step = state.resume()
-    if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
+    if start_step == 0:
+        state.begin()
+    if stop_step == 0:  # --epochs 0: no step will lead to it
         state.save(0)
         state.finish()
     if ranks.rank == 0:

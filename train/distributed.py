@@ -7,7 +7,6 @@ gradients of what every rank took out. With both, one update is the same at any 
 
 import os
 import signal
-import sys
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.progress import say_line
 
 TIMEOUT = timedelta(minutes=30)
 FAILED = 1000  # above every signal's number: a failure outranks them
@@ -80,7 +81,7 @@ def rank() -> int:
 def say(ranks: Ranks, text: str) -> None:
     """Prints on rank 0, to stderr: stdout is for results."""
     if ranks.rank == 0:
-        print(text, file=sys.stderr, flush=True)
+        say_line(text)
 
 
 class _Sum(torch.autograd.Function):

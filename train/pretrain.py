@@ -25,6 +25,7 @@ from pipeline.storage.shards import open_stored
 from train.agreement import only_writer, require_same_start
 from train.checkpoint import export_backbone, longer_text
 from train.config import PretrainConfig, as_plain
+from train.cpu_cost import say_cost
 from train.distributed import Ranks, StopRequest, largest, say, start_ranks, stop_ranks
 from train.ending import end_text, finished, next_text
 from train.flags import chosen_preset, resolved
@@ -86,6 +87,7 @@ def train_alone(
     """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
     update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids)
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
+    say_cost(update)
     state = RunState(update, loader.images, dataset_sha256=images_sha256, writer=writer)
     start_step = state.resume()
     if start_step == 0:

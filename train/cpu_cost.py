@@ -64,5 +64,6 @@ def say_cost(update: Update) -> None:
         ranks,
         f"note: on this CPU a step of {config.global_batch} images with {config.arch} takes about "
         f"{duration_text(seconds)} and {needed / GB:.3g} GB ({free / GB:.3g} GB are free{ends}); it is made for a "
-        "GPU; --preset cifar10-demo, or --arch resnet18 and a smaller --global-batch, --resolution and --projector need less",
+        "GPU; --preset cifar10-demo, or --arch resnet18 and a smaller --global-batch, --resolution and "
+        "--projector need less",
     )

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from eval.kept import FEATURES_VERSION, keep_features, read_features
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
+from pipeline.progress import progress
 from pipeline.spec import LoaderConfig, centre_view
 from pipeline.storage.beton import Stored
 from train.checkpoint import BackboneInfo, load_backbone
@@ -131,8 +131,7 @@ def extract_features(encoder: Encoder, config: LoaderConfig, dtype: torch.dtype)
     """Features of the config's samples, fresh: (N, D) of `dtype` on the CPU, in the order of its ids."""
     with make_loader(config) as loader:
         features, at = torch.empty(loader.images, encoder.info.features, dtype=dtype), 0
-        # The bar shows on a terminal only.
-        for batch in tqdm(loader.batches(), "features", loader.steps_per_epoch, unit="batch", disable=None):
+        for batch in progress(loader.batches(), "features", loader.steps_per_epoch, unit="batch"):
             rows = encoder.module(batch.views[0])
             features[at : at + len(rows)] = rows
             at += len(rows)

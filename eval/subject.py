@@ -1,6 +1,7 @@
 """What every evaluation begins and ends with: the encoder and dataset its flags name, and the line it leaves.
 
-A result is one JSON line in `<run folder>/results.jsonl`, and on stdout; eval/README.md lists what it holds.
+A result is one JSON line in `<run folder>/results.jsonl`, and on stdout with two decimals where values are
+percentages; eval/README.md lists what it holds. A sentence and a table on stderr say it to a person.
 """
 
 import json
@@ -17,10 +18,12 @@ from eval.features import KINDS, Encoder, FeatureSet, open_encoder
 from eval.folder import made_result_folder
 from eval.protocols import ON_FEATURES, Protocol
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
+from eval.spoken import rounded, spoken
 from pipeline.command import DATA, RUNS
 from pipeline.disk import append_line, followed_once, read_lines
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
+from pipeline.progress import say_line
 from pipeline.spec import SUPERVISED_VIEW
 
 RESULTS = "results.jsonl"
@@ -254,8 +257,8 @@ def write_result(
 ) -> dict:
     """Appends a result, with the time before it, to the run folder's results.jsonl, and prints it; returns it.
 
-    `about` says what was measured on what; `ending` is what the line ends with. It is printed even where the folder
-    does not take it, which raises UserError.
+    `about` says what was measured on what; `ending` is what the line ends with. Where the folder does not take it,
+    which raises UserError, the line itself is printed, with all digits.
     """
     name, changed = protocol.compared(settings)
     result = {
@@ -274,8 +277,12 @@ def write_result(
     advice = "the result printed above was not kept: make room there and run again, or keep the printed line"
     try:
         append_line(run / RESULTS, line, advice=advice)
-    finally:
+    except UserError:
         print(line, flush=True)
+        raise
+    short = rounded(values)
+    print(json.dumps(result | {"value": short[protocol.metric], "values": short}), flush=True)
+    say_line(spoken(result, run / RESULTS))
     return result
 
 

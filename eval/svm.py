@@ -28,7 +28,6 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 from sklearn.utils.parallel import Parallel, delayed
-from tqdm import tqdm
 
 from eval.metrics import average_precision_11, average_precision_area
 from eval.protocols import SVM
@@ -37,6 +36,7 @@ from eval.subject import SubjectConfig, open_subject, record_result
 from eval.voc import ABSENT, CLASSES, IGNORED, PRESENT, voc_targets
 from pipeline.command import DATA, run_command
 from pipeline.errors import UserError
+from pipeline.progress import progress
 
 LOW_SHOT_COSTS = (1.0, 10.0, 100.0)
 FOLDS = SVM.settings["folds"]
@@ -156,7 +156,7 @@ def in_parallel(config: SvmConfig, task, arguments: list[tuple], what: str) -> l
     """[task(*argument)] in processes, which share the features' memory; in this one where one worker is asked for."""
     jobs = config.workers or len(os.sched_getaffinity(0))
     made = Parallel(jobs, return_as="generator")(delayed(task)(*argument) for argument in arguments)
-    return list(tqdm(made, what, len(arguments), unit="SVM", disable=None))
+    return list(progress(made, what, len(arguments), unit="SVM"))
 
 
 def full_svm(config: SvmConfig, features, targets, test, test_targets) -> tuple[dict, list[dict]]:

@@ -1,6 +1,7 @@
 """What every entry point shares: the command line, and the places where things are kept."""
 
 import io
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,17 @@ _INSTALLED = any(REPO.glob("barlow_at_speed-*.dist-info"))  # beside the code on
 _HOME = Path.cwd() if _INSTALLED else REPO
 DATA = _HOME / "data"
 RUNS = _HOME / "runs"
+
+
+def shown(path: Path) -> str:
+    """A path as one types it here: relative where it lies below the current folder."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def typed(script: str, *arguments: str | Path) -> str:
+    """The line that starts one of our commands from here."""
+    parts = (REPO / script, *arguments)
+    return "python " + shlex.join(shown(part) if isinstance(part, Path) else part for part in parts)
 
 
 def run_command(config_type: type, main: Callable, default=None) -> None:

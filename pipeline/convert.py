@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import Literal
 
 import PIL
-from tqdm import tqdm
 
 from pipeline.command import run_command
 from pipeline.errors import UserError
@@ -230,7 +229,6 @@ def main(config: ConvertConfig) -> None:
         raise UserError(f"--holdout {config.holdout:g}: expected a share below 1, or a whole number of images")
     if config.holdout and config.out is not None and config.out.suffix == ".beton":
         raise UserError(f"--holdout makes train.beton and val.beton; give --out a folder, not {config.out}")
-    tqdm.monitor_interval = 0  # its thread would keep the workers from being forked
     choosing = {
         "--classes": config.classes,
         "--holdout": config.holdout,

@@ -21,6 +21,7 @@ from typing import BinaryIO
 from pipeline.errors import UserError
 
 TEMPORARY = ".tmp"
+CHUNK_BYTES = 16 << 20
 LEFTOVER_S = 3600.0  # a temporary file that nobody wrote to for so long is what a killed process left behind
 # How a file system says that it does not know an operation.
 REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
@@ -56,7 +57,7 @@ def whole_file(path: Path, *, keep_as: Path | None = None, advice: str = "", siz
     With `keep_as` the file that had the name before is kept under that one. Raises UserError, which ends in `advice`,
     if the disk or the folder refuses it; nothing half-written stays behind.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")  # no other machine's either
+    temporary = _temporary(path)
     try:
         _remove_leftovers(path)
         with open(temporary, "xb") as file:
@@ -72,10 +73,41 @@ def whole_file(path: Path, *, keep_as: Path | None = None, advice: str = "", siz
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        kept = "the one before it is untouched" if os.path.lexists(path) else "nothing was left behind"
-        advice = advice or "make room there, or choose another place, and run the same command again"
-        of_size = f" ({size_bytes / 1e6:.0f} MB)" if size_bytes >= 1e6 else ""
-        raise UserError(f"could not write {path}{of_size}: {error.strerror or error}; {kept}; {advice}") from error
+        raise _not_written(path, error, size_bytes, advice) from error
+
+
+def _not_written(path: Path, error: OSError, size_bytes: int, advice: str) -> UserError:
+    kept = "the one before it is untouched" if os.path.lexists(path) else "nothing was left behind"
+    advice = advice or "make room there, or choose another place, and run the same command again"
+    of_size = f" ({size_bytes / 1e6:.0f} MB)" if size_bytes >= 1e6 else ""
+    return UserError(f"could not write {path}{of_size}: {error.strerror or error}; {kept}; {advice}")
+
+
+def _temporary(path: Path) -> Path:
+    """A name beside `path` that no other process takes, nor another machine's."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{TEMPORARY}")
+
+
+def require_room(path: Path, size_bytes: int, advice: str = "") -> None:
+    """Shows that `path` could be written with so many bytes, and leaves nothing. Raises UserError as `whole_file`.
+
+    The bytes are reserved, which takes no time; written where that is not possible.
+    """
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "xb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                    raise
+                for at in range(0, size_bytes, CHUNK_BYTES):
+                    file.write(bytes(min(CHUNK_BYTES, size_bytes - at)))
+    except OSError as error:
+        raise _not_written(path, error, size_bytes, advice) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_whole(

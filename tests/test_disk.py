@@ -11,7 +11,7 @@ import time
 import pytest
 
 from pipeline import disk, one_writer
-from pipeline.disk import append_line, followed_once, read_lines, whole_file, write_whole
+from pipeline.disk import append_line, followed_once, read_lines, require_room, whole_file, write_whole
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
 
@@ -50,6 +50,24 @@ def test_a_full_disk_leaves_the_file_before_untouched(tmp_path, small_files):
     with pytest.raises(UserError, match="nothing was left behind"):
         write_whole(tmp_path / "new", bytes(1_000_000))
     assert path.read_bytes() == b"before" and names(tmp_path) == ["state"]
+
+
+@pytest.mark.parametrize("reserves", [True, False])
+def test_room_is_shown_without_a_file(tmp_path, small_files, monkeypatch, reserves):
+    """Also on a file system that cannot reserve."""
+
+    def unknown(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if not reserves:
+        monkeypatch.setattr(os, "posix_fallocate", unknown)
+    require_room(tmp_path / "state", 90_000)
+    assert names(tmp_path) == []
+    with pytest.raises(UserError, match=r"could not write .*state \(2 MB\): File too large; nothing was .*; more room"):
+        require_room(tmp_path / "state", 2_000_000, "more room")
+    with pytest.raises(UserError, match=r"No such file or directory"):
+        require_room(tmp_path / "none" / "state", 10)
+    assert names(tmp_path) == []
 
 
 def test_an_error_of_ours_leaves_the_file_before_untouched_and_is_not_renamed(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import signal
 
+import pytest
 import torch
 import torch.distributed
 
@@ -36,6 +37,17 @@ def test_a_signal_becomes_a_wish_and_the_handlers_come_back():
         os.kill(os.getpid(), signal.SIGUSR1)
         assert stop.agreed() == signal.SIGUSR1
     assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_the_first_signal_is_answered_and_a_second_interrupt_ends(capfd):
+    with StopRequest(CPU):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "SIGINT: the step under way ends, then a checkpoint is written; another Ctrl-C" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with StopRequest(CPU._replace(rank=1)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert capfd.readouterr().err == ""
 
 
 def test_only_rank_0_speaks(capsys):

@@ -47,7 +47,15 @@ def brute_force_top1(run, data, k) -> float:
 def test_from_flags_to_the_line(run, data, capsys):
     result = main(KnnConfig(checkpoint=run))
     (line,) = (run / "results.jsonl").read_text().splitlines()
-    assert json.loads(line) == json.loads(capsys.readouterr().out) == json.loads(json.dumps(result))
+    assert json.loads(line) == json.loads(json.dumps(result))
+    printed = capsys.readouterr()
+    shown = json.loads(printed.out)
+    assert shown.keys() == result.keys() and shown["value"] == float(f"{result['value']:.2f}")
+    assert shown["values"] == {name: float(f"{value:.2f}") for name, value in result["values"].items()}
+    assert f"top1_k20 {result['value']:.2f} %: the trained test_resnet of {run}, step 9, measured on 60 " in printed.err
+    assert f"protocol knn-mmselfsup-modified; written to {run}/results.jsonl\n" in printed.err
+    assert "not as published are resolution_px 32\n" in printed.err
+    assert f"    top1_k100    {shown['values']['top1_k100']:.2f} %\n" in printed.err
     assert result["value"] == pytest.approx(brute_force_top1(run, data, 20), abs=1e-9)
     assert result["values"]["top1_k10"] == pytest.approx(brute_force_top1(run, data, 10), abs=1e-9)
     assert 20 < result["value"] < 100, "the case decides nothing"

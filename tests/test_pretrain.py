@@ -101,8 +101,7 @@ def test_what_a_run_leaves_behind(tmp_path):
     assert run(TINY, tmp_path / "r") == 0
     names = {p.name for p in (tmp_path / "r").iterdir()}
     assert names == {
-        "checkpoint.pt", "checkpoint-00000000.pt", "backbone.safetensors", "config.json", "env.json", "metrics.jsonl",
-        "loss.png", "tensorboard",
+        "checkpoint.pt", "backbone.safetensors", "config.json", "env.json", "metrics.jsonl", "loss.png", "tensorboard",
     }  # fmt: skip
     lines = [json.loads(text) for text in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 10, 15, 20]

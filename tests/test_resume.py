@@ -125,7 +125,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "r", Impatient())
-    assert read_checkpoint(tmp_path / "r" / "checkpoint.pt")["step"] == 0
+    assert not list((tmp_path / "r").glob("checkpoint*"))
 
 
 def test_a_network_with_dropout_resumes_to_the_same_bits(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from train.config import PretrainConfig, as_plain
 from train.curves import plot_loss
 from train.distributed import Ranks
 from train.runlog import RunLog, describe_run, installed_version, keep_lines_before, open_run_folder
+from train.sinks import grouped
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 IMAGES = 40
@@ -91,9 +92,30 @@ def test_weights_and_biases_gets_the_same_lines(tmp_path, monkeypatch):
     log.close()
     about, line, end = told
     assert (about["project"], about["id"], about["resume"]) == ("project", "r", "allow")
-    assert line == (2, lines(tmp_path / "r")[0]) and end == "finished"
+    (written,) = lines(tmp_path / "r")
+    assert line == (2, grouped(written) | {"epoch": 0.5}) and end == "finished"
     run_log(tmp_path / "other", Ranks(1, 2, torch.device("cpu"), None), wandb="project").close()
     assert len(told) == 3
+
+
+def test_charts_come_in_groups(tmp_path):
+    """What TensorBoard itself reads back: no step and epoch among the numbers, and every number of a line."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = run_log(tmp_path, log_every=2, stop_step=2)
+    collapse = {"embedding_spread": torch.tensor(1.0), "effective_dimensions": torch.tensor(9.0)}
+    for step in range(2):
+        log.record(step, metrics(3.0) | collapse | {"on_diagonal": torch.tensor(1.0)}, {"weights": 0.1, "biases": 0.2})
+    log.note_accuracy(2, {"knn_top1": 40.0, "knn_images": 10})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss/loss", "loss/on_diagonal", "collapse/diagonal_mean", "collapse/off_diagonal_rms",
+        "collapse/embedding_spread", "collapse/effective_dimensions", "speed/images_per_s", "speed/data_wait_share",
+        "lr/weights", "lr/biases", "knn/knn_top1", "knn/knn_images",
+    }  # fmt: skip
+    assert [(point.step, point.value) for point in events.Scalars("loss/loss")] == [(2, 3.0)]
 
 
 def test_a_collapse_is_named_once(tmp_path, capsys):

@@ -20,12 +20,13 @@ from pipeline.storage.shards import open_stored
 from tests.evaluation import write_split
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import CPU, STEPS, TINY, Killed, StoppingLoader, bits, end_of, run
+from train import pretrain
 from train.checkpoint import earlier_checkpoints, load_backbone, newest_checkpoint, read_checkpoint, save_checkpoint
 from train.config import as_plain
 from train.flags import resolved
-from train.pretrain import main
 from train.run_data import dataset_sha256
-from train.runstate import RunState, on_cpu
+from train.runstate import RunState, checkpoint_bytes, on_cpu
+from train.update import make_update
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +95,7 @@ def test_starting_over_removes_those_of_the_run_before(tmp_path):
     run(tmp_path / "r", keep=3)
     with pytest.raises(Killed):
         run(tmp_path / "r", StoppingLoader(6), keep=3, resume="never")
-    assert steps(tmp_path / "r") == [5, 0]
+    assert steps(tmp_path / "r") == [5] and not (tmp_path / "r" / "backbone.safetensors").exists()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
@@ -178,6 +179,17 @@ def test_the_signals_checkpoint_is_there_when_the_run_ends(tmp_path, monkeypatch
     assert steps(tmp_path / "r") == [7, 6]
 
 
+@pytest.mark.parametrize("flags", [{}, {"arch": "resnet10_narrow", "projector": "64-64"}, {"method": "byol"}])
+def test_the_room_that_is_asked_for_is_that_of_a_checkpoint(tmp_path, flags):
+    """Counted before the first step, held against the file after the last; BYOL's target has no momentum."""
+    byol = {"preset": "cifar10-demo-byol", "predictor": "24-16"} if "method" in flags else {}
+    config = resolved(replace(TINY, run=str(tmp_path / "r"), epochs=1, **flags, **byol))
+    counted = checkpoint_bytes(make_update(config, CPU, steps_per_epoch=5).method)
+    assert pretrain.train(config, CPU, StoppingLoader()) == 0
+    written = (tmp_path / "r" / "checkpoint.pt").stat().st_size
+    assert written < counted < 1.05 * written + 200_000
+
+
 class FullDisk(SyntheticLoader):
     """From batch 7 on no file may grow beyond 1 kB."""
 
@@ -202,7 +214,7 @@ def test_a_disk_that_fills_up_ends_the_run_within_a_step_or_two(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert loader.last < STEPS - 1
-    assert steps(tmp_path / "r") == [4, 0]
+    assert steps(tmp_path / "r") == [4]
 
 
 def test_weights_that_are_no_numbers_are_not_written(tmp_path):
@@ -263,7 +275,7 @@ def test_a_run_resumes_on_its_own_images_alone(tmp_path, capsys):
             TINY, data=tmp_path / data, run=str(tmp_path / folder), global_batch=8, epochs=epochs, workers=1
         )
         with pytest.raises(SystemExit) as end:
-            main(config)
+            pretrain.main(config)
         return end.value.code
 
     assert trained("own", epochs=2) == 0
@@ -273,7 +285,9 @@ def test_a_run_resumes_on_its_own_images_alone(tmp_path, capsys):
     assert load_backbone(tmp_path / "r" / "backbone.safetensors")[1].dataset_sha256 == digests["own"]
     before = (tmp_path / "r" / "checkpoint.pt").read_bytes()
     with pytest.raises(UserError) as refused:
-        main(replace(TINY, data=tmp_path / "other", run=str(tmp_path / "r"), global_batch=8, epochs=2, workers=1))
+        pretrain.main(
+            replace(TINY, data=tmp_path / "other", run=str(tmp_path / "r"), global_batch=8, epochs=2, workers=1)
+        )
     for part in (f"/own (digest {digests['own'][:12]})", f"/other holds other ones (digest {digests['other'][:12]})"):
         assert part in str(refused.value)
     assert (tmp_path / "r" / "checkpoint.pt").read_bytes() == before

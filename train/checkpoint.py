@@ -23,6 +23,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import nn
 
+from pipeline.command import shown
 from pipeline.disk import TEMPORARY, write_whole
 from pipeline.errors import UserError
 from pipeline.spec import Normalization
@@ -97,6 +98,12 @@ def earlier_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"), reverse=True)
 
 
+def remove_run_before(folder: Path) -> None:
+    """Removes the checkpoints and the export of a run that is started over."""
+    for path in (folder / CHECKPOINT, *earlier_checkpoints(folder), folder / BACKBONE):
+        path.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Removes, at once, the GB that a process left behind which was killed while it wrote. For the only writer."""
     for name in (CHECKPOINT, BACKBONE):
@@ -164,10 +171,19 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
     other = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
     if other:
         found = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in other)
+        longer = f"; {longer_text(path.parent)}" if "epochs" in other and ours["epochs"] > theirs["epochs"] else ""
         raise UserError(
             f"{path} is of another recipe ({found}); give this run its own folder with --name, "
-            "make the flags equal, or start over with --resume never"
+            f"make the flags equal, or start over with --resume never{longer}"
         )
+
+
+def longer_text(folder: Path) -> str:
+    """How a run is trained longer: its schedule ends where it ends, so the rest is a run of its own."""
+    return (
+        "to train longer, let a new run begin with its weights: the same command with "
+        f"--init-from {shown(folder)} --name {folder.name}-longer"
+    )
 
 
 def refuse_other_images(state: dict, data: Path, dataset_sha256: str, path: Path) -> bool:

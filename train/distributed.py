@@ -5,9 +5,9 @@ losses. `sum_over_ranks` is the sum that autograd sees: the gradient of what one
 gradients of what every rank took out. With both, one update is the same at any world size.
 """
 
+import contextlib
 import os
 import signal
-import sys
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.progress import say_line
 
 TIMEOUT = timedelta(minutes=30)
 FAILED = 1000  # above every signal's number: a failure outranks them
@@ -80,7 +82,7 @@ def rank() -> int:
 def say(ranks: Ranks, text: str) -> None:
     """Prints on rank 0, to stderr: stdout is for results."""
     if ranks.rank == 0:
-        print(text, file=sys.stderr, flush=True)
+        say_line(text)
 
 
 class _Sum(torch.autograd.Function):
@@ -164,6 +166,7 @@ class StopRequest:
     A signal may reach the ranks in different steps, and one that stopped alone would leave the others waiting
     in a collective. So every step each rank sends its wish without waiting, and acts on the answer to the wish
     sent a step before. A rank in which something failed wishes so too. A second SIGINT ends the process at once.
+    The first signal is answered on rank 0 with a line.
     """
 
     def __init__(self, ranks: Ranks):
@@ -173,6 +176,11 @@ class StopRequest:
         self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
 
     def _note(self, number, frame):
+        if not self.signal and self.ranks.rank == 0:
+            again = "; another Ctrl-C ends at once" if number == signal.SIGINT else ""
+            text = f"\n{signal.Signals(number).name}: the step under way ends, then a checkpoint is written{again}\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text.encode())  # a print could be interrupted by this very signal within another print
         self.signal = number
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

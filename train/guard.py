@@ -6,7 +6,6 @@ every step asks before its update, at one host sync, and a lost one leaves no tr
 and the buffers (batch norm's running statistics) are put back.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,6 @@ class UpdateGuard:
         self.in_a_row += 1
         what = f"loss {loss.item():.4g}" if not loss.isfinite() else "a gradient that is not finite"
         if self.ranks.rank == 0:
-            print(file=sys.stderr)
             say(self.ranks, f"step {step + 1} left out: {what}; {note_lost_step(self.config, self.ids, step)}")
         if self.in_a_row == MOST_IN_A_ROW:
             raise UserError(

@@ -143,12 +143,12 @@ def saved_bytes(method: Method, images: int, config: PretrainConfig) -> Saved:
     """What autograd saves of a forward pass of so many images, parameters left out."""
     side, device = largest_side(config), next(method.parameters()).device
     found, kept, at_blocks = {}, [], []
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*method.parameters(), *method.buffers())}
+    own = {tensor.untyped_storage()._cdata for tensor in (*method.parameters(), *method.buffers())}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:  # an address, which fake tensors have too: they have no data
+            found[storage._cdata] = storage.nbytes()
         kept.append(storage)  # so that no memory is used twice and counted once
         return tensor.detach()  # the tensor itself may hold the node that holds it, for good
 
@@ -163,7 +163,7 @@ def saved_bytes(method: Method, images: int, config: PretrainConfig) -> Saved:
         for _ in method.VIEWS[config.views]
     ]
     # The views are the loader's, whatever is saved of them.
-    own |= {view.untyped_storage().data_ptr() for view in views}
+    own |= {view.untyped_storage()._cdata for view in views}
     autocast = torch.autocast(device.type, AMP[config.amp], enabled=config.amp != "off")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         method(views)
@@ -179,18 +179,24 @@ def at_batch(method: Method, batch: int, config: PretrainConfig) -> Saved:
     return Saved(*(a + steps * (b - a) for a, b in zip(few, more, strict=True)))
 
 
+def always_bytes(method: Method, batch: int, config: PretrainConfig) -> int:
+    """Weights, gradients, momentum, and views in the making."""
+    device = next(method.parameters()).device
+    weights = sum(p.nbytes for p in method.parameters())
+    trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    view = batch * 3 * largest_side(config) ** 2 * view_type(config, device).itemsize
+    return weights + 2 * trained + BATCHES_OF_VIEWS * len(method.VIEWS[config.views]) * view
+
+
 def needed_bytes(method: Method, config: PretrainConfig, ranks: Ranks) -> dict[str, float]:
     """Peak of a step's memory by way of keeping activations; "blocks" only where the backbone has blocks.
 
     Takes a copy of the network, which lies on the ranks' device, and leaves random numbers as they were.
     """
     batch, device = rank_batch(config.global_batch, ranks.world_size), ranks.device
-    weights = sum(p.nbytes for p in method.parameters())
-    trained = sum(p.nbytes for p in method.parameters() if p.requires_grad)
-    view = batch * 3 * largest_side(config) ** 2 * view_type(config, device).itemsize
-    always: float = weights + 2 * trained + BATCHES_OF_VIEWS * len(method.VIEWS[config.views]) * view
+    always: float = always_bytes(method, batch, config)
     # Tensors that no one saves: the backward pass's gradients, or what a target network's own forward pass holds.
-    passing = 3 if trained < weights else 1
+    passing = 1 if all(p.requires_grad for p in method.parameters()) else 3
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         copied = copy.deepcopy(method)
         plain = at_batch(copied, batch, config)

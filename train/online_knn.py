@@ -48,6 +48,11 @@ def labelled_file(data: Path) -> Path | None:
     return next((p for p in (path, beside) if p.is_file() and open_stored(p).labelled), None)
 
 
+def held_out(path: Path) -> Path:
+    """The validation file beside a training file, which may be missing."""
+    return path.with_name("val" + (SHARDS if path.name.endswith(SHARDS) else ".beton"))
+
+
 def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
     """Which images vote and which are asked, each as (file, sample ids): class-balanced, the same at every start.
 
@@ -55,15 +60,14 @@ def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
     with labels, training images that do not vote. Raises UserError for files that do not belong together.
     """
     path = labelled_file(config.data) or train_beton(config.data)
-    held_out = path.with_name("val" + (SHARDS if path.name.endswith(SHARDS) else ".beton"))
-    train = open_stored(path)
+    beside, train = held_out(path), open_stored(path)
     share = config.knn_images / len(train)
-    if held_out.is_file() and held_out != path and (val := open_stored(held_out)).labelled:
+    if beside.is_file() and beside != path and (val := open_stored(beside)).labelled:
         if val.classes != train.classes[: len(val.classes)]:  # numbered classes may lack the last ones
-            require_same_classes(str(path), train.classes, str(held_out), val.classes)
+            require_same_classes(str(path), train.classes, str(beside), val.classes)
         votes = balanced_subset(config.seed, train.labels, min(1.0, share))
         asked = balanced_subset(config.seed, val.labels, min(1.0, config.knn_images / len(val)))
-        return [(path, votes), (held_out, asked)]
+        return [(path, votes), (beside, asked)]
     votes = balanced_subset(config.seed, train.labels, min(MOST_THAT_VOTE, share))
     rest = np.setdiff1d(np.arange(len(train)), votes)
     if not len(rest):

@@ -18,15 +18,17 @@ from pathlib import Path
 
 import torch
 
-from pipeline.command import run_command
+from pipeline.command import run_command, shown
 from pipeline.loader import Loader, make_loader
 from pipeline.one_writer import OneWriter
 from pipeline.storage.shards import open_stored
 from train.agreement import only_writer, require_same_start
-from train.checkpoint import export_backbone
+from train.checkpoint import export_backbone, longer_text
 from train.config import PretrainConfig, as_plain
+from train.cpu_cost import say_cost
 from train.curves import plot_loss
-from train.distributed import Ranks, StopRequest, say, start_ranks, stop_ranks
+from train.distributed import Ranks, StopRequest, largest, say, start_ranks, stop_ranks
+from train.ending import end_text, finished, next_text
 from train.flags import chosen_preset, resolved
 from train.memory import with_device_defaults
 from train.online_knn import OnlineKnn
@@ -50,9 +52,16 @@ def main(config: PretrainConfig) -> None:
     try:
         images = dataset_sha256(open_stored(train_beton(config.data)))
         require_same_start(ranks, config, images)
+        if largest(ranks, int(ranks.rank == 0 and finished(config, images))):
+            folder = Path(config.run)
+            say(ranks, f"{shown(folder)} is finished already, nothing was done; {longer_text(folder)}")
+            say(ranks, next_text(config))
+            sys.exit(EXIT_FINISHED)
         loader = make_loader(loader_config(config, ranks))
         try:
             code = train(config, ranks, loader, images_sha256=images)
+            if code == EXIT_FINISHED:
+                say(ranks, next_text(config))
         finally:
             loader.close()
     finally:
@@ -78,9 +87,12 @@ def train_alone(
     """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
     update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids)
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
+    say_cost(update)
     state = RunState(update, loader.images, dataset_sha256=images_sha256, writer=writer)
     start_step = state.resume()
-    if start_step == 0:  # also shows now, not after an epoch, whether the disk takes a checkpoint
+    if start_step == 0:
+        state.begin()
+    if stop_step == 0:  # --epochs 0: no step will lead to it
         state.save(0)
         state.finish()
     if ranks.rank == 0:
@@ -93,6 +105,7 @@ def train_alone(
     knn = OnlineKnn(update)
     log = RunLog(update, ids=loader.ids, start_step=start_step)
     watchdog = Watchdog(ranks, config.timeout_minutes)
+    begun_s = time.monotonic()
     with StopRequest(ranks) as stop, contextlib.closing(log), watchdog, state, knn:
         batches = loader.batches(start_step, stop_step)
         for step in range(start_step, stop_step):
@@ -121,6 +134,8 @@ def train_alone(
     if ranks.rank == 0:
         export_backbone(folder, update.method.backbone, state.info(stop_step))
         plot_loss(folder / METRICS)
+    steps, seconds = stop_step - start_step, time.monotonic() - begun_s
+    say(ranks, end_text(folder, steps=steps, images=steps * config.global_batch, seconds=seconds))
     return EXIT_FINISHED
 
 

@@ -26,6 +26,7 @@ import torch
 from pipeline.command import RUNS
 from pipeline.disk import append_line, read_lines, write_whole
 from pipeline.errors import UserError
+from pipeline.progress import say_line
 from train.checkpoint import NO_ROOM
 from train.distributed import Ranks, say, total
 from train.guard import note_lost_step
@@ -110,7 +111,8 @@ class RunLog:
             folder = Path(self.config.run)
             self.lines = folder / METRICS
             keep_lines_before(self.lines, start_step)
-            self.board, self.bar = TensorBoard(folder, start_step), Bar(start_step, self.stop_step)
+            self.board = TensorBoard(folder, start_step)
+            self.bar = Bar(start_step, self.stop_step, self.steps_per_epoch)
             self.sinks = [self.board, self.bar, *([Wandb(self.config)] if self.config.wandb else [])]
 
     def _start_interval(self) -> None:
@@ -142,6 +144,8 @@ class RunLog:
             self._send(step + 1, rates)
         elif due:
             self._start_interval()
+        if self.sinks:
+            self.bar.update(step + 1)
 
     def _take(self, metrics: Metrics | None, step: int, waited_s: float) -> None:
         if metrics is not None:
@@ -150,7 +154,6 @@ class RunLog:
         self.steps += 1
         self.skipped += metrics is None
         self.waited_s += waited_s
-        self.bar.update()
         if self.pending and (self.pending.arrived is None or self.pending.arrived.query()):
             self.flush()
 
@@ -208,8 +211,8 @@ class RunLog:
         ]
         if symptoms and not self.said_collapse:
             self.said_collapse = True
-            self.bar.warn(
-                f"the embeddings collapse ({'; '.join(symptoms)}): every image looks the same to the network; "
+            say_line(
+                f"warning: the embeddings collapse ({'; '.join(symptoms)}): every image looks the same to the network; "
                 "lower the learning rates, or check what --loss, --stop-gradient and --without take out"
             )
 

@@ -17,21 +17,26 @@ from pathlib import Path
 
 import torch
 
+from pipeline.disk import require_room
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
 from train.checkpoint import (
     CHECKPOINT,
+    NO_ROOM,
     BackboneInfo,
     newest_checkpoint,
     refuse_other_images,
     refuse_other_recipe,
     remove_leftovers,
+    remove_run_before,
     save_checkpoint,
 )
 from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import largest, say
 from train.update import Update
 
+ENTRY_BYTES = 1024  # of a tensor's names and place in torch.save's file
+PLAIN_BYTES = 64 << 10  # of the configuration and all else that is no tensor
 EPOCHS_APART_S = 60.0  # since the last checkpoint, for the end of an epoch to be worth another
 
 
@@ -61,6 +66,12 @@ def on_cpu(value):
     if isinstance(value, dict):
         return {key: on_cpu(item) for key, item in value.items()}
     return [on_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def checkpoint_bytes(model: torch.nn.Module) -> int:
+    """At most how large a checkpoint of a run becomes, whose optimizer keeps a momentum of each weight."""
+    tensors = [*model.state_dict().values(), *(p for p in model.parameters() if p.requires_grad)]
+    return sum(tensor.nbytes + ENTRY_BYTES for tensor in tensors) + PLAIN_BYTES
 
 
 def refuse_lost_weights(model: dict[str, torch.Tensor], step: int) -> None:
@@ -112,6 +123,19 @@ class RunState:
         if self.ranks.rank == 0:
             remove_leftovers(self.folder)
         return step
+
+    def begin(self) -> None:
+        """Before the first step: shows now, not after an epoch, whether the disk takes a checkpoint, and then removes
+        the run that this one starts over. Called by all ranks: where it does not, every one ends, as in `finish`.
+        """
+        if self.ranks.rank == 0:
+            try:
+                require_room(self.folder / CHECKPOINT, checkpoint_bytes(self.update.state["model"]), NO_ROOM)
+            except UserError as error:
+                self.error = error
+        self.finish()
+        if self.ranks.rank == 0 and self.config.resume == "never":
+            remove_run_before(self.folder)
 
     def due(self, step: int) -> bool:
         """Whether a checkpoint belongs after `step` updates. By the clock, ranks may differ: only rank 0 writes."""

@@ -4,15 +4,33 @@ Each sink has `line` for a line of training metrics, `accuracy` for what was mea
 `close`. None of them can end a run, except that wandb must be installed if it is asked for.
 """
 
-import sys
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from pipeline.progress import progress, say_line
 from train.config import PretrainConfig, as_plain
+from train.curves import GROUPS
+
+# In which group TensorBoard and Weights & Biases show a number of metrics.jsonl; all others are parts of the loss.
+GROUP_OF = {
+    **dict.fromkeys(GROUPS["Collapse"], "collapse"),
+    **dict.fromkeys((*GROUPS["Speed"], "substituted_images"), "speed"),
+    **dict.fromkeys(("knn_top1", "knn_images"), "knn"),
+}
+
+
+def grouped(values: Mapping[str, float | None]) -> dict[str, float]:
+    """The numbers by the names that charts have: lr/weights, loss/on_diagonal. Step and epoch are axes, not numbers."""
+    named = {}
+    for name, value in values.items():
+        group, own = ("lr", name.removeprefix("lr_")) if name.startswith("lr_") else (GROUP_OF.get(name, "loss"), name)
+        if name not in ("step", "epoch") and value is not None:
+            named[f"{group}/{own}"] = value
+    return named
 
 
 class TensorBoard:
@@ -24,10 +42,10 @@ class TensorBoard:
         self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
     def line(self, line: Mapping[str, Any]) -> None:
-        self.accuracy(line["step"], {name: value for name, value in line.items() if value is not None})
+        self.accuracy(line["step"], line)
 
-    def accuracy(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
+    def accuracy(self, step: int, values: Mapping[str, float | None]) -> None:
+        for name, value in grouped(values).items():
             self._add("add_scalar", name, value, step)
 
     def picture(self, name: str, pixels: torch.Tensor, step: int) -> None:
@@ -43,7 +61,7 @@ class TensorBoard:
                 getattr(self.board, what)(*arguments)
         except OSError as error:
             self.board = None
-            print(f"note: nothing more for TensorBoard ({error.strerror or error})", file=sys.stderr)
+            say_line(f"note: nothing more for TensorBoard ({error.strerror or error})")
 
 
 class Wandb:
@@ -58,23 +76,28 @@ class Wandb:
         )
 
     def line(self, line: Mapping[str, Any]) -> None:
-        self.run.log(line, step=line["step"])
+        self.run.log(grouped(line) | {"epoch": line["epoch"]}, step=line["step"])
 
     def accuracy(self, step: int, values: Mapping[str, float]) -> None:
         # As its own step it may lie before the last line's, which is refused.
-        self.run.log({**values, "knn_step": step})
+        self.run.log(grouped(values) | {"knn/step": step})
 
     def close(self) -> None:
         self.run.finish()
 
 
 class Bar:
-    """The progress bar on stderr; `update` after every step. Into a file it writes a line every ten seconds."""
+    """How far the run is, on stderr: a bar on a terminal, else a line after every epoch and every few minutes."""
 
-    def __init__(self, start_step: int, stop_step: int):
-        interval_s = 0.5 if sys.stderr.isatty() else 10
-        self.bar = tqdm(total=stop_step, initial=start_step, unit="step", mininterval=interval_s, dynamic_ncols=True)
-        self.update, self.close = self.bar.update, self.bar.close
+    def __init__(self, start_step: int, stop_step: int, steps_per_epoch: int):
+        self.bar = progress(None, "", stop_step, unit="step", done=start_step, line_every=steps_per_epoch)
+        self.steps_per_epoch, self.epochs = steps_per_epoch, stop_step // steps_per_epoch
+        self.close = self.bar.close
+
+    def update(self, step: int) -> None:
+        """After step number `step`, counted from 1."""
+        self.bar.set_description_str(f"epoch {math.ceil(step / self.steps_per_epoch)} of {self.epochs}", refresh=False)
+        self.bar.update()
 
     def line(self, line: Mapping[str, Any]) -> None:
         speed, wait = f"{line['images_per_s']:.0f} images/s", f"{line['data_wait_share']:.0%} data wait"
@@ -82,9 +105,4 @@ class Bar:
         self.bar.set_postfix_str(f"loss {loss}, {speed}, {wait}")
 
     def accuracy(self, step: int, values: Mapping[str, float]) -> None:
-        self.bar.set_description_str(f"kNN {values['knn_top1']:.1f} %")
-
-    def warn(self, text: str) -> None:
-        """Prints a line of its own."""
-        self.bar.clear()
-        print(f"warning: {text}", file=sys.stderr)
+        say_line(f"kNN top-1 {values['knn_top1']:.1f} % after epoch {step / self.steps_per_epoch:g}")

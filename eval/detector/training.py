@@ -16,12 +16,12 @@ import torch.distributed as dist
 import torch.utils.data
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm import tqdm
 
 from eval.detector.data import DetectionImages, Split
 from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
+from pipeline.progress import progress
 from train.content import DamagedFile, read_state, write_state
 from train.distributed import Ranks, StopRequest, averaging_gradients
 
@@ -144,7 +144,7 @@ def train(training: Training, images: DetectionImages, checkpoint_every: int) ->
     ranks, schedule, optimizer = training.ranks, training.schedule, training.optimizer
     model = averaging_gradients(training.detector.train(), ranks)
     start, stop = training.iteration, schedule.iterations
-    bar = tqdm(total=stop, initial=start, unit="iteration", disable=None if ranks.rank == 0 else True)
+    bar = progress(None, "training", stop, unit="iteration", done=start)
     with StopRequest(ranks) as request, bar:
         for samples in training.samples(images, start, stop):
             for group in optimizer.param_groups:
@@ -200,7 +200,7 @@ def detect(training: Training, split: Split, masks: bool) -> list[dict]:
     positions = range(ranks.rank, len(split), ranks.world_size)
     samples = decoded(images, [[(-1, position)] for position in positions], training.workers)
     found = []
-    for position, (image, _) in zip(tqdm(positions, "test", unit="image", disable=None), samples, strict=True):
+    for position, (image, _) in zip(progress(positions, "test", len(positions), unit="image"), samples, strict=True):
         (output,) = detector([image[0].to(ranks.device)])
         found += as_results(output, split.records[position].image_id, masks)
     parts: list = [found]

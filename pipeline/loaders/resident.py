@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.loaders.fast import DecoderThreads
 from pipeline.loaders.parts import PartsLoader, Pixels, Request, ahead_of
+from pipeline.progress import progress
 
 SHARE = 0.6  # of the free memory that the images may take: the network and its activations want the rest
 CHUNK_BYTES = 64 << 20  # decoded at a time: what is copied together, and a step of the progress bar
@@ -60,7 +60,7 @@ class ResidentPixels(Pixels):
         self.pixels = torch.empty(size_bytes, dtype=torch.uint8, device=device)
         chunks = np.split(held, np.flatnonzero(np.diff(starts // CHUNK_BYTES)) + 1)
         begun = ((ids, *decoder.begin(Request(0, 0, ids, ids))) for ids in chunks)
-        with tqdm(total=len(held), desc="decoding", unit="image", delay=2, disable=None) as bar:
+        with progress(None, "decoding", len(held), unit="image", delay_s=2) as bar:
             for ids, pixels, _, status, jobs in ahead_of(CHUNKS_AHEAD, begun):
                 decoder.finish(ids, status, jobs)
                 first = int(self.starts[ids[0]])

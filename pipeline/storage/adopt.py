@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
+from pipeline.progress import progress
 from pipeline.storage import beton, shards, store
 from pipeline.storage.ffcv_file import MODE_JPEG, read_tables
 from pipeline.storage.kept_images import kept_images
@@ -200,7 +200,7 @@ def _check_all(stored: beton.Beton, asked: Asked) -> tuple[list[str], list[int]]
     digests, damaged = [""] * len(stored), []
     order = np.argsort(stored.offsets)
     with contextlib.closing(check_images(stored, order, asked.workers)) as checked:
-        results = tqdm(checked, stored.path.name, len(stored), unit="img")
+        results = progress(checked, stored.path.name, len(stored), unit="image")
         for sample, (digests[sample], problem) in zip(order.tolist(), results, strict=True):
             if problem and not asked.skip_unreadable:
                 raise UserError(
@@ -234,7 +234,7 @@ def adopt_tars(source: Source, asked: Asked) -> Path:
     state, how = _state(source.files), store.How(store.ANY_SIDE_PX, 90, decode_all=True)
     index, rows, skipped = np.zeros(len(source), shards.ROW), [], []
     with Workers(asked.workers) as workers, contextlib.closing(kept_images(source, 0, how, workers)) as kept:
-        for i, (image, _) in enumerate(tqdm(kept, path.name, len(source), unit="img")):
+        for i, (image, _) in enumerate(progress(kept, path.name, len(source), unit="image")):
             if isinstance(image, str):
                 if not asked.skip_unreadable:
                     raise UserError(

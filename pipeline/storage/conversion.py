@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.errors import UserError
+from pipeline.progress import progress, say_line
 from pipeline.storage import beton, store
 from pipeline.storage.beton_writer import BetonWriter
 from pipeline.storage.kept_images import Kept, keep_image, kept_images
@@ -76,8 +76,7 @@ def check_space(source: Source, folder: Path, how: store.How, left: int) -> None
 def _append_all(c: Conversion, writer: BetonWriter, images: Images) -> None:
     source = c.source
     start_bytes, start_s = writer.bytes_written, time.monotonic()
-    bar = tqdm(total=len(source), initial=writer.done, unit="img", desc=writer.path.name, smoothing=0.05)
-    with bar:
+    with progress(None, writer.path.name, len(source), unit="image", done=writer.done) as bar:
         for result, stamp in images(writer.done):
             if isinstance(result, str):
                 where = source.where / source.names[writer.done]
@@ -85,7 +84,7 @@ def _append_all(c: Conversion, writer: BetonWriter, images: Images) -> None:
                     raise UserError(
                         f"{where} is not a readable image ({result}); repair or remove it, or pass --skip-unreadable"
                     )
-                bar.write(f"skipped: {where} ({result})", file=sys.stderr)
+                say_line(f"skipped: {where} ({result})")
             writer.append(None if isinstance(result, str) else result, stamp)
             bar.update()
             if writer.done % 64 == 0:

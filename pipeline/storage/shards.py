@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.disk import whole_file, write_whole
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
+from pipeline.progress import progress
 from pipeline.storage import beton
 from pipeline.storage.beton import Beton, Stored, open_beton
 
@@ -167,7 +167,7 @@ def _pack(source: Beton, shard_images: int, path: Path) -> None:
             f"{path.parent} has {free / 1e9:.1f} GB free, the shards need {needed / 1e9:.1f} GB more; make room and"
             " run the same command again"
         )
-    for shard in tqdm(missing, desc=_beside(path, "-*.tar").name, unit="shard"):
+    for shard in progress(missing, _beside(path, "-*.tar").name, len(missing), unit="shard"):
         first = shard * shard_images
         _write_shard(source, range(first, min(first + shard_images, len(source))), _shard_path(path, shard))
     write_whole(_beside(path, ".shards.npy"), buffer.getvalue())

@@ -6,9 +6,9 @@ from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline.errors import UserError
+from pipeline.progress import progress
 from pipeline.storage.beton import MODE_RAW, Beton, Stored, file_rows, files_path
 from pipeline.storage.workers import CHUNK_IMAGES, Workers
 
@@ -22,7 +22,8 @@ def verify(stored: Stored, workers: int = 0) -> None:
         raise UserError(f"{files_path(path)} lists other images than {path.name} has; convert again")
     bad, known = [], 0
     checked = check_images(stored, np.arange(len(stored)), workers)
-    for row, (sha256, problem) in zip(rows, tqdm(checked, "verify " + path.name, len(rows), unit="img"), strict=True):
+    watched = progress(checked, "verify " + path.name, len(rows), unit="image")
+    for row, (sha256, problem) in zip(rows, watched, strict=True):
         if sha256 != row[3]:
             bad.append((row[4], "its bytes have changed"))
         elif row[2] == DAMAGED:

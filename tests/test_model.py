@@ -4,8 +4,10 @@ import copy
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 import torchvision
+from timm.models.resnet import BasicBlock
 from torch import nn
 
 from pipeline.errors import UserError
@@ -39,6 +41,21 @@ def test_stems(stem, side):
 def test_timm_models_tell_their_feature_dimension(arch):
     backbone, features = make_backbone(arch)
     assert backbone.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, features)
+
+
+def test_resnet10_narrow_is_timms_resnet_of_these_widths():
+    """Put together from timm's parts: the same names, the same features, the last batch norm of each block at zero."""
+    ours, features = make_backbone("resnet10_narrow")
+    theirs = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
+    theirs.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
+    theirs.bn1, theirs.maxpool = nn.BatchNorm2d(32), nn.Identity()
+    theirs.layer1 = nn.Sequential(BasicBlock(32, 32))
+    assert not any(weight.any() for name, weight in ours.named_parameters() if name.endswith("bn2.weight"))
+    for weight in ours.parameters():
+        nn.init.normal_(weight, std=0.1)
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    assert ours(images).shape == (4, features) and torch.allclose(ours(images), theirs(images), rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_architecture_names_the_nearest():

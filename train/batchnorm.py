@@ -131,10 +131,13 @@ class CrossRankBatchNormAct(CrossRankBatchNorm):
 
 def _to_cross_rank(norm: _BatchNorm) -> CrossRankBatchNorm:
     """Raises UserError for a kind of batch norm that is neither torch's nor timm's for (B, C) or (B, C, H, W)."""
-    from timm.layers import BatchNormAct2d
+    kind: type[CrossRankBatchNorm] | None = None
+    if type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d):
+        kind = CrossRankBatchNorm
+    elif type(norm).__module__.startswith("timm."):  # seconds to import, where no network brought it
+        from timm.layers import BatchNormAct2d
 
-    kinds = {nn.BatchNorm1d: CrossRankBatchNorm, nn.BatchNorm2d: CrossRankBatchNorm}
-    kind = (kinds | {BatchNormAct2d: CrossRankBatchNormAct}).get(type(norm))
+        kind = CrossRankBatchNormAct if type(norm) is BatchNormAct2d else None
     if kind is None or norm.momentum is None:
         what = type(norm).__name__ + ("" if kind is None else ", which averages all batches alike (momentum None),")
         raise UserError(

@@ -17,6 +17,8 @@ from torch import nn
 
 from pipeline.errors import UserError
 
+NARROW = (32, 64, 128, 256)  # channels of resnet10_narrow's stages
+
 
 def torchvision_resnets() -> list[str]:
     """resnet18 … wide_resnet101_2, every ResNet torchvision builds."""
@@ -52,21 +54,6 @@ def network_names(arch: str) -> list[str]:
     raise UserError(f"--arch {arch!r} is neither a model of torchvision nor of timm; {hint}")
 
 
-def resnet10_narrow() -> nn.Module:
-    """For small images on a CPU: four basic blocks of 32, 64, 128, 256 channels behind a 3×3 stride-2 stem."""
-    import timm
-    from timm.models.resnet import BasicBlock
-
-    backbone: Any = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
-    backbone.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
-    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
-    backbone.bn1, backbone.maxpool = nn.BatchNorm2d(32), nn.Identity()
-    block: Any = BasicBlock(32, 32)
-    nn.init.zeros_(block.bn2.weight)
-    backbone.layer1 = nn.Sequential(block)
-    return backbone
-
-
 def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """An untrained backbone and its number of features D. Weights come from torch's generator.
 
@@ -74,7 +61,7 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     Raises UserError for an unknown name, with the nearest known ones, and for a stem that the network does not have.
     """
     if arch == "resnet10_narrow":
-        return resnet10_narrow(), 256
+        return NarrowResNet(), NARROW[-1]
     name = network_names(arch)[-1]  # timm's, where both have it
     if name in torchvision_resnets():
         backbone, features = _without_classifier(name, zero_init_residual=True)
@@ -127,6 +114,49 @@ def with_small_stem(resnet: nn.Module, padding: int = 1) -> nn.Module:
     nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     resnet.conv1, resnet.maxpool = stem, nn.Identity()
     return resnet
+
+
+class NarrowBlock(nn.Module):
+    """He 2016's basic block of two 3×3 convolutions, the second batch norm at zero: (B, in, H, W) → (B, out, …)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        nn.init.zeros_(self.bn2.weight)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class NarrowResNet(nn.Module):
+    """resnet10_narrow, for small images on a CPU: a 3×3 stride-2 stem and a basic block of each of NARROW's widths.
+
+    Parameters have torchvision's names. Without torchvision and timm, whose import takes longer than its first steps.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, NARROW[0], 3, stride=2, padding=1, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(NARROW[0]), nn.ReLU(inplace=True)
+        for i, (inputs, outputs) in enumerate(zip((NARROW[0], *NARROW), NARROW, strict=False), 1):
+            self.add_module(f"layer{i}", nn.Sequential(NarrowBlock(inputs, outputs, stride=1 if i == 1 else 2)))
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        for i in range(1, len(NARROW) + 1):
+            x = self.get_submodule(f"layer{i}")(x)
+        return x.mean((2, 3))
 
 
 class Layers(nn.Sequential):

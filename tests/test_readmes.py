@@ -39,7 +39,9 @@ COMMANDS: dict[str, Small | str] = {
     # set-up, tests, the demo: what the continuous integration is made of
     "bash scripts/setup.sh": "scripts/demo.sh::bash scripts/setup.sh",
     "bash scripts/setup.sh --dali": "scripts/test.sh::bash scripts/setup.sh --dali",
-    "source .venv/bin/activate": Small({}, "&& command -v torchrun python"),
+    "bash scripts/setup.sh --ffcv": "tests/test_setup.py::test_ffcv_is_compiled_where_all_is_there",
+    "bash scripts/setup.sh --ffcv --dali": "tests/test_setup.py::test_dali_is_an_extra",
+    "bash scripts/setup.sh && source .venv/bin/activate": Small({}, "&& command -v torchrun python"),
     "bash scripts/test.sh": ".ci/run::bash scripts/test.sh",
     "bash scripts/test.sh --fast": ".github/workflows/ci.yml::bash scripts/test.sh --fast",
     "bash scripts/demo.sh": ".ci/run::bash scripts/demo.sh",
@@ -53,6 +55,15 @@ COMMANDS: dict[str, Small | str] = {
     "bash scripts/convert_imagenet.sh": WALK,
     "torchrun train/pretrain.py": WALK,
     "python eval/semisup.py --fraction 0.01": WALK,
+    "python pipeline/convert.py --source photos --out data/photos --holdout 0.1": Small(
+        {"photos --out": "$IMAGENET/train --out"}, "--workers 1"
+    ),
+    "python train/pretrain.py --data data/photos --arch resnet18 --projector 1024-1024 --resolution 64 "
+    "--global-batch 128 --epochs 30": Small(
+        {"resnet18": "resnet10_narrow", "1024-1024": "32-32", "64": "32", "128": "16", "30": "1"}, "--workers 1"
+    ),
+    "python eval/knn.py": Small({}),
+    "python eval/report.py": Small({}, "&& test -s runs/latest/report.html"),
     "python pipeline/convert.py --source WHAT --out data/mine": Small({"WHAT": "$IMAGENET"}, "--workers 1"),
     "python train/pretrain.py": Small({}, f"--data data/mine {SMALL_RUN} --name one"),
     "python eval/extract.py --checkpoint FILE --images WHAT --to features.safetensors": Small(
@@ -62,8 +73,11 @@ COMMANDS: dict[str, Small | str] = {
     f"{BENCH}/evaluations.py --checkpoint runs/demo --json results/eval-speed/speeds.json": Small(
         {"runs/demo": "runs/one", "results/eval-speed/": ""}, SMALL_BENCH
     ),
+    "report.py RUN1 RUN2": "tests/test_report.py::test_two_runs_side_by_side",
     "python eval/report.py RUN": Small({"RUN": "runs/one"}, "&& test -s runs/one/report.html"),
     "python train/pretrain.py --preset cifar10-demo": "scripts/demo.sh::train/pretrain.py --preset cifar10-demo",
+    "pip wheel . --no-deps": "tests/test_wheel.py::test_what_it_holds",
+    "python -m train.pretrain": "tests/test_wheel.py::test_a_run_from_images_to_the_page",
     # at scale
     "torchrun --nproc-per-node=8 train/pretrain.py": RANKS,
     "torchrun --nnodes=… train/pretrain.py": HOSTS,
@@ -110,6 +124,7 @@ BLOCKS = {
     "lightning.Trainer(max_epochs=100)": "tests/test_library.py::test_lightnings_trainer_sees_every_epoch_once",
     "class PillowPixels(Pixels):": "tests/test_loader_parts.py::new_decoder",
     "decoder = ViewsDecoder(": "tests/test_loader_ffcv.py::test_the_readmes_pipeline",
+    'timm.create_model("resnet50"': "tests/test_readmes.py::test_the_encoder_in_torchvision_and_timm",
     "class Mine(Method):": "tests/test_readmes.py::test_the_new_method",
     "class MeansConfig(SubjectConfig):": "tests/test_knn.py::test_the_protocol_of_the_readme",
 }
@@ -229,3 +244,21 @@ def test_the_new_method(tmp_path, monkeypatch):
     z1, z2 = (z.detach().double().numpy() for z in method.outputs(views))
     assert loss.item() == pytest.approx(((z1 - z2) ** 2).mean(), rel=1e-4) and metrics["loss"] == loss
     assert all(p.grad.isfinite().all() for p in method.parameters()) and len(choose.view_table(config)) == 2
+
+
+def test_the_encoder_in_torchvision_and_timm(tmp_path, monkeypatch):
+    """README.md's, on a run's export: both give the features of the network that was trained."""
+    from train.checkpoint import BackboneInfo, export_backbone
+    from train.model import make_backbone
+
+    backbone = make_backbone("resnet50")[0].eval()
+    (tmp_path / "runs/NAME").mkdir(parents=True)
+    export_backbone(tmp_path / "runs/NAME", backbone, BackboneInfo("resnet50"))
+    monkeypatch.chdir(tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    made: dict = {}
+    for part in block_with("timm.create_model(").rsplit("\n\n", 1):
+        exec(part, made)
+        made["network"].fc = torch.nn.Identity()
+        with torch.no_grad():
+            assert torch.allclose(made["network"].eval()(images), backbone(images), atol=1e-5)

@@ -1,4 +1,4 @@
-"""Pretraining learns: on CIFAR-10 the neighbours of a short run's features are better after every quarter of it."""
+"""Pretraining learns: on CIFAR-10 the neighbours of a short run's features are no worse after any quarter of it, and much better at its end."""
 
 import json
 import os
@@ -34,12 +34,12 @@ def cifar10(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_neighbours_are_better_after_every_quarter(cifar10, tmp_path):
+def test_neighbours_become_better(cifar10, tmp_path):
     flags = "--preset cifar10-demo --fraction 0.3 --knn-every 1 --workers 1".split()
     done = run("train/pretrain.py", *flags, "--data", cifar10, "--epochs", QUARTERS, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     accuracies = [line["knn_top1"] for line in lines if "knn_top1" in line]
     assert len(accuracies) == QUARTERS
-    assert accuracies == sorted(set(accuracies)), accuracies
-    assert accuracies[-1] > accuracies[0] + 2, accuracies
+    assert accuracies == sorted(accuracies), accuracies
+    assert accuracies[-1] > accuracies[0] + 3, accuracies

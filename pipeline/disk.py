@@ -99,7 +99,7 @@ def require_room(path: Path, size_bytes: int, advice: str = "") -> None:
             try:
                 os.posix_fallocate(file.fileno(), 0, size_bytes)
             except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                if error.errno not in REFUSED:
                     raise
                 for at in range(0, size_bytes, CHUNK_BYTES):
                     file.write(bytes(min(CHUNK_BYTES, size_bytes - at)))

@@ -49,7 +49,7 @@ def say_line(text: str) -> None:
 def duration_text(seconds: float) -> str:
     """The two largest units: 38 h 20 min, 3 min 5 s, 12 s."""
     whole = round(seconds)
-    parts = ((whole // 86400, "days"), (whole // 3600 % 24, "h"), (whole // 60 % 60, "min"), (whole % 60, "s"))
+    parts = ((whole // 3600, "h"), (whole // 60 % 60, "min"), (whole % 60, "s"))
     first = next((i for i, (count, _) in enumerate(parts) if count), len(parts) - 1)
     return " ".join(f"{count} {unit}" for count, unit in parts[first : first + 2] if count or first == len(parts) - 1)
 

@@ -209,6 +209,9 @@ def test_another_recipe_is_refused_and_every_difference_named():
     state = {"config": config | {"arch": "resnet50", "epochs": 7, "run": "x", "workers": 9}, "images": 100}
     with pytest.raises(UserError, match=r"arch resnet50 there, resnet18 here, epochs 7 there, 1000 here\)"):
         refuse_other_recipe(state, config, 100, Path("c.pt"))
+    with pytest.raises(UserError) as untrained:
+        refuse_other_recipe({"config": config | {"epochs": 0}, "images": 100}, config, 100, Path("c.pt"))
+    assert "epochs 0 there" in str(untrained.value) and "train longer" not in str(untrained.value)
     with pytest.raises(UserError, match="images 100 there, 50 here"):
         refuse_other_recipe({"config": config, "images": 100}, config, 50, Path("c.pt"))
     refuse_other_recipe({"config": config | {"loader": "torch"}, "images": 100}, config, 100, Path("c.pt"))

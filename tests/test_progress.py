@@ -76,7 +76,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.4, "0 s"), (12, "12 s"), (60, "1 min"), (185, "3 min 5 s"), (138_000, "1 days 14 h")],
+    [(0.4, "0 s"), (12, "12 s"), (60, "1 min"), (185, "3 min 5 s"), (138_000, "38 h 20 min")],
 )
 def test_durations(seconds, text):
     assert duration_text(seconds) == text

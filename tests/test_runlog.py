@@ -23,11 +23,11 @@ IMAGES = 40
 IDS = np.arange(IMAGES)
 
 
-def run_log(folder, ranks=CPU, stop_step=8, **flags) -> RunLog:
+def run_log(folder, ranks=CPU, stop_step=8, start_step=0, **flags) -> RunLog:
     """Of a run of four steps an epoch."""
     config = PretrainConfig(run=str(folder), **{"global_batch": 10} | flags)
     update = SimpleNamespace(config=config, ranks=ranks, stop_step=stop_step, steps_per_epoch=4)
-    return RunLog(update, ids=IDS, start_step=0)
+    return RunLog(update, ids=IDS, start_step=start_step)
 
 
 def metrics(loss: float) -> dict[str, torch.Tensor]:
@@ -50,6 +50,16 @@ def test_lines_are_means_over_their_steps(tmp_path):
     assert found[1]["lr_weights"] == pytest.approx(0.5)
     assert all(line["images_per_s"] > 0 and 0 <= line["data_wait_share"] <= 1 for line in found)
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_an_epoch_has_a_line_of_its_own_loss(tmp_path, capsys):
+    log = run_log(tmp_path, log_every=20)
+    for step in range(8):
+        log.record(step, metrics(float(step)), {})
+    log.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(4, 1.5), (8, 5.5)]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch ")]
+    assert [line.split(", ")[1] for line in said] == ["loss 1.5", "loss 5.5"]
 
 
 def test_a_resumed_run_keeps_only_what_it_does_not_write_again(tmp_path):
@@ -116,6 +126,14 @@ def test_charts_come_in_groups(tmp_path):
         "lr/weights", "lr/biases", "knn/knn_top1", "knn/knn_images",
     }  # fmt: skip
     assert [(point.step, point.value) for point in events.Scalars("loss/loss")] == [(2, 3.0)]
+
+    log = run_log(tmp_path, log_every=2, stop_step=4, start_step=2)
+    for step in (2, 3):
+        log.record(step, metrics(5.0), {})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(point.step, point.value) for point in events.Scalars("loss/loss")] == [(2, 3.0), (4, 5.0)]
 
 
 def test_a_collapse_is_named_once(tmp_path, capsys):

@@ -15,6 +15,7 @@ plain dict that `torch.load(weights_only=True)` accepts:
 
 import hashlib
 import json
+import shlex
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -171,7 +172,8 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
     other = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
     if other:
         found = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in other)
-        longer = f"; {longer_text(path.parent)}" if "epochs" in other and ours["epochs"] > theirs["epochs"] else ""
+        more = "epochs" in other and ours["epochs"] > theirs["epochs"] > 0
+        longer = f"; {longer_text(path.parent)}" if more else ""
         raise UserError(
             f"{path} is of another recipe ({found}); give this run its own folder with --name, "
             f"make the flags equal, or start over with --resume never{longer}"
@@ -180,10 +182,8 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
 
 def longer_text(folder: Path) -> str:
     """How a run is trained longer: its schedule ends where it ends, so the rest is a run of its own."""
-    return (
-        "to train longer, let a new run begin with its weights: the same command with "
-        f"--init-from {shown(folder)} --name {folder.name}-longer"
-    )
+    flags = shlex.join(["--init-from", shown(folder), "--name", f"{folder.name}-longer"])
+    return f"to train longer, let a new run begin with its weights: the same command with {flags}"
 
 
 def refuse_other_images(state: dict, data: Path, dataset_sha256: str, path: Path) -> bool:

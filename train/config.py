@@ -187,7 +187,7 @@ class Running:
     """On a GPU, use only kernels that give the same bits every time, which are slower. A resumed run then ends with the
     weights of one that never stopped, bit for bit, as it always does on a CPU."""
     log_every: int = 20
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl; where an epoch has fewer steps, those of an epoch."""
     wandb: str = ""
     """Weights & Biases project that also gets the numbers (`pip install wandb` first). Empty: none."""
     checkpoint_every_steps: int = 0

@@ -54,7 +54,8 @@ def main(config: PretrainConfig) -> None:
         require_same_start(ranks, config, images)
         if largest(ranks, int(ranks.rank == 0 and finished(config, images))):
             folder = Path(config.run)
-            say(ranks, f"{shown(folder)} is finished already, nothing was done; {longer_text(folder)}")
+            longer = f"; {longer_text(folder)}" if config.epochs else ""  # an untrained control is no beginning
+            say(ranks, f"{shown(folder)} is finished already, nothing was done{longer}")
             say(ranks, next_text(config))
             sys.exit(EXIT_FINISHED)
         loader = make_loader(loader_config(config, ranks))
@@ -100,7 +101,7 @@ def train_alone(
     where = f"{ranks.world_size} × {ranks.device.type}"
     where += ", compiled: the first step takes a minute or more" if config.compile else ""
     where += ", then replayed as one CUDA graph" if config.cuda_graph else ""
-    say(ranks, f"{folder}: steps {start_step} to {stop_step} of {config.global_batch} images on {where}")
+    say(ranks, f"{shown(folder)}: steps {start_step} to {stop_step} of {config.global_batch} images on {where}")
 
     knn = OnlineKnn(update)
     log = RunLog(update, ids=loader.ids, start_step=start_step)

@@ -1,7 +1,8 @@
 """The record of a run, written on rank 0: what ran, where, how it went.
 
     config.json     the whole configuration         env.json      versions and devices of the last start
-    metrics.jsonl   one line every --log-every steps, means over those steps; one with each nearest-neighbour accuracy
+    metrics.jsonl   one line every --log-every steps, at least one an epoch, means over those steps; one with each
+                    nearest-neighbour accuracy
 
 The same numbers go to TensorBoard, Weights & Biases and the progress bar (sinks.py).
 
@@ -103,6 +104,7 @@ class RunLog:
     def __init__(self, update: Update, *, ids: np.ndarray, start_step: int):
         self.config, self.ranks, self.ids = update.config, update.ranks, ids
         self.steps_per_epoch, self.stop_step = update.steps_per_epoch, update.stop_step
+        self.every_steps = min(self.config.log_every, self.steps_per_epoch)  # an epoch's line on stderr tells its loss
         self.pending: Pending | None = None
         self.sinks: list[TensorBoard | Bar | Wandb] = []
         self.said_collapse = False
@@ -134,7 +136,7 @@ class RunLog:
         `metrics` is None for a step without an update: only its number is recorded. `substituted` counts the images of
         this rank that stand in for others; every rank calls this, and a line has the sum of all.
         """
-        due = (step + 1) % self.config.log_every == 0 or step + 1 == self.stop_step
+        due = (step + 1) % self.every_steps == 0 or step + 1 == self.stop_step
         self.substituted += substituted
         if due and self.config.on_bad_image == "substitute":
             self.substituted = total(self.ranks, self.substituted)

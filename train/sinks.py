@@ -39,7 +39,7 @@ class TensorBoard:
     def __init__(self, folder: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
 
-        self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+        self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def line(self, line: Mapping[str, Any]) -> None:
         self.accuracy(line["step"], line)

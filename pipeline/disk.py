@@ -110,9 +110,7 @@ def require_room(path: Path, size_bytes: int, advice: str = "") -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(
-    path: Path, content: bytes | memoryview | str, *, keep_as: Path | None = None, advice: str = ""
-) -> None:
+def write_whole(path: Path, content: bytes | str, *, keep_as: Path | None = None, advice: str = "") -> None:
     """`whole_file` with this content; text is written as UTF-8, and what is not text in a file's name as its bytes."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
     with whole_file(path, keep_as=keep_as, advice=advice, size_bytes=len(data)) as file:

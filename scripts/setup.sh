@@ -44,17 +44,19 @@ pkg-config --exists libturbojpeg 2>/dev/null || missing+=(libturbojpeg0-dev)
 "$python" -c 'import sysconfig, pathlib, sys; sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").exists())' || missing+=(python3-dev)
 left_out=""
 if is_there ffcv || ! ((${#missing[@]})); then ffcv=${ffcv:-found}
-elif [[ -z $ffcv ]]; then left_out="missing: ${missing[*]}"
+elif [[ -z $ffcv ]]; then left_out="missing: ${missing[*]}; bash scripts/setup.sh --ffcv gets it"
 elif ! may_apt || ! apt_install "${missing[@]}"; then
   fail "FFCV cannot be compiled without ${missing[*]}; install these (Debian, Ubuntu: sudo apt-get install ${missing[*]}) and run this again, or leave --ffcv out: only --loader ffcv needs it"
 fi
 
-# The stamp names what was installed from what, so that a second run does nothing and a changed pin does.
-stamp=$({ cat constraints.txt pyproject.toml scripts/setup.sh; "$python" --version; echo "$extras${ffcv:+,ffcv}"; } | sha256sum | cut -d' ' -f1)
-[[ ! -f .venv/.setup-$stamp ]] || exit 0
+# The stamp names what was installed from what, so that a second run does nothing and a changed pin does. What this
+# machine could compile is not in it: a shared checkout is also used on machines with other system packages.
+stamp=$({ cat constraints.txt pyproject.toml scripts/setup.sh; "$python" --version; echo "$extras"; } | sha256sum | cut -d' ' -f1)
+if [[ -f .venv/.setup-$stamp && -x .venv/bin/python ]] && { [[ $ffcv != asked ]] || is_there ffcv; }; then exit 0; fi
 [[ -w . ]] || fail "$PWD is not yours to write: whoever may, sets it up once, then everybody can use it; or clone it to a folder of yours"
 
 if [[ ! -x .venv/bin/python ]]; then
+  rm -rf .venv  # its Python is no more, so nothing in it can run
   # Debian's Python cannot put pip into a new environment without the package python3-venv; uv or a pip outside can.
   "$python" -c 'import ensurepip' 2>/dev/null || command -v uv >/dev/null || "$python" -m pip --version >/dev/null 2>&1 ||
     { may_apt && apt_install python3-venv; } ||
@@ -79,7 +81,7 @@ if [[ $ffcv ]] && ! { # FFCV builds against the NumPy that is installed.
   [[ $ffcv == found ]] || fail "FFCV could not be compiled (see above); leave --ffcv out: only --loader ffcv needs it"
   left_out="it could not be compiled, see above"
 fi
-[[ -z $left_out ]] || echo "setup: FFCV is left out ($left_out); only --loader ffcv needs it, and bash scripts/setup.sh --ffcv gets it" >&2
+[[ -z $left_out ]] || echo "setup: FFCV, which only --loader ffcv needs, is left out ($left_out)" >&2
 echo "setup: compiling the kernels for this machine" >&2
 # Python's bytecode too: uv leaves none, and under PYTHONDONTWRITEBYTECODE every later start would compile torch's sources.
 export -n PYTHONDONTWRITEBYTECODE

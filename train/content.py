@@ -98,7 +98,9 @@ def write_state(path: Path, state: dict, keep_as: Path | None = None, advice: st
     """Writes a state with its digest. It is serialized in memory first. Raises UserError like `write_whole`."""
     buffer = io.BytesIO()
     torch.save({DIGEST: content_sha256(state), **state}, buffer)
-    write_whole(path, buffer.getbuffer(), keep_as=keep_as, advice=advice)
+    # getvalue copies nothing here. A view of the buffer would be left in the traceback of an error, and Python 3.12 may
+    # crash where it collects the two.
+    write_whole(path, buffer.getvalue(), keep_as=keep_as, advice=advice)
 
 
 def read_state(path: Path) -> tuple[object, str]:

@@ -26,6 +26,7 @@ from eval.reporting.facts import Run, fact_rows, method_of, other_settings, read
 from eval.reporting.neighbours import of_kept_features
 from eval.reporting.page import PARTS, TABLES, or_sentence, page, readable
 from eval.reporting.summary import (
+    NO_RESULT,
     Rows,
     controls_ahead,
     difference,
@@ -41,8 +42,6 @@ from pipeline.command import RUNS, run_command
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from train.runlog import METRICS
-
-NO_RESULT = "No result for a table yet."
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,9 @@ def main(config: ReportConfig) -> None:
     runs = read_runs(config)
     rows = newest_cells([(run.name, result) for run in runs for result in run.results])
     if (config.csv or config.latex) and not rows:
-        raise UserError("no result for a table yet; `python eval/knn.py` measures the first")
+        raise UserError(NO_RESULT)
     compared = difference(rows, runs[0].name, runs[-1].name) if len(runs) == 2 and rows else []
-    summary = summary_markdown(rows, compared) if rows else NO_RESULT
+    summary = summary_markdown(rows, compared) if rows else f"Left out: {NO_RESULT}."
     ahead = controls_ahead(rows)
     beside = comparison_markdown([result for run in runs for result in run.results])
     about = [run.name for run in runs], fact_rows(runs), other_settings(runs)

@@ -1,26 +1,21 @@
-"""Parts of the page by themselves: the charts, their colours and files, and the command line that makes a run."""
+"""Parts of the page by themselves: the charts, their colours and their files."""
 
 import base64
 import io
 import re
-import shlex
 from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 
 from eval.reporting.charts import PALETTE, Charts, matrix, training
-from eval.reporting.facts import command
 from eval.reporting.page import PARTS, STYLE
 from pipeline.errors import UserError
 from train.cards import PRESETS
-from train.config import PretrainConfig
 from train.curves import MOST_POINTS, draw_curve, thinned
-from train.flags import chosen_preset, resolved
 
 
 def test_curves_of_what_the_trainer_writes(tmp_path):
@@ -87,34 +82,6 @@ def test_matrix_is_clear_at_zero():
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
     assert pixels.shape == (2, 2, 4) and pixels[..., 3].tolist() == [[255, 0], [127, 255]]
     assert pixels[0, 0, 2] > pixels[0, 0, 0] and pixels[1, 0, 0] > pixels[1, 0, 2]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        ["--preset", "cifar10-demo", "--epochs", "3", "--without", "grey", "flip", "--lars-clip", "--name", "a b"],
-        ["--global-batch", "300", "--method", "simsiam", "--no-stop-gradient", "--data", "/data/my images"],
-        [
-            "--preset",
-            "cifar10-byol",
-            "--seed",
-            "4",
-            "--lr-weights",
-            "0.5",
-            "--init-from",
-            "/data/x.pth",
-            "--name",
-            "/r/x",
-        ],
-    ],
-)
-def test_the_command_makes_the_run(line):
-    """Parsed again it gives the same configuration, to the last field."""
-    config = resolved(tyro.cli(PretrainConfig, args=line, default=chosen_preset(line)))
-    words = shlex.split(command(config, 1))
-    assert words[:2] == ["torchrun", "train/pretrain.py"]
-    assert resolved(tyro.cli(PretrainConfig, args=words[2:], default=chosen_preset(words[2:]))) == config
-    assert len(words) - 2 <= len(line) + 2, "no flag that nobody gave"
 
 
 def test_differences_are_coloured_by_their_sign():

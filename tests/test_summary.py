@@ -13,6 +13,7 @@ from eval import protocols
 from eval.protocols import Protocol
 from eval.report import ReportConfig, main
 from eval.reporting.comparison import comparisons
+from eval.reporting.summary import as_latex
 from pipeline.disk import append_line
 from pipeline.errors import UserError
 
@@ -147,9 +148,9 @@ def test_runs_without_results(tmp_path, runs, capsys):
         main(ReportConfig((tmp_path / "empty",)))
     add(tmp_path / "other", "of-my-own", 80.0)
     main(ReportConfig((tmp_path / "other",)))
-    assert "No result for a table yet." in capsys.readouterr().out
+    assert "Left out: no result for a table yet; `python eval/knn.py --checkpoint" in capsys.readouterr().out
     for flag in ({"csv": True}, {"latex": True}):
-        with pytest.raises(UserError, match="no result for a table yet; `python eval/knn.py` measures the first"):
+        with pytest.raises(UserError, match="no result for a table yet; .* measures one, on images with labels"):
             main(ReportConfig((tmp_path / "other",), **flag))
 
 
@@ -215,6 +216,7 @@ def test_latex(runs, capsys, tmp_path):
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert text.startswith("\\begin{tabular}{lrrr}\n\\hline\n") and len(rows) == 5
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {3}
+    assert as_latex("-3.33") == "$-$3.33"
     assert r"62.00 \texttt{linear-bt-modified}" in text and r"10 \% semi-supervised" in text
     if shutil.which("pdflatex"):
         whole = "\\documentclass{article}\\begin{document}\n" + text + "\n\\end{document}\n"

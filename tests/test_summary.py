@@ -148,9 +148,12 @@ def test_runs_without_results(tmp_path, runs, capsys):
         main(ReportConfig((tmp_path / "empty",)))
     add(tmp_path / "other", "of-my-own", 80.0)
     main(ReportConfig((tmp_path / "other",)))
-    assert "Left out: no result for a table yet; `python eval/knn.py --checkpoint" in capsys.readouterr().out
+    assert (
+        "Left out: no result for a table yet; on labelled images `python eval/knn.py --checkpoint"
+        in capsys.readouterr().out
+    )
     for flag in ({"csv": True}, {"latex": True}):
-        with pytest.raises(UserError, match="no result for a table yet; .* measures one, on images with labels"):
+        with pytest.raises(UserError, match="no result for a table yet; .* gets one"):
             main(ReportConfig((tmp_path / "other",), **flag))
 
 
@@ -230,6 +233,12 @@ def test_one_form_at_a_time(runs):
     with pytest.raises(UserError, match="--csv and --latex are two forms of the one table; give one of them"):
         main(ReportConfig(tuple(runs), csv=True, latex=True))
     assert not (runs[1] / "report.md").exists()
+
+
+def test_charts_have_a_folder(runs):
+    (runs[1] / "charts").touch()
+    with pytest.raises(UserError, match="charts is no folder and cannot be made one: File exists"):
+        main(ReportConfig(tuple(runs), charts="pdf"))
 
 
 def test_only_tables_with_ours_are_open(tmp_path):

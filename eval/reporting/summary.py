@@ -27,7 +27,9 @@ COLUMNS: dict[str, tuple[str, float | None]] = {
     "transfer top-1": ("transfer", 1.0),
     "detection AP": ("detection", None),
 }
-NO_RESULT = "no result for a table yet; `python eval/knn.py --checkpoint RUN --data DATASET` measures one, on images with labels"
+NO_RESULT = (
+    "no result for a table yet; on labelled images `python eval/knn.py --checkpoint RUN --data DATASET` gets one"
+)
 EXPLANATION = "Percent of the validation images, or mean average precision; the last epoch's, not the best."
 
 Rows = dict[str, dict[str, dict]]  # {row title: {column title: newest result}}

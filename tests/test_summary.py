@@ -235,6 +235,14 @@ def test_one_form_at_a_time(runs):
     assert not (runs[1] / "report.md").exists()
 
 
+def test_an_encoder_of_somebody_else(tmp_path):
+    add(tmp_path / "x.pth.results", "knn-mmselfsup", 50.0)
+    (tmp_path / "x.pth").touch()
+    main(ReportConfig((tmp_path / "x.pth",)))
+    page = (tmp_path / "x.pth.results" / "report.html").read_text()
+    assert "has neither its projector nor its views" in page and "<th>Network</th><td>resnet18</td>" in page
+
+
 def test_charts_have_a_folder(runs):
     (runs[1] / "charts").touch()
     with pytest.raises(UserError, match="charts is no folder and cannot be made one: File exists"):

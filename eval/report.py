@@ -26,6 +26,7 @@ from eval.reporting.facts import Run, fact_rows, method_of, other_settings, read
 from eval.reporting.neighbours import of_kept_features
 from eval.reporting.page import PARTS, TABLES, or_sentence, page, readable
 from eval.reporting.summary import (
+    NO_RESULT,
     Rows,
     controls_ahead,
     difference,
@@ -41,8 +42,6 @@ from pipeline.command import RUNS, run_command
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from train.runlog import METRICS
-
-NO_RESULT = "No result for a table yet."
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,11 @@ def make_page(config: ReportConfig, runs: list[Run], about: tuple, rows: Rows, c
     """The whole page; its pictures are of the last run. `about`: what was measured, as PARTS.facts takes it."""
     run, results = runs[-1], [result for run in runs for result in run.results]
     shown = newest_of_encoder(run.results or results) or next(reversed(run.results or results), None)
+    if config.charts != "none":
+        try:
+            (run.folder / "charts").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{run.folder / 'charts'} is no folder and cannot be made one: {error.strerror}") from None
     charts = Charts(run.folder / "charts" if config.charts != "none" else None, config.charts)
     names = [run.name for run in runs]
     curves = {run.name: (run.folder, run.config) for run in runs}
@@ -108,20 +112,20 @@ def main(config: ReportConfig) -> None:
     runs = read_runs(config)
     rows = newest_cells([(run.name, result) for run in runs for result in run.results])
     if (config.csv or config.latex) and not rows:
-        raise UserError("no result for a table yet; `python eval/knn.py` measures the first")
+        raise UserError(NO_RESULT)
     compared = difference(rows, runs[0].name, runs[-1].name) if len(runs) == 2 and rows else []
-    summary = summary_markdown(rows, compared) if rows else NO_RESULT
+    summary = summary_markdown(rows, compared) if rows else f"Left out: {NO_RESULT}."
     ahead = controls_ahead(rows)
+    if config.csv or config.latex:
+        print(readable(summary_csv(rows) if config.csv else summary_latex(rows, compared)))
+    else:
+        print(readable("\n\n".join(filter(None, [summary, ahead]))))
     beside = comparison_markdown([result for run in runs for result in run.results])
     about = [run.name for run in runs], fact_rows(runs), other_settings(runs)
     parts = [TABLES.facts(*about), ahead, summary, "## Beside the published numbers", beside]
     folder = runs[-1].folder
     write_whole(folder / "report.md", readable("\n\n".join(filter(None, parts)) + "\n"))
     write_whole(folder / "report.html", readable(make_page(config, runs, about, rows, compared)))
-    if config.csv or config.latex:
-        print(readable(summary_csv(rows) if config.csv else summary_latex(rows, compared)))
-    else:
-        print(readable("\n\n".join(filter(None, [summary, ahead]))))
     print(f"{folder / 'report.html'} and report.md hold the rest", file=sys.stderr)
 
 

@@ -1,6 +1,6 @@
 """A small dataset and a run folder for the tests of the evaluations."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +9,12 @@ import torch
 from pipeline.convert import ConvertConfig, convert
 from pipeline.spec import Normalization
 from pipeline.storage.sources.source import Source
+from train.cards import PRESETS
 from train.checkpoint import BackboneInfo, save_checkpoint
+from train.config import PretrainConfig, as_plain
+from train.methods.choose import make_method
 from train.model import make_backbone
+from train.runstate import backbone_info
 
 ARCH = "test_resnet"  # timm's smallest residual network: 0.4 M parameters, 96 features
 NORMALIZATION = Normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -59,3 +63,20 @@ def write_run(folder: Path, data: Path, seed: int = 0, step: int = 9, arch: str 
         {"config": {}, "backbone": info, "step": step, "images": 1, "model": weights, "optimizer": {}, "scaler": {}},
     )
     return folder
+
+
+def write_state(
+    folder: Path, data: Path, seed: int = 0, step: int = 9, images_sha256: str = "", **changes
+) -> PretrainConfig:
+    """A run folder's checkpoint as the trainer leaves it, of a network that has seen no image."""
+    config = replace(PRESETS["cifar10-demo"], data=data, run=str(folder), arch=ARCH, projector="24-16")
+    config = replace(config, global_batch=128, **changes)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone, features = make_backbone(ARCH)
+        method = make_method(backbone, features, config)
+    folder.mkdir(exist_ok=True)
+    info = asdict(backbone_info(config, features, step, dataset_sha256=images_sha256))
+    parts = {"model": method.state_dict(), "optimizer": {}, "scaler": {}}
+    save_checkpoint(folder, {"config": as_plain(config), "backbone": info, "step": step, "images": 200, **parts})
+    return config

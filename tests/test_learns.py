@@ -1,4 +1,4 @@
-"""Pretraining learns: on CIFAR-10 the neighbours of a short run's features are no worse after any quarter of it, and much better at its end."""
+"""Pretraining learns: on CIFAR-10 the neighbours of a short run become better, and no worse after any quarter."""
 
 import json
 import os

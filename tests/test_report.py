@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,52 +18,21 @@ from eval import report
 from eval.knn import KnnConfig
 from eval.knn import main as knn
 from eval.report import ReportConfig, main, read_runs
-from eval.reporting import correlation, neighbours
-from eval.reporting.correlation import correlate, load_method
+from eval.reporting import neighbours
 from eval.reporting.facts import facts, method_of, read_config
 from eval.reporting.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
 from eval.subject import read_results
-from pipeline.choices.draws import draw_views
-from pipeline.choices.order import shuffled_batches
 from pipeline.command import run_command
-from pipeline.constants import CIFAR10_MEAN, CIFAR10_STD
 from pipeline.errors import UserError
-from pipeline.loader import make_loader
-from pipeline.storage.beton import open_beton
-from pipeline.storage.decode_pil import decode_pil
-from pipeline.views.reference import apply_view_pil
-from tests.evaluation import ARCH, write_dataset, write_run, write_split
+from tests.evaluation import ARCH, write_dataset, write_run, write_split, write_state
 from train.cards import PRESETS
-from train.checkpoint import newest_or_refuse, save_checkpoint
-from train.config import PretrainConfig, as_plain
-from train.distributed import Ranks
-from train.methods.choose import make_method, view_table
-from train.model import make_backbone
-from train.run_data import loader_config
-from train.runstate import backbone_info
+from train.config import as_plain
 
 IMAGES = 200
 
 
 # One name that would be a script, and one that is not UTF-8.
 CLASSES = ["class_0", "class_$1$", "_class_2", "<script>alert(3)", "class_\udcff"]
-
-
-def write_state(
-    folder: Path, data: Path, seed: int = 0, step: int = 9, images_sha256: str = "", **changes
-) -> PretrainConfig:
-    """A run folder's checkpoint as the trainer leaves it, of a network that has seen no image."""
-    config = replace(PRESETS["cifar10-demo"], data=data, run=str(folder), arch=ARCH, projector="24-16")
-    config = replace(config, global_batch=128, **changes)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        backbone, features = make_backbone(ARCH)
-        method = make_method(backbone, features, config)
-    folder.mkdir(exist_ok=True)
-    info = asdict(backbone_info(config, features, step, dataset_sha256=images_sha256))
-    parts = {"model": method.state_dict(), "optimizer": {}, "scaler": {}}
-    save_checkpoint(folder, {"config": as_plain(config), "backbone": info, "step": step, "images": IMAGES, **parts})
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +44,7 @@ def run(tmp_path_factory):
         write_split(data / f"{split}.beton", np.arange(5 * each) % 5, CLASSES, seed)
     config = write_state(folder, data)
     (folder / "config.json").write_text(json.dumps(as_plain(config)))
+    (folder / "env.json").write_text('{"world_size": 2, "command": "torchrun train/pretrain.py --epochs 2"}')
     lines = [{"step": i, "epoch": i / 9, "loss": 5 / i, "images_per_s": 64.0} for i in range(1, 10)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     knn(KnnConfig(checkpoint=folder))
@@ -116,71 +86,6 @@ def test_the_page_has_every_part_and_needs_nothing_else(run, capsys):
     assert page.count("class_\ufffd") > 2 and page.count("&lt;script&gt;alert(3)") > 2
     own = f"Checkpoint {read_results(run)[0]['checkpoint_sha256'][:12]}, step 9."
     assert page.count(own) == 5 and "of another" not in page
-
-
-def test_correlation_against_numpy(run):
-    """The matrix of the fast loader's views is float64's Pearson correlation of the PIL loader's, to their rounding."""
-    found = correlate(run)
-    method, config = load_method(newest_or_refuse(run).state)
-    beton, views = open_beton(run.parent / "data" / "train.beton"), view_table(config)
-    _, epoch, ids = next(shuffled_batches(config.seed, np.arange(IMAGES), 128, 0, 1, 0, 1))
-    params = draw_views(config.seed, epoch, ids, beton.heights[ids], beton.widths[ids], views, 32)
-    mean, std = (np.array(v) for v in (CIFAR10_MEAN, CIFAR10_STD))
-    z = []
-    for v, view in enumerate(views):
-        made = [apply_view_pil(decode_pil(beton, i), params, b, v, view.interpolation, 32) for b, i in enumerate(ids)]
-        pixels = (np.stack([np.asarray(image) for image in made]) / 255 - mean) / std
-        with torch.no_grad():
-            inputs = torch.from_numpy(pixels).permute(0, 3, 1, 2).float()
-            z.append(method.projector(method.backbone(inputs)).double().numpy())
-    expected = np.corrcoef(*z, rowvar=False)[:16, 16:]
-    assert found.images == 128 and found.matrix.shape == (16, 16)
-    np.testing.assert_allclose(found.matrix, expected, atol=2e-4)
-    off = expected[~np.eye(16, dtype=bool)]
-    assert found.diagonal_mean == pytest.approx(expected.diagonal().mean(), abs=1e-4)
-    assert found.off_diagonal_rms == pytest.approx(np.sqrt((off**2).mean()), abs=1e-4)
-    shown = np.stack([np.stack(pair) for pair in found.pairs])
-    assert shown.shape == (8, 2, 32, 32, 3) and len({s.tobytes() for s in shown.reshape(16, -1)}) == 16
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"fraction": 0.7, "without": ("crop", "grey"), "loader": "dali"},
-        {"order": "blocks", "block_images": 4, "window_blocks": 5, "loader": "torch", "workers": 3},
-        {"resolution_schedule": "16@0,32@1", "views_on": "gpu", "on_bad_image": "substitute"},
-    ],
-)
-def test_correlation_sees_the_runs_first_batches(run, tmp_path, monkeypatch, changes):
-    """Sample for sample and pixel for pixel what the trainer's own loader begins with, at one rank."""
-    config, seen = write_state(tmp_path / "run", run.parent / "data", **changes), []
-
-    def watched(loading):
-        assert (loading.backend, loading.on_bad_image) == ("fast", config.on_bad_image)
-        loader = make_loader(loading)
-        batches = loader.batches
-        loader.batches = lambda *steps: (seen.append(batch) or batch for batch in batches(*steps))
-        return loader
-
-    monkeypatch.setattr(correlation, "make_loader", watched)
-    monkeypatch.setattr(correlation, "BATCH", 50)
-    found = correlate(tmp_path / "run")
-    config = replace(config, loader="fast", views_on="auto")
-    loader = make_loader(loader_config(config, Ranks(0, 1, torch.device("cpu"), None)))
-    try:
-        (first,) = loader.batches(0, 1)
-    finally:
-        loader.close()
-    samples = torch.cat([batch.sample for batch in seen])
-    assert found.images == len(samples) == 100 and torch.equal(samples, first.sample[:100])
-    for v in (0, 1):
-        assert torch.equal(torch.cat([batch.views[v] for batch in seen]), first.views[v][:100])
-
-
-def test_correlation_of_other_images_is_not_shown(run, tmp_path):
-    write_state(tmp_path / "run", run.parent / "data", images_sha256="ab" * 32)
-    with pytest.raises(UserError, match="was trained on the images of .*holds other ones"):
-        correlate(tmp_path / "run")
 
 
 def test_a_page_about_a_run_that_trains_on(run, tmp_path):
@@ -311,7 +216,8 @@ def test_an_ablated_run_is_no_barlow_twins(run, tmp_path):
 def test_what_was_measured(run):
     made = facts(read_run(run))
     assert made["Dataset"] == "data: 200 training images in 5 classes, stored at 32 × 32 px"
-    assert made["Projector"].endswith("of 16 dimensions") and made["Batch"] == "128 images"
+    assert made["Projector"].endswith("of 16 dimensions") and made["Batch"] == "128 images over 2 processes"
+    assert made["Command"] == "`torchrun train/pretrain.py --epochs 2`"
     assert made["Network"].startswith(ARCH) and made["Seed"] == "0"
     assert made["Epochs"] == "1 of 2 so far (9 steps)"
     assert made["Time"] == f"{9 * 128 / 64:.0f} s of training, 64 images a second"
@@ -319,6 +225,14 @@ def test_what_was_measured(run):
     config = replace(read_config(run), data=run / "gone" / "train.beton")
     gone = facts(replace(read_run(run), config=config))["Dataset"]
     assert gone.startswith("gone (not there now: no train.beton in ")
+
+
+@pytest.mark.parametrize("changes", [{"amp": "fp4"}, {"epochs": "three"}, {"projector": None}])
+def test_a_configuration_that_no_run_writes(run, tmp_path, changes):
+    shutil.copy(run / "metrics.jsonl", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | changes))
+    with pytest.raises(UserError, match="holds a value that no run writes .* restore the file, or move it away"):
+        main(ReportConfig((tmp_path,)))
 
 
 def test_no_images_are_named_that_were_not_trained_on(run, tmp_path):
@@ -344,7 +258,7 @@ def test_two_runs_side_by_side(run, tmp_path, monkeypatch):
     first, last = f"{run.parent.name}/a &amp; b", "other/a &amp; b"
     assert f"<h1>{first} and {last}</h1>" in page, "equal names are told apart"
     assert f'class=ours><th>Seed</th><td data-of="{first}">0</td><td data-of="{last}">7</td>' in page
-    assert "<th>Batch</th><td colspan=2>128 images</td>" in page
+    assert "<th>Batch</th><td colspan=2>128 images over 2 processes</td>" in page
     assert page.count("<h3>Other settings that differ</h3>") == 1 and ">0.5</td>" in page
     loss = re.search("<b>loss</b>(.*?)</svg>", page, re.DOTALL)[1]
     assert "var(--c0)" in loss and "var(--c1)" in loss

@@ -1,26 +1,21 @@
-"""Parts of the page by themselves: the charts, their colours and files, and the command line that makes a run."""
+"""Parts of the page by themselves: the charts, their colours and their files."""
 
 import base64
 import io
 import re
-import shlex
 from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-import tyro
 from matplotlib.figure import Figure
 from PIL import Image
 
 from eval.reporting.charts import PALETTE, Charts, matrix, training
-from eval.reporting.facts import command
 from eval.reporting.page import PARTS, STYLE
 from pipeline.errors import UserError
 from train.cards import PRESETS
-from train.config import PretrainConfig
-from train.curves import MOST_POINTS, draw_curve, thinned
-from train.flags import chosen_preset, resolved
+from train.curves import MOST_POINTS, draw_curves, thinned
 
 
 def test_curves_of_what_the_trainer_writes(tmp_path):
@@ -42,6 +37,7 @@ def test_names_in_a_record_are_text(tmp_path):
     """A metric and a run that are called like a tag, a formula or an underscore; in the file, too."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "epoch": 1, "<img onerror=x> $a$ \\\\1": 5.0}\n')
     runs = {"<script>": (tmp_path, None), "_$b$": (tmp_path, None)}
+    (tmp_path / "charts").mkdir()
     made = training(runs, Charts(tmp_path / "charts", "svg"))
     assert made.count("&lt;img onerror=x&gt; $a$ \\1") == 2 and "<img" not in made and "<script" not in made
     assert "&lt;script&gt;" in made and "_$b$" in made
@@ -64,15 +60,18 @@ def test_charts_take_the_colours_of_the_page(tmp_path):
 
 
 def test_a_run_below_the_healthy_values_shows_them(tmp_path):
-    """The axis reaches the band, which begins above the curve."""
+    """The axis reaches the band, which begins above the curves, and no curve is cut."""
     axes = Figure().add_subplot()
-    draw_curve(axes, [(0.0, 1.1), (1.0, 1.2)], "effective_dimensions")
-    assert axes.get_ylim()[1] > 2 > max(axes.lines[0].get_ydata())
+    draw_curves(axes, "effective_dimensions", [([(0.0, 1.1), (1.0, 1.2)], "red"), ([(0.0, 1.0), (1.0, 1.0)], "blue")])
+    assert axes.get_ylim()[1] > 2 and axes.get_ylim()[0] < 1 and len(axes.patches) == 1
+    axes = Figure().add_subplot()
+    draw_curves(axes, "embedding_spread", [([(0.0, 0.6), (1.0, 0.6)], "red"), ([(0.0, 0.9), (1.0, 0.9)], "blue")])
+    assert axes.get_ylim()[1] > 0.9
 
 
 def test_charts_as_pdf(tmp_path):
-    matrix(np.eye(4), Charts(tmp_path / "charts", "pdf"))
-    assert (tmp_path / "charts" / "correlation_matrix.pdf").read_bytes().startswith(b"%PDF")
+    matrix(np.eye(4), Charts(tmp_path, "pdf"))
+    assert (tmp_path / "correlation_matrix.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_thinning():
@@ -87,34 +86,6 @@ def test_matrix_is_clear_at_zero():
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(uri))))
     assert pixels.shape == (2, 2, 4) and pixels[..., 3].tolist() == [[255, 0], [127, 255]]
     assert pixels[0, 0, 2] > pixels[0, 0, 0] and pixels[1, 0, 0] > pixels[1, 0, 2]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        ["--preset", "cifar10-demo", "--epochs", "3", "--without", "grey", "flip", "--lars-clip", "--name", "a b"],
-        ["--global-batch", "300", "--method", "simsiam", "--no-stop-gradient", "--data", "/data/my images"],
-        [
-            "--preset",
-            "cifar10-byol",
-            "--seed",
-            "4",
-            "--lr-weights",
-            "0.5",
-            "--init-from",
-            "/data/x.pth",
-            "--name",
-            "/r/x",
-        ],
-    ],
-)
-def test_the_command_makes_the_run(line):
-    """Parsed again it gives the same configuration, to the last field."""
-    config = resolved(tyro.cli(PretrainConfig, args=line, default=chosen_preset(line)))
-    words = shlex.split(command(config, 1))
-    assert words[:2] == ["torchrun", "train/pretrain.py"]
-    assert resolved(tyro.cli(PretrainConfig, args=words[2:], default=chosen_preset(words[2:]))) == config
-    assert len(words) - 2 <= len(line) + 2, "no flag that nobody gave"
 
 
 def test_differences_are_coloured_by_their_sign():

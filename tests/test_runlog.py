@@ -203,6 +203,8 @@ def test_skipped_steps_are_counted_and_not_averaged(tmp_path):
 
 def test_description_and_latest(tmp_path, monkeypatch):
     monkeypatch.setattr("train.runlog.RUNS", tmp_path / "runs")
+    monkeypatch.setattr("sys.argv", ["train/pretrain.py", "--name", "a b"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for name in ("a", "b"):
         folder = tmp_path / "runs" / name
         open_run_folder(folder)
@@ -215,6 +217,7 @@ def test_description_and_latest(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "latest").resolve() == outside
     assert json.loads((folder / "config.json").read_text()) == as_plain(PretrainConfig())
     env = json.loads((folder / "env.json").read_text())
+    assert env["command"] == "torchrun --nproc-per-node=2 train/pretrain.py --name 'a b'"
     assert env["start_step"] == 5 and env["torch"] == torch.__version__.split("+")[0]
 
 

@@ -13,6 +13,7 @@ from eval import protocols
 from eval.protocols import Protocol
 from eval.report import ReportConfig, main
 from eval.reporting.comparison import comparisons
+from eval.reporting.summary import as_latex
 from pipeline.disk import append_line
 from pipeline.errors import UserError
 
@@ -147,9 +148,12 @@ def test_runs_without_results(tmp_path, runs, capsys):
         main(ReportConfig((tmp_path / "empty",)))
     add(tmp_path / "other", "of-my-own", 80.0)
     main(ReportConfig((tmp_path / "other",)))
-    assert "No result for a table yet." in capsys.readouterr().out
+    assert (
+        "Left out: no result for a table yet; on labelled images `python eval/knn.py --checkpoint"
+        in capsys.readouterr().out
+    )
     for flag in ({"csv": True}, {"latex": True}):
-        with pytest.raises(UserError, match="no result for a table yet; `python eval/knn.py` measures the first"):
+        with pytest.raises(UserError, match="no result for a table yet; .* gets one"):
             main(ReportConfig((tmp_path / "other",), **flag))
 
 
@@ -215,6 +219,7 @@ def test_latex(runs, capsys, tmp_path):
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert text.startswith("\\begin{tabular}{lrrr}\n\\hline\n") and len(rows) == 5
     assert {len(re.findall(r"(?<!\\)&", row)) for row in rows} == {3}
+    assert as_latex("-3.33") == "$-$3.33"
     assert r"62.00 \texttt{linear-bt-modified}" in text and r"10 \% semi-supervised" in text
     if shutil.which("pdflatex"):
         whole = "\\documentclass{article}\\begin{document}\n" + text + "\n\\end{document}\n"
@@ -228,6 +233,20 @@ def test_one_form_at_a_time(runs):
     with pytest.raises(UserError, match="--csv and --latex are two forms of the one table; give one of them"):
         main(ReportConfig(tuple(runs), csv=True, latex=True))
     assert not (runs[1] / "report.md").exists()
+
+
+def test_an_encoder_of_somebody_else(tmp_path):
+    add(tmp_path / "x.pth.results", "knn-mmselfsup", 50.0)
+    (tmp_path / "x.pth").touch()
+    main(ReportConfig((tmp_path / "x.pth",)))
+    page = (tmp_path / "x.pth.results" / "report.html").read_text()
+    assert "has neither its projector nor its views" in page and "<th>Network</th><td>resnet18</td>" in page
+
+
+def test_charts_have_a_folder(runs):
+    (runs[1] / "charts").touch()
+    with pytest.raises(UserError, match="charts is no folder and cannot be made one: File exists"):
+        main(ReportConfig(tuple(runs), charts="pdf"))
 
 
 def test_only_tables_with_ours_are_open(tmp_path):

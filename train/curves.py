@@ -104,15 +104,16 @@ def thinned(points: Points) -> Points:
     return [*points[:-1:step], points[-1]]
 
 
-def draw_curve(axes: "Axes", points: Points, name: str, colour: str | None = None) -> None:
-    """One curve over the epochs, and where its healthy values begin; of few points each is marked."""
-    marker = "o" if len(points) < 3 else None
-    axes.plot(*zip(*thinned(points), strict=True), linewidth=1.4, marker=marker, markersize=4, color=colour)
+def draw_curves(axes: "Axes", name: str, curves: Iterable[tuple[Points, str | None]]) -> None:
+    """Curves (points, colour) of one number over the epochs, and where healthy values lie; few points are marked."""
+    for points, colour in curves:
+        marker = "o" if len(points) < 3 else None
+        axes.plot(*zip(*thinned(points), strict=True), linewidth=1.4, marker=marker, markersize=4, color=colour)
     axes.set_xlabel("epoch")
     axes.grid(True)
     band = QUANTITIES.get(name, Quantity(name)).band
     if band:
-        axes.update_datalim([(points[0][0], band[0])])  # the axis reaches it, so that a run far below shows as that
+        axes.update_datalim([(axes.dataLim.x0, band[0])])  # the axis reaches it, so that a run far below shows as that
         axes.autoscale_view()
         low, high = axes.get_ylim()
         axes.axhspan(band[0], min(band[1], high), color="#1a7437", alpha=0.1, linewidth=0)
@@ -129,7 +130,7 @@ def plot_loss(metrics: Path) -> None:
     figure = Figure(figsize=(4 * len(curves), 3.5), layout="constrained")
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
     for axis, name in zip(axes, [name for name in IN_PICTURE if name in curves], strict=True):
-        draw_curve(axis, curves[name], name)
+        draw_curves(axis, name, [(curves[name], None)])
         axis.set_title(QUANTITIES[name].title)
     with whole_file(metrics.with_name("loss.png")) as file:
         figure.savefig(file, format="png", dpi=110)

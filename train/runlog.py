@@ -1,6 +1,6 @@
 """The record of a run, written on rank 0: what ran, where, how it went.
 
-    config.json     the whole configuration         env.json      versions and devices of the last start
+    config.json     the whole configuration         env.json      command, versions and devices of the last start
     metrics.jsonl   one line every --log-every steps, at least one an epoch, means over those steps; one with each
                     nearest-neighbour accuracy
 
@@ -16,6 +16,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +70,10 @@ def describe_run(folder: Path, config: dict, ranks: Ranks, *, start_step: int) -
 def environment(ranks: Ranks, start_step: int) -> dict:
     """What a number depends on besides the configuration. No host names."""
     cuda = ranks.device.type == "cuda"
+    local = os.environ.get("LOCAL_WORLD_SIZE")  # of torchrun
+    start = ["torchrun", f"--nproc-per-node={local}"] if local else ["python"]
     return {
+        "command": shlex.join([*start, *sys.argv]),
         "start_step": start_step,
         "world_size": ranks.world_size,
         "device": torch.cuda.get_device_name(ranks.device) if cuda else platform.machine() + " CPU",

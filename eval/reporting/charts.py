@@ -19,7 +19,7 @@ from eval.reporting.page import PARTS, STYLE, readable
 from pipeline.disk import whole_file
 from pipeline.errors import UserError
 from train.config import PretrainConfig, projector_widths
-from train.curves import QUANTITIES, Quantity, draw_curve, grouped, read_curves
+from train.curves import QUANTITIES, Quantity, draw_curves, grouped, read_curves
 from train.runlog import METRICS
 
 if TYPE_CHECKING:
@@ -82,7 +82,6 @@ class Charts:
                 handles = [Line2D([], [], color=colour, marker="o", linestyle="") for colour in SERIES[: len(legend)]]
                 if handles:
                     figure.legend(handles, [readable(text) for text in legend], loc="outside lower center", ncols=4)
-                self.folder.mkdir(exist_ok=True)
                 with whole_file(self.folder / f"{name}.{self.kind}") as file, warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Glyph .* missing")  # letters the font lacks are boxes in a PDF
                     figure.savefig(file, format=self.kind)
@@ -129,8 +128,7 @@ def training(runs: Mapping[str, tuple[Path, PretrainConfig | None]], charts: Cha
         colours = {run: i % len(SERIES) for i, run in enumerate(drawn)}
 
         def draw(axes: "Axes") -> None:
-            for run, points in series.items():
-                draw_curve(axes, points, number, SERIES[colours[run]])
+            draw_curves(axes, number, [(points, SERIES[colours[run]]) for run, points in series.items()])
 
         dimensions = {run: projector_widths(config.projector)[-1] for run, (_, config) in runs.items() if config}
         last = [

@@ -137,6 +137,8 @@ def correlate(run: Path) -> Correlation:
 def of_correlation(run: Path, shown: dict | None, charts: Charts) -> list[Section]:
     """The sections about what the loss saw; one that says why where that cannot be made. `shown`: a result, if any."""
     try:
+        if run.suffix == ".results":  # eval/folder.py
+            raise UserError("the file of somebody else's encoder has neither its projector nor its views")
         c = correlate(run)
     except UserError as error:
         return [left_out("Views and correlation matrix", error)]

@@ -5,44 +5,28 @@ else's file only its results tell.
 """
 
 import json
-import shlex
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from eval.protocols import published_file
 from eval.reporting.comparison import duration
-from pipeline.command import REPO, RUNS
 from pipeline.disk import read_lines
 from pipeline.errors import UserError
 from pipeline.storage.shards import open_stored
-from train.cards import PRESETS
 from train.checkpoint import BACKBONE
 from train.config import AMP, PretrainConfig, as_plain, projector_widths, recipe
 from train.curves import is_number
-from train.flags import lr_weights_for, run_folder
 from train.methods.barlow_ablations import is_ablated
 from train.run_data import dataset_sha256, train_beton
 from train.runlog import METRICS
 
-# Of a command: named apart, or decided by the device where they are not given.
-NO_FLAGS = {"preset", "run", "data", "method", "compile", "cuda_graph", "views_together", "activations"}
 # Settings that the facts say in words.
-IN_FACTS = {
-    "method",
-    "fraction",
-    "arch",
-    "stem",
-    "projector",
-    "predictor",
-    "resolution",
-    "resolution_schedule",
-    "views",
-}
-IN_FACTS |= {"without", "epochs", "global_batch", "lr_weights", "lr_biases", "warmup_epochs"}
-IN_FACTS |= {"paper_world_size", "weight_decay", "init_from", "seed", "amp"}
+IN_FACTS = set(
+    "method fraction arch stem projector predictor resolution resolution_schedule views without epochs global_batch "
+    "lr_weights lr_biases warmup_epochs paper_world_size weight_decay init_from seed amp".split()
+)
 
 
 @dataclass(frozen=True)
@@ -96,44 +80,6 @@ def method_of(folder: Path, otherwise: str) -> str:
     return config.method + (", ablated" if changed else "")
 
 
-def shown_path(path: Path) -> str:
-    """For a command line: within the checkout from there, else from the home folder."""
-    if path.is_relative_to(REPO):
-        return shlex.quote(str(path.relative_to(REPO)))
-    home = Path.home()
-    return "~/" + shlex.quote(str(path.relative_to(home))) if path.is_relative_to(home) else shlex.quote(str(path))
-
-
-def command(config: PretrainConfig, world_size: int) -> str:
-    """The command line that makes this run: the card, and the flags that differ from it."""
-    card = PRESETS[config.preset]
-    card = replace(  # what flags.resolved fills in is no flag that somebody gave
-        card,
-        lr_weights=lr_weights_for(config.global_batch) if card.lr_weights is None else card.lr_weights,
-        lr_biases=config.lr_weights if card.lr_biases is None else card.lr_biases,
-    )
-    words = ["torchrun", *([f"--nproc-per-node={world_size}"] if world_size > 1 else []), "train/pretrain.py"]
-    words += [f"--preset {config.preset}"] if config.preset != "imagenet" else []
-    if config.data != card.data:
-        words.append(f"--data {shown_path(config.data)}")
-    folder = Path(config.run)
-    if folder != run_folder(replace(config, run="")):
-        named = folder.parent == RUNS and not folder.name.startswith((".", "~"))
-        words.append(f"--name {shlex.quote(folder.name) if named else shown_path(folder)}")
-    for name in (field.name for field in fields(PretrainConfig) if field.name not in NO_FLAGS):
-        value: Any = getattr(config, name)
-        flag = f"--{name.replace('_', '-')}"
-        if value == getattr(card, name):
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, tuple):
-            words.append(f"{flag} {' '.join(value)}")
-        else:
-            words.append(f"{flag} {shown_path(value) if isinstance(value, Path) else shlex.quote(str(value))}")
-    return " ".join(words)
-
-
 def trained(config: PretrainConfig, folder: Path) -> tuple[int, float, float]:
     """Steps, epochs and seconds of training that metrics.jsonl tells; each line has the speed since the one before."""
     steps, epoch, seconds = 0, 0.0, 0.0
@@ -185,7 +131,13 @@ def method_title(name: str) -> str:
 def facts(run: Run) -> dict[str, str]:
     """What was measured, row by row; of somebody else's file what its newest result tells."""
     newest = run.results[-1] if run.results else {}
-    found = facts_of_training(run, run.config) if run.config else facts_of_result(newest)
+    try:
+        found = facts_of_training(run, run.config) if run.config else facts_of_result(newest)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"config.json, env.json or metrics.jsonl of {run.folder} holds a value that no run writes "
+            f"({type(error).__name__}: {error}); restore the file, or move it away to see the page without it"
+        ) from None
     if newest:
         found["Evaluated on"] = (
             f"{newest['dataset']}: {newest['val_images']:,} validation images in {newest['classes']} classes, "
@@ -221,11 +173,14 @@ def facts_of_training(run: Run, config: PretrainConfig) -> dict[str, str]:
     network = [config.arch, *(["small stem"] if config.stem == "small" else [])]
     network += [f"{about['features']} features"] if about.get("features") else []
     device = str(env.get("device", "not recorded"))
-    cores = f", {env['cpu_cores']} cores" if "cpu_cores" in env and not env.get("cuda") else ""
+    if env.get("cuda"):
+        device = f"{world_size} × {device}"
+    elif "cpu_cores" in env:
+        device += f", {env['cpu_cores']} cores"
     precision = config.amp if AMP[config.amp].itemsize == 2 else "float32"
     speed = f", {steps * config.global_batch / seconds:.0f} images a second" if seconds else ""
     predictor = f"; predictor {config.predictor}" if config.predictor else ""
-    start = {"Begun from": shown_path(config.init_from)} if config.init_from else {}
+    start = {"Begun from": "/".join(config.init_from.parts[-2:])} if config.init_from else {}
     return {
         "Method": method + (" (an ablation)" if method_of(run.folder, "").endswith("ablated") else ""),
         "Dataset": images(config, about.get("dataset_sha256", "")),
@@ -240,9 +195,9 @@ def facts_of_training(run: Run, config: PretrainConfig) -> dict[str, str]:
         ),
         **start,
         "Seed": str(config.seed),
-        "Device": f"{world_size} × {device}{cores}; {precision}; PyTorch {env.get('torch', 'not recorded')}",
+        "Device": f"{device}; {precision}; PyTorch {env.get('torch', 'not recorded')}",
         "Time": f"{duration(seconds)} of training{speed}" if seconds else "no step",
-        "Command": f"`{command(config, world_size)}`",
+        "Command": f"`{env['command']}`" if "command" in env else "not recorded",
     }
 
 

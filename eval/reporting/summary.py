@@ -27,6 +27,9 @@ COLUMNS: dict[str, tuple[str, float | None]] = {
     "transfer top-1": ("transfer", 1.0),
     "detection AP": ("detection", None),
 }
+NO_RESULT = (
+    "no result for a table yet; on labelled images `python eval/knn.py --checkpoint RUN --data DATASET` gets one"
+)
 EXPLANATION = "Percent of the validation images, or mean average precision; the last epoch's, not the best."
 
 Rows = dict[str, dict[str, dict]]  # {row title: {column title: newest result}}
@@ -208,14 +211,15 @@ def summary_latex(rows: Rows, compared: list[str]) -> str:
 def as_latex(text: str) -> str:
     """Text with LaTeX's own characters escaped, `marked` parts in typewriter letters."""
     names = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "−": "$-$"}
-    escaped = re.sub(r"[\\~^–−#$%&_{}]", lambda found: names.get(found[0], "\\" + found[0]), " ".join(text.split()))
+    text = re.sub("^-", "−", " ".join(text.split()))  # a negative number
+    escaped = re.sub(r"[\\~^–−#$%&_{}]", lambda found: names.get(found[0], "\\" + found[0]), text)
     return re.sub(r"`([^`]*)`", r"\\texttt{\1}", escaped)
 
 
 def measured(rows: Rows, compared: list[str]) -> str:
     """The table of results as HTML."""
     if not rows:
-        raise UserError("no result for a table yet; `python eval/knn.py` measures the first")
+        raise UserError(NO_RESULT)
     head, body = table_cells(rows)
     cells = [[row[0], *map(with_code, row[1:])] for row in body]
     return PARTS.measured(head, cells, compared, EXPLANATION, protocol_notes(rows))

@@ -1,4 +1,5 @@
-"""Pretraining learns: on CIFAR-10 the neighbours of a short run's features are no worse after any quarter of it, and much better at its end."""
+"""Pretraining learns: on CIFAR-10 the neighbours of a short run's features are no worse after any quarter of it, and
+much better at its end."""
 
 import json
 import os

@@ -54,13 +54,13 @@ def _decode(handle, data, ids, columns, starts, pixels, status):
 class _Own:
     """What a worker thread has of its own, as long as it lives: a decoder, and memory for one image."""
 
-    handle = 0  # until there is one: a machine may lack libturbojpeg
+    handle: np.ndarray | None = None  # none is made where libturbojpeg is missing
 
     def __init__(self, image_bytes: int) -> None:
         self.handle, self.pixels = make_handle(), np.empty(image_bytes, np.uint8)
 
     def __del__(self) -> None:
-        if self.handle:
+        if self.handle is not None:
             free_handle(self.handle)
 
 

@@ -76,6 +76,9 @@ COMMANDS: dict[str, Small | str] = {
     "report.py RUN1 RUN2": "tests/test_report.py::test_two_runs_side_by_side",
     "python eval/report.py RUN": Small({"RUN": "runs/one"}, "&& test -s runs/one/report.html"),
     "python train/pretrain.py --preset cifar10-demo": "scripts/demo.sh::train/pretrain.py --preset cifar10-demo",
+    "python train/pretrain.py --preset cifar10-demo --epochs 1 --log-every 1": (
+        "scripts/demo.sh::train/pretrain.py --preset cifar10-demo"
+    ),
     "pip wheel . --no-deps": "tests/test_wheel.py::test_what_it_holds",
     "python -m train.pretrain": "tests/test_wheel.py::test_a_run_from_images_to_the_page",
     # at scale

@@ -79,6 +79,7 @@ COMMANDS: dict[str, Small | str] = {
     "python train/pretrain.py --preset cifar10-demo --epochs 1 --log-every 1": (
         "scripts/demo.sh::train/pretrain.py --preset cifar10-demo"
     ),
+    "python -m pipeline.preview --data DIR --images 4 --seed 17 --out views.png": Small({"DIR": "data/mine"}),
     "pip wheel . --no-deps": "tests/test_wheel.py::test_what_it_holds",
     "python -m train.pretrain": "tests/test_wheel.py::test_a_run_from_images_to_the_page",
     # at scale

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job, small and whole: CIFAR-10 → .beton → Barlow Twins → kNN, linear, 10 % semi-supervised → a table.
-#   usage: bash scripts/demo.sh [pretrain.py flags ...]       5 to 8 minutes on 2 CPU cores, downloads apart
+#   usage: bash scripts/demo.sh [pretrain.py flags ...]       5 to 7 minutes on 2 CPU cores, downloads apart
 # The table has three rows: raw pixels, an untrained encoder of the same architecture, and the trained one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

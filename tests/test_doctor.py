@@ -59,6 +59,8 @@ def test_the_stage_that_is_slowed_is_named(doctor, stages, monkeypatch, name, bo
         run(ids)
 
     monkeypatch.setitem(stages.run, name, slowed)
+    if name != "train":  # the step's own time is left out: beside other programs it can be a hundred times longer
+        monkeypatch.setitem(stages.run, "train", lambda ids: None)
     times = doctor.measure(stages, 0.01)
     assert times[name] >= SLOW_S
     machine = doctor.this_machine(stages.beton.path)

@@ -71,16 +71,19 @@ def test_an_unnamed_run_is_named_by_its_recipe():
 
 
 @pytest.mark.parametrize(
-    ("card", "digest", "name"),
+    ("card", "arch", "digest", "name"),
     [
-        ("imagenet", "0ed7877d8589c14d", "imagenet-resnet50-300ep-903380"),
-        ("cifar10", "a3c1b55f51230179", "cifar10-resnet18-1000ep-1ae99e"),
-        ("cifar10-demo-byol", "06721cd3689b9d27", "cifar10-demo-byol-resnet10_narrow-2ep-5ae3fa"),
+        ("imagenet", "resnet50", "0ed7877d8589c14d", "imagenet-resnet50-300ep-903380"),
+        ("cifar10", "resnet18", "a3c1b55f51230179", "cifar10-resnet18-1000ep-1ae99e"),
+        ("cifar10-demo-byol", "resnet10_narrow", "06721cd3689b9d27", "cifar10-demo-byol-resnet10_narrow-2ep-5ae3fa"),
     ],
 )
-def test_cards_keep_their_recipes_and_names(card, digest, name):
-    """Computed before --accumulate was deleted: a run that somebody has finds its folder and its checkpoint again."""
-    config = resolved(replace(PRESETS[card], data=Path("/images")))
+def test_cards_keep_their_recipes_and_names(card, arch, digest, name):
+    """Computed before --accumulate was deleted: a run that somebody has finds its folder and its checkpoint again.
+
+    cifar10-demo had another network, and is the same with that one's --arch.
+    """
+    config = resolved(replace(PRESETS[card], data=Path("/images"), arch=arch))
     text = json.dumps(recipe(as_plain(config)), sort_keys=True)
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == digest
     assert Path(config.run).name == name

@@ -59,7 +59,7 @@ def test_the_table_has_pixels_and_both_encoders(demo, tmp_path):
 
 def test_a_failure_of_the_control_ends_the_demo_with_its_words(demo, tmp_path):
     ended = demo(fail="linear.py --checkpoint runs/demo-untrained")
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert "found nothing" in ended.stderr
     calls = (tmp_path / "calls").read_text()
     assert "report.py" not in calls

@@ -15,7 +15,7 @@ from train.batchnorm import CrossRankBatchNorm, with_global_batch_norm
 from train.cards import PRESETS
 from train.flags import resolved
 from train.methods.choose import make_method
-from train.model import make_backbone, make_projector
+from train.model import NARROW, make_backbone, make_projector
 
 
 def test_resnet_has_torchvisions_names_and_zero_initialized_residuals():
@@ -43,13 +43,18 @@ def test_timm_models_tell_their_feature_dimension(arch):
     assert backbone.eval()(torch.zeros(2, 3, 64, 64)).shape == (2, features)
 
 
-def test_resnet10_narrow_is_timms_resnet_of_these_widths():
+@pytest.mark.parametrize("arch", NARROW)
+def test_a_narrow_resnet_is_timms_of_these_widths(arch):
     """Put together from timm's parts: the same names, the same features, the last batch norm of each block at zero."""
-    ours, features = make_backbone("resnet10_narrow")
-    theirs = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=(32, 64, 128, 256))
-    theirs.conv1 = nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)
-    theirs.bn1, theirs.maxpool = nn.BatchNorm2d(32), nn.Identity()
-    theirs.layer1 = nn.Sequential(BasicBlock(32, 32))
+    ours, features = make_backbone(arch)
+    widths = NARROW[arch]
+    four = (*widths, 1)[:4]  # timm's have four stages
+    theirs = timm.create_model("resnet18", num_classes=0, layers=(1, 1, 1, 1), channels=four)
+    theirs.conv1 = nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False)
+    theirs.bn1, theirs.maxpool = nn.BatchNorm2d(widths[0]), nn.Identity()
+    theirs.layer1 = nn.Sequential(BasicBlock(widths[0], widths[0]))
+    if len(widths) == 3:
+        theirs.layer4 = nn.Identity()
     assert not any(weight.any() for name, weight in ours.named_parameters() if name.endswith("bn2.weight"))
     for weight in ours.parameters():
         nn.init.normal_(weight, std=0.1)

@@ -75,7 +75,9 @@ COMMANDS: dict[str, Small | str] = {
     ),
     "report.py RUN1 RUN2": "tests/test_report.py::test_two_runs_side_by_side",
     "python eval/report.py RUN": Small({"RUN": "runs/one"}, "&& test -s runs/one/report.html"),
-    "python train/pretrain.py --preset cifar10-demo": "scripts/demo.sh::train/pretrain.py --preset cifar10-demo",
+    "python train/pretrain.py --preset cifar10-demo --arch resnet10_narrow": (
+        "scripts/demo.sh::train/pretrain.py --preset cifar10-demo"
+    ),
     "python train/pretrain.py --preset cifar10-demo --epochs 1 --log-every 1": (
         "scripts/demo.sh::train/pretrain.py --preset cifar10-demo"
     ),
@@ -89,9 +91,9 @@ COMMANDS: dict[str, Small | str] = {
     "torchrun --nnodes=… --nproc-per-node=1 pipeline/convert.py …": "tests/test_convert_parts.py::test_torchrun",
     "sbatch scripts/pretrain.slurm": "tests/test_pretrain_slurm.py::test_75_goes_back_into_the_queue",
     "python scripts/compare.py methods": METHODS,
-    "python scripts/compare.py methods --seeds 0 1 2 -- --workers 1": METHODS,
+    "python scripts/compare.py methods --seeds 0 1 2 -- --workers 1 --arch resnet10_narrow": METHODS,
     "… ablations": ABLATIONS,
-    "python scripts/compare.py ablations -- --workers 1": ABLATIONS,
+    "python scripts/compare.py ablations -- --workers 1 --arch resnet10_narrow": ABLATIONS,
     # what others wrote
     "convert.py --source X.beton": "tests/test_adopt.py::test_adopting_in_place_and_again",
     "… --source X.ffcv --out data/x/train.beton": "tests/test_adopt.py::test_a_link_elsewhere",

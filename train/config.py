@@ -63,7 +63,8 @@ class Recipe:
     global_batch: int = 1024
     """Images of one step, over all ranks. Only full batches: an epoch's last, shorter one is dropped."""
     arch: str = "resnet50"
-    """A ResNet of torchvision by name (resnet18 … wide_resnet101_2), resnet10_narrow, or any model of timm."""
+    """A ResNet of torchvision by name (resnet18 … wide_resnet101_2), resnet8_narrow or resnet10_narrow for small images
+    on a CPU, or any model of timm."""
     stem: Literal["imagenet", "small"] = "imagenet"
     """How the network begins: imagenet is 7×7 stride 2 and a max-pool; small, for small images, is 3×3 stride 1."""
     projector: str = "8192-8192-8192"

@@ -17,7 +17,8 @@ from torch import nn
 
 from pipeline.errors import UserError
 
-NARROW = (32, 64, 128, 256)  # channels of resnet10_narrow's stages
+# Channels of each stage. The first stage, on the largest maps, costs the most.
+NARROW = {"resnet8_narrow": (16, 64, 128), "resnet10_narrow": (32, 64, 128, 256)}
 
 
 def torchvision_resnets() -> list[str]:
@@ -36,7 +37,7 @@ def network_names(arch: str) -> list[str]:
 
     Raises UserError for a name that nobody knows, with the nearest known ones.
     """
-    if arch == "resnet10_narrow" or arch.removeprefix("torchvision:") in torchvision_resnets():
+    if arch in NARROW or arch.removeprefix("torchvision:") in torchvision_resnets():
         return [arch.removeprefix("torchvision:")]
     import timm
 
@@ -60,8 +61,8 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     ResNets of torchvision start with the last batch norm of every block at zero (Goyal 2017; Zbontar 2021).
     Raises UserError for an unknown name, with the nearest known ones, and for a stem that the network does not have.
     """
-    if arch == "resnet10_narrow":
-        return NarrowResNet(), NARROW[-1]
+    if arch in NARROW:
+        return NarrowResNet(NARROW[arch]), NARROW[arch][-1]
     name = network_names(arch)[-1]  # timm's, where both have it
     if name in torchvision_resnets():
         backbone, features = _without_classifier(name, zero_init_residual=True)
@@ -137,16 +138,16 @@ class NarrowBlock(nn.Module):
 
 
 class NarrowResNet(nn.Module):
-    """resnet10_narrow, for small images on a CPU: a 3×3 stride-2 stem and a basic block of each of NARROW's widths.
+    """NARROW's, for small images on a CPU: a 3×3 stride-2 stem and a basic block of each width.
 
     Parameters have torchvision's names. Without torchvision and timm, whose import takes longer than its first steps.
     """
 
-    def __init__(self):
+    def __init__(self, widths: tuple[int, ...]):
         super().__init__()
-        self.conv1 = nn.Conv2d(3, NARROW[0], 3, stride=2, padding=1, bias=False)
-        self.bn1, self.relu = nn.BatchNorm2d(NARROW[0]), nn.ReLU(inplace=True)
-        for i, (inputs, outputs) in enumerate(zip((NARROW[0], *NARROW), NARROW, strict=False), 1):
+        self.conv1 = nn.Conv2d(3, widths[0], 3, stride=2, padding=1, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True)
+        for i, (inputs, outputs) in enumerate(zip((widths[0], *widths), widths, strict=False), 1):
             self.add_module(f"layer{i}", nn.Sequential(NarrowBlock(inputs, outputs, stride=1 if i == 1 else 2)))
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
@@ -154,8 +155,9 @@ class NarrowResNet(nn.Module):
 
     def forward(self, x):
         x = self.relu(self.bn1(self.conv1(x)))
-        for i in range(1, len(NARROW) + 1):
-            x = self.get_submodule(f"layer{i}")(x)
+        for name, stage in self.named_children():
+            if name.startswith("layer"):
+                x = stage(x)
         return x.mean((2, 3))
 
 

@@ -34,6 +34,17 @@ def test_the_count_is_that_of_a_pass_that_runs(tmp_path, amp):
     assert operations == pytest.approx(3 * 2 * 6 * 2 * 1.82e9 * (64 / 224) ** 2, rel=0.05)
 
 
+def test_a_type_that_this_cpu_is_slow_with_is_named(tmp_path, capsys, monkeypatch):
+    speeds = {torch.float32: 8e15, torch.bfloat16: 1e15}
+    monkeypatch.setattr(cpu_cost, "operations_per_s", speeds.__getitem__)
+    say_cost(update_of(tmp_path, amp="bf16"))
+    assert capsys.readouterr().err == "note: a convolution in bf16 takes this CPU 8 × as long as in float32: --amp off\n"
+    say_cost(update_of(tmp_path, amp="off"))
+    speeds[torch.bfloat16] = 9e15
+    say_cost(update_of(tmp_path, amp="bf16"))
+    assert capsys.readouterr().err == ""
+
+
 def test_it_is_said_where_it_is_much_and_only_there(tmp_path, capsys, monkeypatch):
     assert operations_per_s(torch.float32) > 1e8
     update = update_of(tmp_path)

@@ -59,7 +59,7 @@ COMMANDS: dict[str, Small | str] = {
         {"photos --out": "$IMAGENET/train --out"}, "--workers 1"
     ),
     "python train/pretrain.py --data data/photos --arch resnet18 --projector 1024-1024 --resolution 64 "
-    "--global-batch 128 --epochs 30": Small(
+    "--global-batch 128 --epochs 30 --amp off": Small(
         {"resnet18": "resnet10_narrow", "1024-1024": "32-32", "64": "32", "128": "16", "30": "1"}, "--workers 1"
     ),
     "python eval/knn.py": Small({}),

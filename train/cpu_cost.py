@@ -1,7 +1,7 @@
 """What a step costs on a CPU, said before the first one: a network made for GPUs takes gigabytes and minutes there.
 
 Nothing is run for it: a step is played through without data (PyTorch's fake tensors), which counts its operations and
-what it saves for the backward pass; a small matrix product shows how many operations this machine does in a second.
+what it saves for the backward pass; a small convolution shows how many operations this machine does in a second.
 """
 
 import copy
@@ -22,7 +22,7 @@ from train.update import Update
 LARGE_PARAMETERS = 5_000_000  # smaller networks are not counted: their steps are quick
 WORTH_A_WORD_S, WORTH_A_WORD_SHARE = 20.0, 0.5  # of a step; of the free memory
 PASSES = 3  # a backward pass has twice the operations of a forward pass
-SIDE = 1024  # of the matrices that are multiplied for the time
+IMAGES, CHANNELS, SIDE = 8, 128, 16  # of the convolution that is timed
 
 
 def step_cost(update: Update) -> tuple[float, float]:
@@ -39,24 +39,32 @@ def step_cost(update: Update) -> tuple[float, float]:
 
 
 def operations_per_s(dtype: torch.dtype) -> float:
-    """Of a matrix product on this CPU, the best of three."""
-    matrix = torch.ones(SIDE, SIDE, dtype=dtype)
+    """Of a 3×3 convolution on this CPU, the best of four."""
+    images = torch.ones(IMAGES, CHANNELS, SIDE, SIDE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    kernel = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype)
     seconds = []
-    for _ in range(3):
+    for _ in range(4):
         begun_s = time.perf_counter()
-        matrix @ matrix
+        torch.nn.functional.conv2d(images, kernel, padding=1)
         seconds.append(time.perf_counter() - begun_s)
-    return 2 * SIDE**3 / min(seconds)
+    return 2 * 9 * CHANNELS**2 * SIDE**2 * IMAGES / min(seconds)
 
 
 def say_cost(update: Update) -> None:
-    """Says it where a step takes long or much of the free memory; on one process alone, whose norms need no others."""
+    """Says it where a step takes long or much of the free memory; on one process alone, whose norms need no others.
+
+    And where the CPU has no instructions for the type of --amp: then a step takes several times as long as in float32.
+    """
     config, ranks = update.config, update.ranks
-    parameters = sum(p.numel() for p in update.method.parameters())
-    if ranks.device.type != "cpu" or ranks.world_size > 1 or parameters < LARGE_PARAMETERS:
+    if ranks.device.type != "cpu":
+        return
+    per_s = operations_per_s(AMP[config.amp])
+    if config.amp != "off" and (times := operations_per_s(torch.float32) / per_s) > 1:
+        say(ranks, f"note: a convolution in {config.amp} takes this CPU {times:.2g} × as long as in float32: --amp off")
+    if ranks.world_size > 1 or sum(p.numel() for p in update.method.parameters()) < LARGE_PARAMETERS:
         return
     needed, operations = step_cost(update)
-    seconds, free = operations / operations_per_s(AMP[config.amp]), free_bytes(ranks.device)
+    seconds, free = operations / per_s, free_bytes(ranks.device)
     if seconds < WORTH_A_WORD_S and needed < WORTH_A_WORD_SHARE * free:
         return
     ends = ", so the system may end it" if needed > free else ""

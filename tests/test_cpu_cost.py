@@ -38,7 +38,8 @@ def test_a_type_that_this_cpu_is_slow_with_is_named(tmp_path, capsys, monkeypatc
     speeds = {torch.float32: 8e15, torch.bfloat16: 1e15}
     monkeypatch.setattr(cpu_cost, "operations_per_s", speeds.__getitem__)
     say_cost(update_of(tmp_path, amp="bf16"))
-    assert capsys.readouterr().err == "note: a convolution in bf16 takes this CPU 8 × as long as in float32: --amp off\n"
+    said = capsys.readouterr().err
+    assert said == "note: a convolution in bf16 takes this CPU 8 × as long as in float32: --amp off\n"
     say_cost(update_of(tmp_path, amp="off"))
     speeds[torch.bfloat16] = 9e15
     say_cost(update_of(tmp_path, amp="bf16"))

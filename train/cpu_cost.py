@@ -40,7 +40,7 @@ def step_cost(update: Update) -> tuple[float, float]:
 
 
 def operations_per_s(dtype: torch.dtype) -> float:
-    """Of a 3×3 convolution on this CPU, the best of three; with its backward pass, which some CPUs have no fast way for."""
+    """Of a 3×3 convolution on this CPU, the best of three. With its backward pass, which may be what is slow."""
     images = torch.ones(IMAGES, CHANNELS, SIDE, SIDE, dtype=dtype).contiguous(memory_format=torch.channels_last)
     inputs = images.requires_grad_(), torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype, requires_grad=True)
     seconds = []

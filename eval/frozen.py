@@ -52,7 +52,7 @@ def resnet_stages(backbone: nn.Module) -> list[nn.Module]:
 
 
 def is_resnet(backbone: nn.Module) -> bool:
-    """Whether it has a ResNet's stages, which heads.py and detection.py evaluate."""
+    """Whether it has a ResNet's four stages, which heads.py and detection.py evaluate."""
     return len(resnet_stages(backbone)) == len(POOLS)
 
 

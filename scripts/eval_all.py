@@ -235,7 +235,7 @@ def main(config: EvalAllConfig) -> None:
         elif lacking := missing_data(job, root):
             states[job.name], missing[job.needs] = f"{job.needs} is missing", lacking
         elif job.main in (heads.main, detection.main) and not is_resnet(encoder.module):
-            states[job.name] = f"needs a ResNet, not {info.arch}"
+            states[job.name] = f"needs a ResNet of four stages, not {info.arch}"
         elif is_done(job, results, info):
             states[job.name] = "done before"
         else:

@@ -66,13 +66,16 @@ def test_a_narrow_resnet_is_timms_of_these_widths(arch):
 def test_unknown_architecture_names_the_nearest():
     with pytest.raises(UserError, match=r"resnet5O.*did you mean.*resnet50"):
         make_backbone("resnet5O")
+    with pytest.raises(UserError, match="did you mean resnet8_narrow"):
+        make_backbone("resnet8_narow")
     with pytest.raises(UserError, match="list_models"):
         make_backbone("qqqqqqqqqq")
 
 
-def test_small_stem_is_for_torchvisions_resnets():
-    with pytest.raises(UserError, match="--stem"):
-        make_backbone("test_resnet", "small")
+@pytest.mark.parametrize("arch", ["test_resnet", *NARROW])
+def test_small_stem_is_for_torchvisions_resnets(arch):
+    with pytest.raises(UserError, match=f"--stem small .* not for {arch}; pass --stem imagenet"):
+        make_backbone(arch, "small")
 
 
 def test_projector_layers():

@@ -54,7 +54,7 @@ def test_a_vit_is_evaluated_as_a_resnet_is(vit, few, capsys):
     capsys.readouterr()
     eval_all(EvalAllConfig(run=vit, arch=ARCH, data=few, plan=True, only=("knn", "heads", "linear")))
     printed = capsys.readouterr().out
-    assert f"heads                  needs a ResNet, not {ARCH}" in printed
+    assert f"heads                  needs a ResNet of four stages, not {ARCH}" in printed
     assert "knn                    done before" in printed and "linear                 would run" in printed
 
 

@@ -42,8 +42,8 @@ PRESETS = {
     ),
     # CIFAR-10 in minutes on two CPU cores: shows that everything works and that it learns, no more.
     #   cost      2 × 50,000 images × 2 views of 32 px
-    #   hardware  2 CPU cores, about 3 minutes
-    #   expect    kNN top-1 at least 8 points above the untrained network's (seen: 15 after 3 epochs)
+    #   hardware  2 CPU cores, about 2 minutes
+    #   expect    kNN top-1 at least 8 points above the untrained network's (seen: 14)
     #   source    none; chosen for the time it takes
     "cifar10-demo": PretrainConfig(
         preset="cifar10-demo",

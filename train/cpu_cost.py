@@ -22,7 +22,8 @@ from train.update import Update
 LARGE_PARAMETERS = 5_000_000  # smaller networks are not counted: their steps are quick
 WORTH_A_WORD_S, WORTH_A_WORD_SHARE = 20.0, 0.5  # of a step; of the free memory
 PASSES = 3  # a backward pass has twice the operations of a forward pass
-IMAGES, CHANNELS, SIDE = 8, 128, 16  # of the convolution that is timed
+IMAGES, CHANNELS, SIDE = 4, 64, 16  # of the convolution that is timed
+SLOW_TYPE = 1.5  # times as long as in float32, from which on it is said: less is chance
 
 
 def step_cost(update: Update) -> tuple[float, float]:
@@ -39,28 +40,30 @@ def step_cost(update: Update) -> tuple[float, float]:
 
 
 def operations_per_s(dtype: torch.dtype) -> float:
-    """Of a 3×3 convolution on this CPU, the best of four."""
+    """Of a 3×3 convolution on this CPU, the best of three. With its backward pass, which may be what is slow."""
     images = torch.ones(IMAGES, CHANNELS, SIDE, SIDE, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    kernel = torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype)
+    inputs = images.requires_grad_(), torch.ones(CHANNELS, CHANNELS, 3, 3, dtype=dtype, requires_grad=True)
     seconds = []
-    for _ in range(4):
+    for _ in range(3):
         begun_s = time.perf_counter()
-        torch.nn.functional.conv2d(images, kernel, padding=1)
+        output = torch.nn.functional.conv2d(*inputs, padding=1)
+        torch.autograd.grad(output, inputs, output.detach())
         seconds.append(time.perf_counter() - begun_s)
-    return 2 * 9 * CHANNELS**2 * SIDE**2 * IMAGES / min(seconds)
+    return PASSES * 2 * 9 * CHANNELS**2 * SIDE**2 * IMAGES / min(seconds)
 
 
 def say_cost(update: Update) -> None:
     """Says it where a step takes long or much of the free memory; on one process alone, whose norms need no others.
 
-    And where the CPU has no instructions for the type of --amp: then a step takes several times as long as in float32.
+    And where the CPU has no fast way to compute in the type of --amp: there a step can take a hundred times as long.
     """
     config, ranks = update.config, update.ranks
     if ranks.device.type != "cpu":
         return
     per_s = operations_per_s(AMP[config.amp])
-    if config.amp != "off" and (times := operations_per_s(torch.float32) / per_s) > 1:
-        say(ranks, f"note: a convolution in {config.amp} takes this CPU {times:.2g} × as long as in float32: --amp off")
+    if config.amp != "off" and (times := operations_per_s(torch.float32) / per_s) > SLOW_TYPE:
+        text = f"a convolution in {config.amp} takes {times:.0f} × as long as in float32; --amp off makes steps faster"
+        say(ranks, f"note: on this CPU {text}")
     if ranks.world_size > 1 or sum(p.numel() for p in update.method.parameters()) < LARGE_PARAMETERS:
         return
     needed, operations = step_cost(update)

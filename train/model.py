@@ -49,7 +49,7 @@ def network_names(arch: str) -> list[str]:
     if found := [name for name in (arch, *(f"{origin}:{arch}" for origin in known)) if name in qualified]:
         return found
     near = difflib.get_close_matches(
-        arch, sorted({*torchvision_resnets(), *known["timm"], *qualified}), n=4, cutoff=0.5
+        arch, sorted({*NARROW, *torchvision_resnets(), *known["timm"], *qualified}), n=4, cutoff=0.5
     )
     hint = f"did you mean {', '.join(near)}?" if near else "see torchvision's models and timm.list_models()"
     raise UserError(f"--arch {arch!r} is neither a model of torchvision nor of timm; {hint}")
@@ -61,7 +61,7 @@ def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     ResNets of torchvision start with the last batch norm of every block at zero (Goyal 2017; Zbontar 2021).
     Raises UserError for an unknown name, with the nearest known ones, and for a stem that the network does not have.
     """
-    if arch in NARROW:
+    if arch in NARROW and stem == "imagenet":  # they have one stem, and the flag its default
         return NarrowResNet(NARROW[arch]), NARROW[arch][-1]
     name = network_names(arch)[-1]  # timm's, where both have it
     if name in torchvision_resnets():

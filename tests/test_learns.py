@@ -35,7 +35,7 @@ def cifar10(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_neighbours_become_better(cifar10, tmp_path):
-    flags = "--preset cifar10-demo --fraction 0.3 --knn-every 1 --workers 1".split()
+    flags = "--preset cifar10-demo --arch resnet10_narrow --fraction 0.3 --knn-every 1 --workers 1".split()
     done = run("train/pretrain.py", *flags, "--data", cifar10, "--epochs", QUARTERS, "--run", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -243,7 +243,7 @@ def test_the_new_method(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(block_with("class Mine(Method):"))
     monkeypatch.setitem(choose.METHODS, "mine", runpy.run_path(str(tmp_path / "mine.py"))["Mine"])
     config = PretrainConfig(method="mine", arch="resnet10_narrow", projector="16-16", views="cifar10")
-    method = choose.make_method(*make_backbone(config.arch, "cifar"), config)
+    method = choose.make_method(*make_backbone(config.arch), config)
     views = torch.randn(2, 8, 3, 32, 32).unbind()
     loss, metrics = method(views)
     loss.backward()

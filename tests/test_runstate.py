@@ -298,9 +298,3 @@ def test_a_run_resumes_on_its_own_images_alone(tmp_path, capsys):
     save_checkpoint(tmp_path / "r", state)
     assert trained("own") == 0
     assert "is from before checkpoints named their images; it is taken on trust" in capsys.readouterr().err
-
-
-def test_a_refused_run_leaves_no_empty_folder(tmp_path):
-    with pytest.raises(UserError, match="--stem small"):
-        pretrain.train(resolved(replace(TINY, run=str(tmp_path / "r"), stem="small")), CPU, StoppingLoader())
-    assert not (tmp_path / "r").exists()

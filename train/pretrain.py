@@ -78,13 +78,8 @@ def train(config: PretrainConfig, ranks: Ranks, loader: Loader, *, images_sha256
     config = with_device_defaults(config, ranks)  # what cannot run here is refused before there is a folder
     folder = Path(config.run)
     open_run_folder(folder)
-    try:
-        with only_writer(folder, ranks, "the run") as writer:
-            return train_alone(config, ranks, loader, images_sha256=images_sha256, writer=writer)
-    finally:
-        if ranks.rank == 0:  # a run that was refused, as for an unknown --arch, leaves no empty folder
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    with only_writer(folder, ranks, "the run") as writer:
+        return train_alone(config, ranks, loader, images_sha256=images_sha256, writer=writer)
 
 
 def train_alone(

@@ -59,6 +59,7 @@ def steps(way: str, folder: str) -> dict:
     for method in METHOD_NAMES:
         card = PRESETS["cifar10" if method == "barlow_twins" else f"cifar10-{method}"]
         card = replace(card, epochs=1, warmup_epochs=0, global_batch=16, knn_every=0, log_every=100, compile=False)
+        card = replace(card, queue=min(card.queue, 6 * 16))
         loader, run = Loader(), str(Path(folder, method))
         code = train(resolved(replace(card, run=run, cuda_graph=way == "graph")), GPU, loader)
         first, last = loader.seen[ORDINARY], loader.seen[-1]

@@ -37,7 +37,10 @@ def part(path, name: str):
     return bits(read_checkpoint(path)[name])
 
 
-@pytest.mark.parametrize("flags", [{}, {"amp": "fp16", "resolution": 32}, {"amp": "bf16", "resolution": 32}])
+MOCO = {"preset": "cifar10-demo-moco_v2", "method": "moco_v2", "queue": 20}
+
+
+@pytest.mark.parametrize("flags", [{}, {"amp": "fp16", "resolution": 32}, {"amp": "bf16", "resolution": 32}, MOCO])
 def test_a_lost_step_leaves_no_trace(tmp_path, capsys, flags):
     folder = tmp_path / "r"
     assert run(folder, Lossy(), on_nan="skip", keep=20, checkpoint_every_steps=1, log_every=5, **flags) == 0

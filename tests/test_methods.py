@@ -41,6 +41,7 @@ def method(name: str, **flags) -> nn.Module:
     heads = {"byol": ("8-5", "7-5"), "simsiam": ("8-8-5", "4-5")}.get(name, ("8-5", ""))
     config = replace(PRESETS["imagenet"], preset="imagenet", method=name, global_batch=8, projector=heads[0])
     flags = {"predictor": heads[1], "stop_gradient": name == "simsiam", "lr_weights": 0.1} | flags
+    flags = {"queue": 12 if name == "moco_v2" else 0} | flags
     return make_method(nn.Linear(WIDTH, WIDTH, bias=False), WIDTH, resolved(replace(config, **flags))).double()
 
 

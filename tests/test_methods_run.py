@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing
+from safetensors.torch import load_file
 
 from tests.oracles_train import SyntheticLoader
 from tests.test_ablations import ABLATIONS
 from tests.test_methods import WIDTH, embeddings, method
 from train.batchnorm import with_global_batch_norm
 from train.cards import PRESETS
-from train.checkpoint import read_checkpoint
+from train.checkpoint import BACKBONE, read_checkpoint
 from train.config import METHOD_NAMES
 from train.distributed import Ranks, mean_over_ranks, start_ranks, stop_ranks, world_size
 from train.flags import resolved
@@ -28,15 +29,20 @@ NAMES = (*METHOD_NAMES, *ABLATIONS)
 
 
 def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
-    """Loss, metrics and gradients of one step on this rank's share, averaged as DistributedDataParallel does."""
+    """Loss and gradients of two steps on this rank's share, averaged as DistributedDataParallel does, and all buffers.
+
+    The weights stay, but what follows them moves in between, and MoCo's second step sees the first one's keys.
+    """
     flags = ABLATIONS.get(name, {})
     module = with_global_batch_norm(method("barlow_twins" if flags else name, **flags))
-    views = tuple(torch.from_numpy(z).chunk(world_size())[rank] for z in embeddings(IMAGES, WIDTH))
-    loss, metrics = module(views)
-    loss.backward()
+    for step in range(2):
+        views = embeddings(IMAGES, WIDTH, seed=step)
+        loss, metrics = module(tuple(torch.from_numpy(z).chunk(world_size())[rank] for z in views))
+        loss.backward()
+        module.after_step(step, 9)
     local = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
     averaged = {n: mean_over_ranks({n: g.flatten()})[n].view_as(g) for n, g in local.items()}
-    return averaged | {"loss": metrics["loss"]} | {n: b for n, b in module.named_buffers() if "running" in n}
+    return averaged | {"loss": metrics["loss"]} | dict(module.named_buffers())
 
 
 def one_rank(rank: int, ranks: int, port: int, folder: Path) -> None:
@@ -88,6 +94,7 @@ def run(folder: Path, name: str, kind=SyntheticLoader) -> dict:
     card = PRESETS["cifar10-demo" if name == "barlow_twins" else f"cifar10-demo-{name}"]
     config = replace(card, arch="test_resnet", projector=heads[0], predictor=heads[1], resolution=16, global_batch=8)
     config = replace(config, epochs=3, run=str(folder), log_every=1, checkpoint_every_steps=4)
+    config = replace(config, queue=min(20, config.queue))
     train(resolved(config), Ranks(0, 1, torch.device("cpu"), None), kind(images=32, global_batch=8))
     return read_checkpoint(folder / "checkpoint.pt")
 
@@ -104,3 +111,6 @@ def test_resumed_it_ends_with_the_same_bits(tmp_path, monkeypatch, name):
     assert set(resumed["model"]) == set(straight["model"])
     for key, value in straight["model"].items():
         assert torch.equal(resumed["model"][key], value), key
+    exported = load_file(tmp_path / "straight" / BACKBONE)
+    assert exported, "the trained backbone and no other"
+    assert all(torch.equal(straight["model"][f"backbone.{key}"], value) for key, value in exported.items())

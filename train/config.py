@@ -25,16 +25,18 @@ NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_
 
 Loss = Literal["barlow-twins", "invariance", "redundancy", "cross-entropy"]
 EmbeddingNorm = Literal["batch", "feature", "none"]
-MethodName = Literal["barlow_twins", "simclr", "byol", "simsiam", "vicreg"]
+MethodName = Literal["barlow_twins", "simclr", "byol", "simsiam", "vicreg", "moco_v2"]
 Augmentation = Literal["crop", "flip", "jitter", "grey", "blur", "solarize"]  # the keys of pipeline.spec.WITHOUT
 Activations = Literal["auto", "all", "half", "blocks"]
 Preset = Literal[
     "imagenet", "imagenet-simclr", "imagenet-byol", "imagenet-simsiam", "imagenet-vicreg",
     "cifar10", "cifar10-simclr", "cifar10-byol", "cifar10-simsiam", "cifar10-vicreg",
     "cifar10-demo", "cifar10-demo-simclr", "cifar10-demo-byol", "cifar10-demo-simsiam", "cifar10-demo-vicreg",
+    "imagenet-moco_v2", "cifar10-moco_v2", "cifar10-demo-moco_v2",
 ]  # fmt: skip
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 GONE = {"checkpoint_activations", "accumulate"}  # in older checkpoints; like Running, they did not change the weights
+LATER = {"key": "", "queue": 0}  # flags that older checkpoints lack: what those runs did
 
 # A flag that may be left out (None: the device decides), given alone, or given with True or False.
 Switch = Annotated[
@@ -84,9 +86,12 @@ class Recipe:
     loss_scale: float = 1.0
     """Factor on the whole loss of Barlow Twins."""
     temperature: float = 0.1
-    """Temperature of the softmax over cosines in SimCLR, and of --loss cross-entropy."""
+    """Temperature of the softmax over cosines in SimCLR and MoCo v2, and of --loss cross-entropy."""
     ema: float = 0.99
-    """How much of its target network BYOL keeps in a step, at the start; it rises to 1 along a cosine."""
+    """How much of its following network a step keeps: of BYOL's target at the start, rising to 1 along a cosine; of
+    MoCo v2's key encoder in every step."""
+    queue: int = 0
+    """How many keys of earlier batches MoCo v2 compares with: at least --global-batch, at most the training images."""
     stop_gradient: bool = False
     """Used by SimSiam's cards: without it the network collapses, which effective_dimensions shows. With Barlow Twins an
     ablation (table 6): the second view gets no gradient."""
@@ -144,7 +149,7 @@ class Running:
 
     preset: Preset = "imagenet"
     """The experiment card to start from; every other flag changes one value of it. imagenet, cifar10 and
-    cifar10-demo are Barlow Twins; with -simclr, -byol, -simsiam or -vicreg appended, that method."""
+    cifar10-demo are Barlow Twins; with -simclr, -byol, -simsiam, -vicreg or -moco_v2 appended, that method."""
     data: Path = DATA / "imagenet"
     """A folder that holds train.beton, a .beton file, or, with --loader dali, the shards.json of WebDataset shards."""
     run: Annotated[str, tyro.conf.arg(name="name", aliases=["--run"])] = ""
@@ -256,7 +261,7 @@ def as_plain(config: PretrainConfig) -> dict:
 def recipe(plain: dict) -> dict:
     """The part of a plain configuration that decides the weights.
 
-    A name that is not known here counts as part of it; an empty --key does not, since older runs have none.
+    A name that is not known here counts as part of it; a flag of LATER does not where it says what older runs did.
     """
     others = RUNNING | GONE
-    return {name: value for name, value in plain.items() if name not in others and (name, value) != ("key", "")}
+    return {name: value for name, value in plain.items() if name not in others and (name, value) not in LATER.items()}

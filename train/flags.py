@@ -29,6 +29,7 @@ LEAST = {
     **dict.fromkeys(("epochs", "warmup_epochs", "seed", "workers", "knn_every", "timeout_minutes"), 0),
     **dict.fromkeys(("checkpoint_every_steps", "checkpoint_every_minutes"), 0),
     **dict.fromkeys(("resolution", "paper_world_size", "log_every", "keep", "block_images", "window_blocks"), 1),
+    "queue": 0,
     "global_batch": 2,
     "knn_images": 100,
 }
@@ -36,6 +37,7 @@ LEAST = {
 OF_METHODS = {
     "predictor": ("barlow_twins", "byol", "simsiam"),
     "stop_gradient": ("barlow_twins", "simsiam"),
+    "queue": ("moco_v2",),
     **dict.fromkeys(("loss", "embedding_norm", "projector_norm"), ("barlow_twins",)),
 }
 
@@ -131,6 +133,11 @@ def _refuse_sizes_that_differ(config: PretrainConfig) -> None:
 
 
 def _refuse_what_cannot_step(config: PretrainConfig) -> None:
+    if config.method == "moco_v2" and config.queue < config.global_batch:
+        raise UserError(
+            f"--queue {config.queue} holds fewer keys than a step of --global-batch {config.global_batch} makes; give"
+            f" at least {config.global_batch}, or a smaller batch"
+        )
     if config.cuda_graph and (config.amp == "fp16" or config.on_nan == "skip"):
         raise UserError("--cuda-graph cannot look at numbers within a step, as --amp fp16 and --on-nan skip do")
     for name in ("compile", "cuda_graph"):

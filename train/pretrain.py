@@ -3,7 +3,7 @@
     torchrun train/pretrain.py                              one process; the published recipe on data/imagenet
     torchrun --nproc-per-node=8 train/pretrain.py           eight GPUs, the same update
     python train/pretrain.py --preset cifar10 --help        another experiment card, and its values
-    python train/pretrain.py --preset cifar10-byol          another method; imagenet-simclr, …-simsiam, …-vicreg
+    python train/pretrain.py --preset cifar10-byol          another method; imagenet-simclr, …-vicreg, …-moco_v2
 
 Started again, the same command continues where the run stopped, to the step. SIGTERM and SIGUSR1 write a checkpoint
 at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 130; a second Ctrl-C ends at once.
@@ -32,7 +32,7 @@ from train.ending import end_text, finished, next_text
 from train.flags import chosen_preset, resolved
 from train.memory import with_device_defaults
 from train.online_knn import OnlineKnn
-from train.run_data import dataset_sha256, loader_config, train_beton
+from train.run_data import dataset_sha256, loader_config, refuse_long_queue, train_beton
 from train.runlog import METRICS, RunLog, describe_run, open_run_folder
 from train.runstate import RunState
 from train.update import make_update
@@ -76,6 +76,7 @@ def train(config: PretrainConfig, ranks: Ranks, loader: Loader, *, images_sha256
     `images_sha256` is the digest of the loader's dataset, "" where there is none to compare.
     """
     config = with_device_defaults(config, ranks)  # what cannot run here is refused before there is a folder
+    refuse_long_queue(config, len(loader.ids))
     folder = Path(config.run)
     open_run_folder(folder)
     with only_writer(folder, ranks, "the run") as writer:

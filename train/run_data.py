@@ -40,6 +40,15 @@ def view_type(config: PretrainConfig, device: torch.device) -> torch.dtype:
     return AMP[config.amp] if device.type == "cuda" else torch.float32
 
 
+def refuse_long_queue(config: PretrainConfig, images: int) -> None:
+    """Raises UserError where MoCo's queue holds more keys than there are images: each then meets its own older key."""
+    if config.queue > images:
+        raise UserError(
+            f"--queue {config.queue} is longer than the dataset ({images} images), so every image would be told apart"
+            f" from itself; give at most {images}"
+        )
+
+
 def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
     """What loads this rank's share of the run's batches. Raises UserError for data or a batch that cannot work."""
     rank_batch(config.global_batch, ranks.world_size)

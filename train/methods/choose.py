@@ -8,6 +8,7 @@ from train.methods.barlow_ablations import AblatedBarlowTwins, is_ablated
 from train.methods.barlow_twins import BarlowTwins
 from train.methods.byol import BYOL
 from train.methods.contract import Method
+from train.methods.moco_v2 import MoCoV2
 from train.methods.simclr import SimCLR
 from train.methods.simsiam import SimSiam
 from train.methods.vicreg import VICReg
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "byol": BYOL,
     "simsiam": SimSiam,
     "vicreg": VICReg,
+    "moco_v2": MoCoV2,
 }
 
 

@@ -20,6 +20,11 @@ TINY = PretrainConfig(
     arch="resnet18", stem="small", projector="64-64", resolution=16, global_batch=16, epochs=5, warmup_epochs=1,
     lr_weights=1.0, lr_biases=0.05, lars_eta=0.02, paper_world_size=1, log_every=1, deterministic=True,
 )  # fmt: skip
+OWN = {
+    "barlow_twins": {},
+    "byol": {"preset": "imagenet-byol", "predictor": "64-64"},
+    "moco_v2": {"preset": "imagenet-moco_v2", "queue": 24},  # no multiple of the batch: the ring closes within a step
+}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +53,7 @@ class GpuLoader(SyntheticLoader):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["barlow_twins", "byol"])
+@pytest.mark.parametrize("method", OWN)
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_steps_of_a_run_without_it(tmp_path, monkeypatch, same_arithmetic, amp, method):
     """20 steps, two sizes of views: the weights of a run that starts the same kernels one by one.
@@ -58,11 +63,10 @@ def test_the_steps_of_a_run_without_it(tmp_path, monkeypatch, same_arithmetic, a
     where nothing has grown yet.
     """
     monkeypatch.setattr("train.runlog.RUNS", tmp_path)
-    predictor = {"predictor": "64-64", "preset": "imagenet-byol"} if method == "byol" else {}
 
     def losses_and_weights(name: str, cuda_graph: bool, ordinary: int) -> tuple[list[float], dict[str, torch.Tensor]]:
         monkeypatch.setattr("train.recorded.ORDINARY", ordinary)
-        config = replace(TINY, amp=amp, method=method, cuda_graph=cuda_graph, run=str(tmp_path / name), **predictor)
+        config = replace(TINY, amp=amp, method=method, cuda_graph=cuda_graph, run=str(tmp_path / name), **OWN[method])
         assert train(resolved(config), Ranks(0, 1, torch.device("cuda", 0), None), GpuLoader(64, 16)) == EXIT_FINISHED
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines], read_checkpoint(tmp_path / name / "checkpoint.pt")["model"]

@@ -25,16 +25,18 @@ NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_
 
 Loss = Literal["barlow-twins", "invariance", "redundancy", "cross-entropy"]
 EmbeddingNorm = Literal["batch", "feature", "none"]
-MethodName = Literal["barlow_twins", "simclr", "byol", "simsiam", "vicreg"]
+MethodName = Literal["barlow_twins", "simclr", "byol", "simsiam", "vicreg", "swav"]
 Augmentation = Literal["crop", "flip", "jitter", "grey", "blur", "solarize"]  # the keys of pipeline.spec.WITHOUT
 Activations = Literal["auto", "all", "half", "blocks"]
 Preset = Literal[
     "imagenet", "imagenet-simclr", "imagenet-byol", "imagenet-simsiam", "imagenet-vicreg",
     "cifar10", "cifar10-simclr", "cifar10-byol", "cifar10-simsiam", "cifar10-vicreg",
     "cifar10-demo", "cifar10-demo-simclr", "cifar10-demo-byol", "cifar10-demo-simsiam", "cifar10-demo-vicreg",
+    "imagenet-swav", "cifar10-swav", "cifar10-demo-swav",
 ]  # fmt: skip
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 GONE = {"checkpoint_activations", "accumulate"}  # in older checkpoints; like Running, they did not change the weights
+NEWER = {"key": "", "prototypes": 3000}  # not in older checkpoints, which were made as if they had this value
 
 # A flag that may be left out (None: the device decides), given alone, or given with True or False.
 Switch = Annotated[
@@ -84,7 +86,9 @@ class Recipe:
     loss_scale: float = 1.0
     """Factor on the whole loss of Barlow Twins."""
     temperature: float = 0.1
-    """Temperature of the softmax over cosines in SimCLR, and of --loss cross-entropy."""
+    """Temperature of the softmax over cosines in SimCLR and SwAV, and of --loss cross-entropy."""
+    prototypes: int = 3000
+    """Number of SwAV's prototypes, which share the images of each step equally."""
     ema: float = 0.99
     """How much of its target network BYOL keeps in a step, at the start; it rises to 1 along a cosine."""
     stop_gradient: bool = False
@@ -109,7 +113,7 @@ class Recipe:
     GPUs; LARS hides that for weights, but the published --lr-biases was chosen with 16 GPUs. Gradients here are the
     true ones on any number of ranks: 16 reproduces the published bias steps, 1 leaves them as they are."""
     weight_decay: float = 1e-6
-    """Weight decay of the weights; 1-d parameters have none."""
+    """Weight decay of the weights; 1-d parameters have none, except with SwAV and --views imagenet, as published."""
     lars_eta: float = 0.001
     """LARS trust coefficient: the ratio of a weight's step to its norm."""
     lars_clip: bool = False
@@ -144,7 +148,7 @@ class Running:
 
     preset: Preset = "imagenet"
     """The experiment card to start from; every other flag changes one value of it. imagenet, cifar10 and
-    cifar10-demo are Barlow Twins; with -simclr, -byol, -simsiam or -vicreg appended, that method."""
+    cifar10-demo are Barlow Twins; with -simclr, -byol, -simsiam, -vicreg or -swav appended, that method."""
     data: Path = DATA / "imagenet"
     """A folder that holds train.beton, a .beton file, or, with --loader dali, the shards.json of WebDataset shards."""
     run: Annotated[str, tyro.conf.arg(name="name", aliases=["--run"])] = ""
@@ -256,7 +260,7 @@ def as_plain(config: PretrainConfig) -> dict:
 def recipe(plain: dict) -> dict:
     """The part of a plain configuration that decides the weights.
 
-    A name that is not known here counts as part of it; an empty --key does not, since older runs have none.
+    A name that is not known here counts as part of it; a flag of NEWER with its old value does not.
     """
     others = RUNNING | GONE
-    return {name: value for name, value in plain.items() if name not in others and (name, value) != ("key", "")}
+    return {name: value for name, value in plain.items() if name not in others and (name, value) not in NEWER.items()}

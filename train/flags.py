@@ -30,12 +30,14 @@ LEAST = {
     **dict.fromkeys(("checkpoint_every_steps", "checkpoint_every_minutes"), 0),
     **dict.fromkeys(("resolution", "paper_world_size", "log_every", "keep", "block_images", "window_blocks"), 1),
     "global_batch": 2,
+    "prototypes": 2,
     "knn_images": 100,
 }
 # Flags that only some methods have; with the others they must keep their default.
 OF_METHODS = {
     "predictor": ("barlow_twins", "byol", "simsiam"),
     "stop_gradient": ("barlow_twins", "simsiam"),
+    "prototypes": ("swav",),
     **dict.fromkeys(("loss", "embedding_norm", "projector_norm"), ("barlow_twins",)),
 }
 

@@ -10,6 +10,7 @@ from train.methods.byol import BYOL
 from train.methods.contract import Method
 from train.methods.simclr import SimCLR
 from train.methods.simsiam import SimSiam
+from train.methods.swav import SwAV
 from train.methods.vicreg import VICReg
 
 METHODS: dict[str, type[Method]] = {
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method]] = {
     "byol": BYOL,
     "simsiam": SimSiam,
     "vicreg": VICReg,
+    "swav": SwAV,
 }
 
 

@@ -31,9 +31,8 @@ EPSILON, ITERATIONS = 0.05, 3  # of Sinkhorn-Knopp: the published script's
 FROZEN_EPOCHS = 1
 # src/multicropdataset.py: torchvision's crop with its default, bilinear interpolation; area 0.08..1 by the script.
 _VIEW = ViewSpec(interpolation="bilinear", brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, p_blur=0.5)
-_CIFAR_VIEW = replace(
-    _VIEW, interpolation="bicubic"
-)  # solo-learn's: scripts/pretrain/cifar/augmentations/symmetric.yaml
+# solo-learn's scripts/pretrain/cifar/augmentations/symmetric.yaml; its crop is bicubic.
+_CIFAR_VIEW = replace(_VIEW, interpolation="bicubic")
 
 
 @torch.no_grad()
@@ -58,8 +57,8 @@ class SwAV(Method):
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__(backbone, features, config)
-        last, width = self.projector[-1], projector_widths(config.projector)[-1]
-        self.projector[-1] = nn.Linear(last.in_features, width)  # with a bias, as published
+        inputs, width = [features, *projector_widths(config.projector)][-2:]
+        self.projector[-1] = nn.Linear(inputs, width)  # with a bias, as published
         self.prototypes = nn.Linear(width, config.prototypes, bias=False)
         self.normalize_prototypes()
         if not config.init_from:  # both published networks begin with their residual branches on

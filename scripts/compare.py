@@ -1,6 +1,6 @@
 """Methods or ablations on one card: one run each and seed, the same evaluations for all, one table and one plot.
 
-    python scripts/compare.py methods                               all five methods on cifar10-demo
+    python scripts/compare.py methods                               all methods on cifar10-demo
     python scripts/compare.py methods --card cifar10 --seeds 0 1 2 --only simclr byol
     python scripts/compare.py ablations -- --workers 1              what follows -- goes to train/pretrain.py
 

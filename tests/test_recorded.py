@@ -48,7 +48,7 @@ class GpuLoader(SyntheticLoader):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["barlow_twins", "byol"])
+@pytest.mark.parametrize("method", ["barlow_twins", "byol", "swav"])
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_the_steps_of_a_run_without_it(tmp_path, monkeypatch, same_arithmetic, amp, method):
     """20 steps, two sizes of views: the weights of a run that starts the same kernels one by one.
@@ -58,11 +58,12 @@ def test_the_steps_of_a_run_without_it(tmp_path, monkeypatch, same_arithmetic, a
     where nothing has grown yet.
     """
     monkeypatch.setattr("train.runlog.RUNS", tmp_path)
-    predictor = {"predictor": "64-64", "preset": "imagenet-byol"} if method == "byol" else {}
+    flags = {"byol": {"predictor": "64-64"}, "swav": {"prototypes": 32}}.get(method, {})  # whose first epoch is frozen
+    flags |= {} if method == "barlow_twins" else {"preset": f"imagenet-{method}"}
 
     def losses_and_weights(name: str, cuda_graph: bool, ordinary: int) -> tuple[list[float], dict[str, torch.Tensor]]:
         monkeypatch.setattr("train.recorded.ORDINARY", ordinary)
-        config = replace(TINY, amp=amp, method=method, cuda_graph=cuda_graph, run=str(tmp_path / name), **predictor)
+        config = replace(TINY, amp=amp, method=method, cuda_graph=cuda_graph, run=str(tmp_path / name), **flags)
         assert train(resolved(config), Ranks(0, 1, torch.device("cuda", 0), None), GpuLoader(64, 16)) == EXIT_FINISHED
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines], read_checkpoint(tmp_path / name / "checkpoint.pt")["model"]

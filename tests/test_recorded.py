@@ -24,6 +24,7 @@ OWN = {
     "barlow_twins": {},
     "byol": {"preset": "imagenet-byol", "predictor": "64-64"},
     "moco_v2": {"preset": "imagenet-moco_v2", "queue": 24},  # no multiple of the batch: the ring closes within a step
+    "swav": {"preset": "imagenet-swav", "prototypes": 32},  # frozen in the first epoch
 }
 
 

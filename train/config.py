@@ -25,7 +25,7 @@ NORMALIZATIONS = {"imagenet": Normalization(), "cifar10": Normalization(CIFAR10_
 
 Loss = Literal["barlow-twins", "invariance", "redundancy", "cross-entropy"]
 EmbeddingNorm = Literal["batch", "feature", "none"]
-MethodName = Literal["barlow_twins", "simclr", "byol", "simsiam", "vicreg", "moco_v2"]
+MethodName = Literal["barlow_twins", "simclr", "byol", "simsiam", "vicreg", "moco_v2", "swav"]
 Augmentation = Literal["crop", "flip", "jitter", "grey", "blur", "solarize"]  # the keys of pipeline.spec.WITHOUT
 Activations = Literal["auto", "all", "half", "blocks"]
 Preset = Literal[
@@ -33,10 +33,11 @@ Preset = Literal[
     "cifar10", "cifar10-simclr", "cifar10-byol", "cifar10-simsiam", "cifar10-vicreg",
     "cifar10-demo", "cifar10-demo-simclr", "cifar10-demo-byol", "cifar10-demo-simsiam", "cifar10-demo-vicreg",
     "imagenet-moco_v2", "cifar10-moco_v2", "cifar10-demo-moco_v2",
+    "imagenet-swav", "cifar10-swav", "cifar10-demo-swav",
 ]  # fmt: skip
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
 GONE = {"checkpoint_activations", "accumulate"}  # in older checkpoints; like Running, they did not change the weights
-LATER = {"key": "", "queue": 0}  # flags that older checkpoints lack: what those runs did
+LATER = {"key": "", "queue": 0, "prototypes": 3000}  # flags that older checkpoints lack: what those runs did
 
 # A flag that may be left out (None: the device decides), given alone, or given with True or False.
 Switch = Annotated[
@@ -86,7 +87,9 @@ class Recipe:
     loss_scale: float = 1.0
     """Factor on the whole loss of Barlow Twins."""
     temperature: float = 0.1
-    """Temperature of the softmax over cosines in SimCLR and MoCo v2, and of --loss cross-entropy."""
+    """Temperature of the softmax over cosines in SimCLR, MoCo v2 and SwAV, and of --loss cross-entropy."""
+    prototypes: int = 3000
+    """Number of SwAV's prototypes, which share the images of each step equally."""
     ema: float = 0.99
     """How much of its following network a step keeps: of BYOL's target at the start, rising to 1 along a cosine; of
     MoCo v2's key encoder in every step."""
@@ -114,7 +117,7 @@ class Recipe:
     GPUs; LARS hides that for weights, but the published --lr-biases was chosen with 16 GPUs. Gradients here are the
     true ones on any number of ranks: 16 reproduces the published bias steps, 1 leaves them as they are."""
     weight_decay: float = 1e-6
-    """Weight decay of the weights; 1-d parameters have none."""
+    """Weight decay of the weights; 1-d parameters have none, except with SwAV and --views imagenet, as published."""
     lars_eta: float = 0.001
     """LARS trust coefficient: the ratio of a weight's step to its norm."""
     lars_clip: bool = False
@@ -149,7 +152,7 @@ class Running:
 
     preset: Preset = "imagenet"
     """The experiment card to start from; every other flag changes one value of it. imagenet, cifar10 and
-    cifar10-demo are Barlow Twins; with -simclr, -byol, -simsiam, -vicreg or -moco_v2 appended, that method."""
+    cifar10-demo are Barlow Twins; with -simclr, -byol, -simsiam, -vicreg, -moco_v2 or -swav appended, that method."""
     data: Path = DATA / "imagenet"
     """A folder that holds train.beton, a .beton file, or, with --loader dali, the shards.json of WebDataset shards."""
     run: Annotated[str, tyro.conf.arg(name="name", aliases=["--run"])] = ""

@@ -52,12 +52,14 @@ GROUPS: dict[str, dict[str, Quantity]] = {
     "Accuracy in training": {
         "knn_top1": Quantity("kNN top-1, %", "rises"),
         "twin_top1": Quantity("twin view found first, %", "rises", factor=100),
+        "prototype_top1": Quantity("twin view's prototype found first, %", "rises", factor=100),
     },
     "Steps": {
         "gradient_norm": Quantity("norm of the gradient", "falls or stays; no jumps"),
         "lr_weights": Quantity("learning rate of the weights"),
         "lr_biases": Quantity("learning rate of the biases"),
         "lr_predictor": Quantity("learning rate of the predictor"),
+        "lr_prototypes": Quantity("learning rate of the prototypes"),
         "skipped_steps": Quantity("steps without an update", "0", (0.0, 0.0)),
         "substituted_images": Quantity("images that stand in for damaged ones", "0", (0.0, 0.0)),
     },

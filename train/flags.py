@@ -31,6 +31,7 @@ LEAST = {
     **dict.fromkeys(("resolution", "paper_world_size", "log_every", "keep", "block_images", "window_blocks"), 1),
     "queue": 0,
     "global_batch": 2,
+    "prototypes": 2,
     "knn_images": 100,
 }
 # Flags that only some methods have; with the others they must keep their default.
@@ -38,6 +39,7 @@ OF_METHODS = {
     "predictor": ("barlow_twins", "byol", "simsiam"),
     "stop_gradient": ("barlow_twins", "simsiam"),
     "queue": ("moco_v2",),
+    "prototypes": ("swav",),
     **dict.fromkeys(("loss", "embedding_norm", "projector_norm"), ("barlow_twins",)),
 }
 

@@ -53,6 +53,13 @@ class LARS(torch.optim.Optimizer):
             rate.fill_(group["lr"])
 
     @torch.no_grad()
+    def forget_(self, group: dict) -> None:
+        """Takes a group's momentum back to 0, in place, where a recorded step reads it."""
+        for p in group["params"]:
+            for momentum in self.state[p].values():
+                momentum.zero_()
+
+    @torch.no_grad()
     def step(self, closure=None):
         """Updates every parameter that has a gradient."""
         assert closure is None, "the gradients are there already"

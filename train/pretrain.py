@@ -3,7 +3,7 @@
     torchrun train/pretrain.py                              one process; the published recipe on data/imagenet
     torchrun --nproc-per-node=8 train/pretrain.py           eight GPUs, the same update
     python train/pretrain.py --preset cifar10 --help        another experiment card, and its values
-    python train/pretrain.py --preset cifar10-byol          another method; imagenet-simclr, …-vicreg, …-moco_v2
+    python train/pretrain.py --preset cifar10-byol          another method; imagenet-simclr, …-moco_v2, …-swav
 
 Started again, the same command continues where the run stopped, to the step. SIGTERM and SIGUSR1 write a checkpoint
 at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 130; a second Ctrl-C ends at once.

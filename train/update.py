@@ -100,7 +100,7 @@ class Update:
     method: Method
     features: int
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: LARS
     scaler: torch.amp.GradScaler
     guard: UpdateGuard
     steps_per_epoch: int
@@ -129,12 +129,18 @@ class Update:
         """
         self.guard.before_step()
         share = lr_share(step, self.config.warmup_epochs * self.steps_per_epoch, self.stop_step)
-        for group in self.optimizer.param_groups:
+        groups = self.optimizer.param_groups
+        for group in groups:
             group["lr"] = group["peak_lr"] * (1.0 if group.get("constant_lr") else share)
+        frozen = [group for group in groups if step < group.get("frozen_epochs", 0) * self.steps_per_epoch]
+        for group in frozen:
+            group["lr"] = 0.0
         # For networks with dropout: a resumed run draws the same masks.
         torch.manual_seed(hash((self.config.seed, step, self.ranks.rank)))
         metrics = self.recorded(views) if self.recorded else self._step(views, step)
         if metrics is not None:
+            for group in frozen:  # as if it had had no gradient: no momentum waits for the end of its epochs
+                self.optimizer.forget_(group)
             self.method.after_step(step, self.stop_step)
         self.mark("optimizer")
         return metrics

@@ -11,6 +11,7 @@ from train.methods.contract import Method
 from train.methods.moco_v2 import MoCoV2
 from train.methods.simclr import SimCLR
 from train.methods.simsiam import SimSiam
+from train.methods.swav import SwAV
 from train.methods.vicreg import VICReg
 
 METHODS: dict[str, type[Method]] = {
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method]] = {
     "simsiam": SimSiam,
     "vicreg": VICReg,
     "moco_v2": MoCoV2,
+    "swav": SwAV,
 }
 
 

@@ -76,7 +76,8 @@ class Method(nn.Module):
     def parameter_groups(self) -> list[dict]:
         """The optimizer's groups: params, name, peak_lr, weight_decay, adapt (train/lars.py).
 
-        A group with constant_lr keeps its peak_lr; the others follow the schedule.
+        A group with constant_lr keeps its peak_lr; the others follow the schedule. One with frozen_epochs does not
+        move for so many epochs from the start, and begins without momentum.
         """
         return weight_and_bias_groups(self.parameters(), self.config)
 

@@ -24,13 +24,14 @@ pytestmark = pytest.mark.slow
 IMAGES = 8
 
 
-NAMES = (*METHOD_NAMES, *ABLATIONS)
+HEADS = {f"simclr {norm}": {"projector_norm": norm} for norm in ("all", "none")}  # its two cards'
+NAMES = (*METHOD_NAMES, *ABLATIONS, *HEADS)
 
 
 def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
     """Loss, metrics and gradients of one step on this rank's share, averaged as DistributedDataParallel does."""
-    flags = ABLATIONS.get(name, {})
-    module = with_global_batch_norm(method("barlow_twins" if flags else name, **flags))
+    flags = (ABLATIONS | HEADS).get(name, {})
+    module = with_global_batch_norm(method("barlow_twins" if name in ABLATIONS else name.split()[0], **flags))
     views = tuple(torch.from_numpy(z).chunk(world_size())[rank] for z in embeddings(IMAGES, WIDTH))
     loss, metrics = module(views)
     loss.backward()

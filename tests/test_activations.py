@@ -87,6 +87,15 @@ def test_counting_leaves_no_trace():
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
+def test_a_frozen_shift_is_no_target_network():
+    """SimCLR's last batch norm has one; only networks without gradients hold activations that no one saves."""
+    config = replace(SMALL, preset="imagenet-simclr", method="simclr", projector_norm="all")
+    method = make_method(*make_backbone("resnet18"), resolved(config))
+    frozen = needed_bytes(method, config, CPU)
+    method.projector[-1].bias.requires_grad_(True)
+    assert needed_bytes(method, config, CPU)["all"] == pytest.approx(frozen["all"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("usable", "compile", "way", "compiled"),
     [

@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.oracles_train import barlow_loss, barlow_loss_torch, numeric_gradient
 from train.config import PretrainConfig
+from train.flags import resolved
 from train.methods.barlow_twins import ROWS, BarlowTwins, BarlowTwinsLoss
 
 
@@ -138,7 +139,7 @@ def test_sixteen_thousand_dimensions():
 
 
 def test_groups_split_by_dimension_and_the_paper_world_size_divides_the_bias_step():
-    config = PretrainConfig(projector="8-4", lr_weights=0.2, global_batch=512, paper_world_size=16)
+    config = resolved(PretrainConfig(projector="8-4", lr_weights=0.2, global_batch=512, paper_world_size=16))
     module = BarlowTwins(nn.Conv2d(3, 6, 3), 6, config)
     weights, biases = module.parameter_groups()
     assert all(p.ndim > 1 for p in weights["params"]) and len(weights["params"]) == 3

@@ -295,7 +295,7 @@ def test_solo_learns_cifar_stem_is_padded_by_two(tmp_path):
     for others, equal in ((beside | mlp("projector."), True), (beside | dino_head("head."), True), ({}, False)):
         torch.save({"state_dict": below("backbone.", weights) | others}, tmp_path / "theirs.ckpt")
         found, info = load_backbone(tmp_path / "theirs.ckpt")
-        assert info.stem == ("small-padded" if equal else "small")
+        assert info.stem == ("solo-learn" if equal else "small")
         assert same_features(found, source, 32) == equal
 
 

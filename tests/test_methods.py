@@ -235,6 +235,77 @@ def test_a_card_is_found_by_its_name_or_by_the_method():
     assert all(resolved(preset).preset == name for name, preset in PRESETS.items())
 
 
+HIDDEN = "512→2048 norm relu 2048→2048 norm relu"
+PUBLISHED_HEADS = {
+    "cifar10": f"{HIDDEN} 2048→2048",  # solo-learn, solo/methods/barlow_twins.py, line 51
+    "cifar10-vicreg": f"{HIDDEN} 2048→2048",  # vicreg.py, line 53
+    "cifar10-simsiam": f"{HIDDEN} 2048→2048 norm-without-weights",  # simsiam.py, line 48
+    "cifar10-simclr": "512→2048 bias relu 2048→256 bias",  # simclr.py, line 48
+    "cifar10-byol": "512→4096 norm relu 4096→256",  # byol.py, line 50
+    "imagenet-simclr": "2048→2048 norm relu 2048→128 factor-norm",  # google-research/simclr, model_util.py, line 155
+    "imagenet-byol": "2048→4096 norm relu 4096→256",  # Grill 2020, section 3.3
+    # facebookresearch/simsiam, simsiam/builder.py, line 28
+    "imagenet-simsiam": "2048→2048 norm relu 2048→2048 norm relu 2048→2048 norm-without-weights",
+    # Bardes 2022, section 4.2
+    "imagenet-vicreg": "2048→8192 norm relu 8192→8192 norm relu 8192→8192",
+}
+
+
+def told(layer: nn.Module) -> str:
+    if isinstance(layer, nn.Linear):
+        return f"{layer.in_features}→{layer.out_features}" + (" bias" if layer.bias is not None else "")
+    if isinstance(layer, nn.BatchNorm1d):
+        weights = [p.requires_grad for p in (layer.weight, layer.bias) if p is not None]
+        return {(): "norm-without-weights", (True, False): "factor-norm", (True, True): "norm"}[tuple(weights)]
+    return {nn.ReLU: "relu"}[type(layer)]
+
+
+@pytest.mark.parametrize("card", PUBLISHED_HEADS)
+def test_the_cards_projectors_are_the_published_ones(card):
+    """Layer by layer; biases before a batch norm are left out, which takes any shift out again."""
+    config = resolved(PRESETS[card])
+    features = {"resnet18": 512, "resnet50": 2048}[config.arch]
+    with torch.device("meta"):
+        projector = make_method(nn.Identity(), features, config).projector
+    assert " ".join(map(told, projector)) == PUBLISHED_HEADS[card]
+
+
+@pytest.mark.parametrize("norm", ["batch", "none", "all"])
+def test_simclrs_projector_against_numpy(norm):
+    """Its batch norms take both views as one batch; the one behind the last layer has a factor and no shift."""
+    module = method("simclr", projector_norm=norm)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter) if parameter.requires_grad else None
+    views = embeddings(8)
+    loss, _ = module(tuple(map(torch.from_numpy, views)))
+    weights = {name: p.detach().numpy() for name, p in module.state_dict().items()}
+    first, last = {"none": (0, 2)}.get(norm, (0, 3))
+
+    def normed(x: np.ndarray, at: int) -> np.ndarray:
+        x = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+        return x * weights[f"projector.{at}.weight"] + weights[f"projector.{at}.bias"]
+
+    def linear(x: np.ndarray, at: int) -> np.ndarray:
+        return x @ weights[f"projector.{at}.weight"].T + weights.get(f"projector.{at}.bias", 0)
+
+    x = linear(np.concatenate(views) @ weights["backbone.weight"].T, first)
+    x = linear(np.maximum(x if norm == "none" else normed(x, 1), 0), last)
+    x = normed(x, 4) if norm == "all" else x
+    assert (f"projector.{last}.bias" in weights) == (norm == "none")
+    assert norm != "all" or not weights["projector.4.bias"].any()
+    assert loss.item() == pytest.approx(nt_xent_loss(x[:8], x[8:], 0.1), rel=1e-9)
+
+
+def test_which_crops_are_bilinear():
+    """torchvision's default, which SimSiam's code leaves for ImageNet; bicubic in the code of all others: Barlow Twins'
+    main.py, VICReg's augmentations.py, BYOL's dataset.py, SimCLR's data_util.py, solo-learn's pretrain_dataloader.py.
+    """
+    for name in ("barlow_twins", "simclr", "byol", "simsiam", "vicreg"):
+        for images, views in METHODS[name].VIEWS.items():
+            expected = "bilinear" if (name, images) == ("simsiam", "imagenet") else "bicubic"
+            assert {view.interpolation for view in views} == {expected}
+
+
 def test_contradictions_are_refused():
     with pytest.raises(UserError, match="is a card of byol"):
         resolved(replace(PRESETS["cifar10-byol"], method="simclr"))
@@ -246,7 +317,10 @@ def test_contradictions_are_refused():
         resolved(replace(PRESETS["cifar10-byol"], loss="invariance"))
     with pytest.raises(UserError, match="--predictor 8-5 does not go with --method vicreg, but with barlow_twins or"):
         resolved(replace(PRESETS["cifar10-vicreg"], projector="8-5", predictor="8-5"))
-    assert resolved(PretrainConfig(lr_biases=None)).lr_biases == resolved(PretrainConfig()).lr_weights
+    with pytest.raises(UserError, match="--projector-norm none does not go with --method byol"):
+        resolved(replace(PRESETS["cifar10-byol"], projector_norm="none"))
+    with pytest.raises(UserError, match="--projector-norm all is SimCLR's"):
+        resolved(PretrainConfig(projector_norm="all"))
 
 
 def test_vicreg_is_one_small_file():

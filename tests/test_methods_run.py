@@ -25,16 +25,17 @@ pytestmark = pytest.mark.slow
 IMAGES = 8
 
 
-NAMES = (*METHOD_NAMES, *ABLATIONS)
+HEADS = {f"simclr {norm}": {"projector_norm": norm} for norm in ("all", "none")}  # its two cards'
+NAMES = (*METHOD_NAMES, *ABLATIONS, *HEADS)
 
 
 def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
-    """Loss and gradients of two steps on this rank's share, averaged as DistributedDataParallel does, and all buffers.
+    """Loss, metrics and gradients of two steps on this rank's share, averaged as DistributedDataParallel does, and all buffers.
 
     The weights stay, but what follows them moves in between, and MoCo's second step sees the first one's keys.
     """
-    flags = ABLATIONS.get(name, {})
-    module = with_global_batch_norm(method("barlow_twins" if flags else name, **flags))
+    flags = (ABLATIONS | HEADS).get(name, {})
+    module = with_global_batch_norm(method("barlow_twins" if name in ABLATIONS else name.split()[0], **flags))
     for step in range(2):
         views = embeddings(IMAGES, WIDTH, seed=step)
         loss, metrics = module(tuple(torch.from_numpy(z).chunk(world_size())[rank] for z in views))

@@ -11,6 +11,7 @@ from timm.models.resnet import BasicBlock
 from torch import nn
 
 from pipeline.errors import UserError
+from tests.test_config import parse
 from train.batchnorm import CrossRankBatchNorm, with_global_batch_norm
 from train.cards import PRESETS
 from train.flags import resolved
@@ -28,13 +29,31 @@ def test_resnet_has_torchvisions_names_and_zero_initialized_residuals():
     assert all((block.bn3.weight == 0).all() for block in backbone.layer1)
 
 
-@pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("small", 4)])
+@pytest.mark.parametrize(("stem", "side"), [("imagenet", 1), ("small", 4), ("solo-learn", 5)])
 def test_stems(stem, side):
     backbone, features = make_backbone("resnet18", stem)
     seen = []
     backbone.layer4.register_forward_hook(lambda module, given, out: seen.append(out.shape))
     assert backbone(torch.zeros(2, 3, 32, 32)).shape == (2, features) == (2, 512)
     assert seen[0] == (2, 512, side, side)
+
+
+def test_solo_learns_network_is_theirs():
+    """solo/methods/base.py, lines 193 to 203, around torchvision's resnet18: the maps and a seed's weights."""
+    torch.manual_seed(3)
+    ours, _ = make_backbone("resnet18", "solo-learn")
+    torch.manual_seed(3)
+    theirs = torchvision.models.resnet18()
+    theirs.fc, theirs.maxpool = nn.Identity(), nn.Identity()
+    theirs.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=2, bias=False)
+    assert all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in ours.state_dict().items())
+    assert all((block.bn2.weight == 1).all() for block in ours.layer1), "no batch norm starts at zero"
+    sides = []
+    for layer in (ours.conv1, ours.layer2, ours.layer3, ours.layer4):
+        layer.register_forward_hook(lambda module, given, out: sides.append(out.shape[-1]))
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(ours(images), theirs(images)) and sides == [34, 17, 9, 5]
+    assert parse("--preset", "cifar10", "--stem", "solo-learn").stem == "solo-learn"
 
 
 @pytest.mark.parametrize("arch", ["test_resnet", "mobilenetv3_small_050"])

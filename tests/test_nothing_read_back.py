@@ -18,6 +18,7 @@ from train.lars import LARS, gradient_norm
 from train.methods.choose import make_method
 from train.methods.contract import keep_views_apart
 from train.model import make_backbone
+from train.online_linear import OnlineLinear
 
 CASES = {name: {"preset": "cifar10" + ("" if name == "barlow_twins" else f"-{name}")} for name in METHOD_NAMES}
 CASES |= ABLATIONS | {
@@ -39,6 +40,7 @@ def test_a_step_without_values(name, monkeypatch):
     config = resolved(replace(PRESETS[flags.get("preset", "cifar10")], run="x", **flags))
     with torch.device("meta"):
         method = make_method(*make_backbone(config.arch, config.stem), config)
+    linear = OnlineLinear(512, 10, config, adapt=True, device=torch.device("meta"))
     method = method.to(memory_format=torch.channels_last)
     if config.views_together:
         keep_views_apart(method)
@@ -52,6 +54,7 @@ def test_a_step_without_values(name, monkeypatch):
         optimizer.step()
         optimizer.zero_grad()
         method.after_step(step, 9)
+        linear.step(method.features, torch.empty(8, dtype=torch.int64, device="meta"), 0.5)
     assert {value.device.type for value in metrics.values()} == {"meta"}
 
 

@@ -16,7 +16,7 @@ from pipeline.spec import LoaderConfig, centre_view
 from pipeline.storage.beton import open_beton
 from tests.test_resume import CPU, TINY, end_of
 from train import online_knn
-from train.checkpoint import load_backbone
+from train.checkpoint import load_backbone, read_checkpoint
 from train.config import NORMALIZATIONS
 from train.flags import resolved
 from train.online_knn import choose_images
@@ -63,7 +63,8 @@ def features(backbone, path: Path, ids: np.ndarray) -> tuple[torch.Tensor, torch
 def test_the_weights_are_those_without_it_and_the_number_is_the_evaluations(data, tmp_path):
     assert run(data, tmp_path / "without") == EXIT_FINISHED
     assert run(data, tmp_path / "with", knn_every=1) == EXIT_FINISHED
-    assert end_of(tmp_path / "with") == end_of(tmp_path / "without")
+    trained, untouched = end_of(tmp_path / "with"), end_of(tmp_path / "without")
+    assert trained.pop("online_linear") and {**trained, "content_sha256": ""} == {**untouched, "content_sha256": ""}
     assert not accuracies(tmp_path / "without")
     found = accuracies(tmp_path / "with")
     assert [line["epoch"] for line in found] == [1.0, 2.0]
@@ -74,6 +75,9 @@ def test_the_weights_are_those_without_it_and_the_number_is_the_evaluations(data
     expected = knn_accuracy(bank, bank_labels, queries, labels, len(open_beton(bank_path).classes), (20,))[20].top1
     assert found[-1]["knn_top1"] == pytest.approx(expected, abs=1.01 * 100 / len(labels))  # one image's rounding
     assert found[-1]["knn_images"] == len(bank) + len(queries)
+    layer = read_checkpoint(tmp_path / "with" / "checkpoint.pt")["online_linear"]["layer"]
+    hits = ((queries @ layer["weight"].T + layer["bias"]).argmax(1) == labels).double().mean().item()
+    assert found[-1]["linear_top1"] == pytest.approx(100 * hits, abs=1.01 * 100 / len(labels)) and hits > 0
     assert (tmp_path / "with" / "loss.png").exists()
 
 

@@ -21,11 +21,16 @@ from train.curves import MOST_POINTS, draw_curves, thinned
 def test_curves_of_what_the_trainer_writes(tmp_path):
     """null where fp16 skipped a step, other names in other lines, a torn line, and what is no line of the trainer's."""
     lines = ['{"step": 20, "epoch": 1, "loss": 5.0, "lost": null}', '{"step": 40, "epoch": 2, "loss": null, "grad": 2}']
-    lines += ['{"step": 60, "epoch": 3, "knn_top1": 44.0}', '{"step": 80, "epo', "[1]", '{"epoch": null, "loss": 1}']
+    lines += [
+        '{"step": 60, "epoch": 3, "knn_top1": 44.0, "linear_top1": 41}',
+        '{"step": 80, "epo',
+        "[1]",
+        '{"epoch": null, "loss": 1}',
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 100, "epoch": 5, "loss": 3.0}']) + "\n")
     made = training({"run": (tmp_path, None)}, Charts())
     titles = re.findall("<figcaption><b>(.*?)</b><span><span>(.*?)</span>", made)
-    assert titles == [("loss", "3"), ("kNN top-1, %", "44"), ("grad", "2")]
+    assert titles == [("loss", "3"), ("kNN top-1, %", "44"), ("online linear top-1, %", "41"), ("grad", "2")]
     assert re.findall("<h3>(.*?)</h3>", made) == ["Loss", "Accuracy in training", "Other numbers"]
     assert "Nowhere finite: lost." in made
     (tmp_path / "metrics.jsonl").write_text('{"step": 80, "epo')

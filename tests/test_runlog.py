@@ -116,14 +116,14 @@ def test_charts_come_in_groups(tmp_path):
     collapse = {"embedding_spread": torch.tensor(1.0), "effective_dimensions": torch.tensor(9.0)}
     for step in range(2):
         log.record(step, metrics(3.0) | collapse | {"on_diagonal": torch.tensor(1.0)}, {"weights": 0.1, "biases": 0.2})
-    log.note_accuracy(2, {"knn_top1": 40.0, "knn_images": 10})
+    log.note_accuracy(2, {"knn_top1": 40.0, "linear_top1": 41.0, "knn_images": 10})
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {
         "loss/loss", "loss/on_diagonal", "collapse/diagonal_mean", "collapse/off_diagonal_rms",
         "collapse/embedding_spread", "collapse/effective_dimensions", "speed/images_per_s", "speed/data_wait_share",
-        "lr/weights", "lr/biases", "knn/knn_top1", "knn/knn_images",
+        "lr/weights", "lr/biases", "knn/knn_top1", "knn/linear_top1", "knn/knn_images",
     }  # fmt: skip
     assert [(point.step, point.value) for point in events.Scalars("loss/loss")] == [(2, 3.0)]
 

@@ -350,8 +350,8 @@ def test_stl10(stl, tmp_path, monkeypatch, below):
 
 
 @pytest.mark.slow
-def test_pretraining_on_stl10s_unlabelled_images(stl, tmp_path, monkeypatch):
-    """Those beside them that have labels vote and are asked."""
+def test_pretraining_on_stl10s_unlabelled_images(stl, tmp_path, monkeypatch, capsys):
+    """Those beside them that have labels vote and are asked; a linear layer trained on those in use is not possible."""
     monkeypatch.setattr("train.runlog.RUNS", tmp_path)
     convert(ConvertConfig(source=stl, out=tmp_path / "out", workers=1))
     flags = {
@@ -365,6 +365,8 @@ def test_pretraining_on_stl10s_unlabelled_images(stl, tmp_path, monkeypatch):
         assert train(config, CPU, loader) == EXIT_FINISHED
     lines = [json.loads(text) for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["knn_images"] for line in lines if "knn_top1" in line] == [20 + 30]
+    assert not any("linear_top1" in line for line in lines)
+    assert capsys.readouterr().err.count("note: no online linear accuracies in this run: the images it trains on") == 1
     (bank, votes), (queries, asked) = choose_images(config)
     assert (bank.name, queries.name, len(votes), len(asked)) == ("train.beton", "val.beton", 20, 30)
 

@@ -26,6 +26,7 @@ from train.config import PretrainConfig
 from train.distributed import Ranks, largest, start_ranks, stop_ranks, sum_over_ranks
 from train.flags import resolved
 from train.methods.barlow_twins import BarlowTwinsLoss
+from train.online_linear import OnlineLinear
 from train.pretrain import EXIT_REQUEUE, train
 
 IMAGES, WIDTH = 16, 12
@@ -68,6 +69,21 @@ def batch_norm(ranks: Ranks, *shape: int, uneven: bool = False) -> dict:
     out = norm(x)
     (out * weight).sum().backward()
     return {"out": out.detach(), "x": x.grad, "weight": norm.weight.grad, "state": norm.state_dict()}
+
+
+def online_linear(ranks: Ranks) -> dict:
+    """The layer beside the encoder after three steps on this rank's share of both views."""
+    config = PretrainConfig(global_batch=IMAGES)
+    linear = OnlineLinear(WIDTH, 3, config, adapt=True, device=torch.device("cpu"))
+    linear.layer.double()
+    labels = torch.arange(IMAGES).mul(7) % 3
+    for share in (0.1, 1.0, 0.5):
+        linear.step(
+            [z.chunk(ranks.world_size)[ranks.rank] for z in inputs(IMAGES, WIDTH)],
+            labels.chunk(ranks.world_size)[ranks.rank],
+            share,
+        )
+    return linear.layer.state_dict()
 
 
 class SignalledLoader(SyntheticLoader):
@@ -161,6 +177,7 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path) -> None:
         "loss": normalized_loss(ranks),
         "bn 2d": batch_norm(ranks, 5, 3, 2),
         "bn 1d": batch_norm(ranks, 5),
+        "online linear": online_linear(ranks),
         "bn uneven": batch_norm(ranks, 5, 3, 2, uneven=True),
         "float64": run(folder / "float64", ranks, torch.float64),
         "float32": smooth_run(folder / "float32", ranks),
@@ -229,6 +246,15 @@ def test_loss_and_gradient(several):
     for i, z in enumerate((z1, z2)):
         gradient = torch.cat([rank["loss"]["gradients"][i] for rank in found])
         torch.testing.assert_close(gradient, z.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_the_linear_layer_beside_the_encoder(several):
+    _, _, found = several
+    expected = online_linear(Ranks(0, 1, torch.device("cpu"), None))
+    for rank in found:
+        for name, value in expected.items():
+            torch.testing.assert_close(rank["online linear"][name], value, rtol=1e-12, atol=1e-14)
+            assert torch.equal(rank["online linear"][name], found[0]["online linear"][name])
 
 
 @pytest.mark.parametrize(

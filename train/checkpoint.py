@@ -10,6 +10,7 @@ plain dict that `torch.load(weights_only=True)` accepts:
     step                updates done; with the seed in `config` it decides every later batch and view
     images              size of the training set, which decides the order of samples
     model, optimizer, scaler    state dicts
+    online_linear       the same of the linear layer beside the model, in runs that have one
     content_sha256      the digest of all of the above, which train/content.py checks
 """
 

@@ -68,8 +68,9 @@ class Recipe:
     arch: str = "resnet50"
     """A ResNet of torchvision by name (resnet18 … wide_resnet101_2), resnet8_narrow or resnet10_narrow for small images
     on a CPU, or any model of timm."""
-    stem: Literal["imagenet", "small"] = "imagenet"
-    """How the network begins: imagenet is 7×7 stride 2 and a max-pool; small, for small images, is 3×3 stride 1."""
+    stem: Literal["imagenet", "small", "solo-learn"] = "imagenet"
+    """How a ResNet of torchvision begins: imagenet is 7×7 stride 2 and a max-pool; small, for small images, is 3×3
+    stride 1; solo-learn is that project's network for CIFAR: small padded by 2, and no batch norm starts at zero."""
     projector: str = "8192-8192-8192"
     """Widths of the projector's linear layers; the last one is the embedding's."""
     predictor: str = ""
@@ -103,15 +104,19 @@ class Recipe:
     embedding_norm: EmbeddingNorm = "batch"
     """Ablation of Barlow Twins (table 5): how embeddings are normalized before C. batch: every dimension to mean 0 and
     deviation 1; feature: then also every embedding to length 1, and C is not divided by the batch; none: mean 0."""
-    projector_norm: Literal["batch", "none"] = "batch"
-    """Ablation of Barlow Twins (table 5): none leaves batch norm out of the projector's hidden layers."""
+    projector_norm: Literal["batch", "none", "all"] = "batch"
+    """Where the projector has batch norm. batch: in its hidden layers; none: nowhere, with SimCLR biases instead
+    (its cifar10 card); all: behind the last layer too (SimCLR's imagenet card). With Barlow Twins none is an ablation
+    (table 5), and there is no all."""
     without: tuple[Augmentation, ...] = ()
     """Augmentations to leave out of both views (figure 3): --without grey solarize."""
     lr_weights: float | None = None
     """Learning rate of the weights, × global batch / 256. None: chosen by the global batch, as measured for 300 epochs
     (128 → .7, 256 → .4, 512 → .3, 1024 → .25, 2048 and more → .2; Barlow Twins, issue 7)."""
-    lr_biases: float | None = 0.0048
-    """Learning rate of biases and batch norm (1-d parameters), × global batch / 256. None: the same as --lr-weights."""
+    lr_biases: float | None = None
+    """Learning rate of biases and batch norm (1-d parameters), × global batch / 256. None: with Barlow Twins 0.024 ×
+    --lr-weights, as the table above was measured (1024 → .0060; 2048 → .0048, the published one); with the other
+    methods the same as --lr-weights."""
     paper_world_size: int = 16
     """Divides the gradient of 1-d parameters. The published code's gradient is the true one divided by its number of
     GPUs; LARS hides that for weights, but the published --lr-biases was chosen with 16 GPUs. Gradients here are the
@@ -186,8 +191,9 @@ class Running:
     same up to rounding (dropout draws other masks), with half as many kernels, each on twice the images. Left out: on
     if the step is compiled and recorded."""
     knn_every: int = 0
-    """Epochs between nearest-neighbour accuracies of the network in training (metrics.jsonl, TensorBoard, progress
-    bar); 0: none. Rank 0 computes them beside the steps from a copy of the backbone; the weights do not change."""
+    """Epochs between accuracies of the network in training (metrics.jsonl, TensorBoard, progress bar): knn_top1, the
+    nearest neighbours' vote, and linear_top1, a linear layer trained beside the network on its features; 0: none. Rank
+    0 computes them beside the steps from a copy of the backbone; the network's weights do not change."""
     knn_images: int = 5000
     """How many images vote, and at most how many are classified: those of val.beton beside the training file if there
     is one, else training images that do not vote. Each time 2 × this many centre views are decoded and go through the

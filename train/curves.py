@@ -51,6 +51,7 @@ GROUPS: dict[str, dict[str, Quantity]] = {
     },
     "Accuracy in training": {
         "knn_top1": Quantity("kNN top-1, %", "rises"),
+        "linear_top1": Quantity("online linear top-1, %", "rises"),
         "twin_top1": Quantity("twin view found first, %", "rises", factor=100),
         "prototype_top1": Quantity("twin view's prototype found first, %", "rises", factor=100),
     },
@@ -70,7 +71,7 @@ GROUPS: dict[str, dict[str, Quantity]] = {
 }
 OTHERS = "Other numbers"
 QUANTITIES = {name: quantity for group in GROUPS.values() for name, quantity in group.items()}
-IN_PICTURE = ("loss", *GROUPS["Collapse"], "knn_top1")  # what loss.png shows of a run
+IN_PICTURE = ("loss", *GROUPS["Collapse"], "knn_top1", "linear_top1")  # what loss.png shows of a run
 
 
 def is_number(value: object) -> bool:

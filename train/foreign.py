@@ -167,7 +167,7 @@ def _compared(name: str, prefix: str, tensors: dict, arch: str) -> tuple[Place, 
     """The network below a prefix as one of this architecture, and in what its parameters are not those of one."""
     found, stem = below(tensors, prefix), "imagenet"
     if arch in torchvision_resnets() and found["conv1.weight"].shape[-1:] == (3,):
-        stem = "small-padded" if _is_solo_learn(prefix, tensors) else "small"
+        stem = "solo-learn" if _is_solo_learn(prefix, tensors) else "small"
     expected = expected_shapes(arch, stem)
     shapes = {n: tuple(found[n].shape) for n in expected if n in found}
     misfits = [n for n in found if n not in expected and n.split(".")[0] not in HEADS]

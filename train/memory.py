@@ -196,7 +196,7 @@ def needed_bytes(method: Method, config: PretrainConfig, ranks: Ranks) -> dict[s
     batch, device = rank_batch(config.global_batch, ranks.world_size), ranks.device
     always: float = always_bytes(method, batch, config)
     # Tensors that no one saves: the backward pass's gradients, or what a target network's own forward pass holds.
-    passing = 1 if all(p.requires_grad for p in method.parameters()) else 3
+    passing = 1 if all(p.requires_grad for p in method.parameters() if p.ndim > 1) else 3
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         copied = copy.deepcopy(method)
         plain = at_batch(copied, batch, config)

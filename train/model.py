@@ -6,7 +6,8 @@ say whose network is meant. Both take seconds to import (torchvision brings torc
 where a network is made and not by every --help.
 
     stem        of torchvision's ResNets: imagenet, 7×7 stride 2 and a max-pool; small, 3×3 stride 1 without one;
-                small-padded, the same padded by 2 instead of 1 (solo-learn's on CIFAR), only in others' files
+                solo-learn, the same padded by 2 instead of 1, as that project trains on CIFAR: a view of 32 px has
+                maps of 34, 17, 9 and 5. Its initial weights too are torch's and torchvision's own
 """
 
 import difflib
@@ -58,15 +59,16 @@ def network_names(arch: str) -> list[str]:
 def make_backbone(arch: str, stem: str = "imagenet") -> tuple[nn.Module, int]:
     """An untrained backbone and its number of features D. Weights come from torch's generator.
 
-    ResNets of torchvision start with the last batch norm of every block at zero (Goyal 2017; Zbontar 2021).
+    ResNets of torchvision start with the last batch norm of every block at zero (Goyal 2017; Zbontar 2021), with the
+    solo-learn stem at one, as there (solo/backbones/resnet/resnet.py).
     Raises UserError for an unknown name, with the nearest known ones, and for a stem that the network does not have.
     """
     if arch in NARROW and stem == "imagenet":  # they have one stem, and the flag its default
         return NarrowResNet(NARROW[arch]), NARROW[arch][-1]
     name = network_names(arch)[-1]  # timm's, where both have it
     if name in torchvision_resnets():
-        backbone, features = _without_classifier(name, zero_init_residual=True)
-        return (backbone if stem == "imagenet" else with_small_stem(backbone, 1 + (stem == "small-padded"))), features
+        backbone, features = _without_classifier(name, zero_init_residual=stem != "solo-learn")
+        return (backbone if stem == "imagenet" else with_small_stem(backbone, stem)), features
     if stem != "imagenet":
         raise UserError(f"--stem {stem} is made for torchvision's ResNets, not for {arch}; pass --stem imagenet")
     if name.startswith("torchvision:"):
@@ -109,11 +111,12 @@ def require_side(network: nn.Module, arch: str, side_px: int) -> None:
         ) from error
 
 
-def with_small_stem(resnet: nn.Module, padding: int = 1) -> nn.Module:
+def with_small_stem(resnet: nn.Module, stem: str = "small") -> nn.Module:
     """For images of about 32 px: the 7×7 stride-2 convolution becomes 3×3 stride 1, the max-pool goes."""
-    stem = nn.Conv2d(3, 64, 3, stride=1, padding=padding, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-    resnet.conv1, resnet.maxpool = stem, nn.Identity()
+    conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=2 if stem == "solo-learn" else 1, bias=False)
+    if stem == "small":  # solo-learn leaves torch's own weights (solo/methods/base.py, line 200)
+        nn.init.kaiming_normal_(conv1.weight, mode="fan_out", nonlinearity="relu")
+    resnet.conv1, resnet.maxpool = conv1, nn.Identity()
     return resnet
 
 
@@ -170,14 +173,14 @@ class Layers(nn.Sequential):
         return x
 
 
-def make_projector(features: int, widths: list[int], norm: bool = True) -> Layers:
-    """Linear, BN, ReLU for every width but the last, which is a bare Linear; no biases. (B, D_in) → (B, D_out).
+def make_projector(features: int, widths: list[int], *, norm: bool = True, bias: bool = False) -> Layers:
+    """Linear, BN, ReLU for every width but the last, which is a bare Linear. (B, D_in) → (B, D_out).
 
-    Without `norm` there is no BN.
+    Without `norm` there is no BN; with `bias` the linear layers have one.
     """
     layers: list[nn.Module] = []
     for width in widths[:-1]:
-        layers += [nn.Linear(features, width, bias=False), *([nn.BatchNorm1d(width)] if norm else [])]
+        layers += [nn.Linear(features, width, bias=bias), *([nn.BatchNorm1d(width)] if norm else [])]
         layers += [nn.ReLU(inplace=True)]
         features = width
-    return Layers(*layers, nn.Linear(features, widths[-1], bias=False))
+    return Layers(*layers, nn.Linear(features, widths[-1], bias=bias))

@@ -1,4 +1,5 @@
-"""The nearest-neighbour accuracy of the network in training, every --knn-every epochs, beside the steps.
+"""The accuracies of the network in training, every --knn-every epochs, beside the steps: the nearest neighbours' vote,
+and the linear layer that is trained beside it (online_linear.py).
 
     training     ── step ── copy of the weights ── step ── step ── step ── step ── step ──
     a thread                         └─ features of those that vote ─ of those asked ─ vote ─┘ a line in metrics.jsonl
@@ -32,7 +33,7 @@ from pipeline.storage.shards import SUFFIX as SHARDS
 from pipeline.storage.shards import open_stored
 from train.config import AMP, NORMALIZATIONS, PretrainConfig
 from train.distributed import say
-from train.knn_vote import KNN_HEADLINE, knn_ranks
+from train.knn_vote import KNN_HEADLINE, knn_ranks, label_ranks
 from train.run_data import train_beton
 from train.runlog import RunLog
 from train.update import Update
@@ -51,6 +52,12 @@ def labelled_file(data: Path) -> Path | None:
 def held_out(path: Path) -> Path:
     """The validation file beside a training file, which may be missing."""
     return path.with_name("val" + (SHARDS if path.name.endswith(SHARDS) else ".beton"))
+
+
+def classes_beside(config: PretrainConfig) -> int:
+    """How many classes the linear layer beside a run tells apart; 0 for none: it learns from the run's own labels."""
+    stored = open_stored(train_beton(config.data)) if config.knn_every else None
+    return len(stored.classes) if stored and stored.labelled else 0
 
 
 def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
@@ -76,6 +83,11 @@ def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
     return [(path, votes), (path, asked)]
 
 
+def percent_first(ranks: torch.Tensor) -> float:
+    """Top-1, %, of the labels' ranks (M,) among the classes, 0 = first."""
+    return 100 * (ranks == 0).double().mean().item()
+
+
 class OnlineKnn:
     """As a context; `begin` after an update, `report` once a step.
 
@@ -95,6 +107,9 @@ class OnlineKnn:
             return
         self.chosen = choose_images(self.config)
         self.backbone = copy.deepcopy(update.method.backbone).eval().requires_grad_(False)
+        self.linear = copy.deepcopy(update.linear.layer).requires_grad_(False) if update.linear else None
+        if not update.linear:
+            say(self.ranks, "note: no online linear accuracies in this run: the images it trains on have no labels")
         device = self.ranks.device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.running: tuple[int, Future] | None = None
@@ -110,6 +125,8 @@ class OnlineKnn:
         if not self.active:
             return
         self.backbone.load_state_dict(self.update.method.backbone.state_dict())
+        if self.linear and self.update.linear:
+            self.linear.load_state_dict(self.update.linear.layer.state_dict())
         event = torch.cuda.current_stream().record_event() if self.stream else None
         self.running = step, self.pool.submit(self._measure, event)
 
@@ -134,7 +151,10 @@ class OnlineKnn:
             neighbours = min(KNN_HEADLINE, len(bank))
             classes = len(self.loaders[0].classes)
             ranks = knn_ranks(bank, bank_labels, queries, labels, classes, (neighbours,))[neighbours]
-            return {"knn_top1": 100 * (ranks == 0).double().mean().item(), "knn_images": len(bank) + len(queries)}
+            found = {"knn_top1": percent_first(ranks), "knn_images": len(bank) + len(queries)}
+            if self.linear:
+                found["linear_top1"] = percent_first(label_ranks(self.linear(queries), labels))
+            return found
 
     def _loader(self, path: Path, ids: np.ndarray) -> Loader:
         c = self.config

@@ -31,7 +31,7 @@ from train.distributed import Ranks, StopRequest, largest, say, start_ranks, sto
 from train.ending import end_text, finished, next_text
 from train.flags import chosen_preset, resolved
 from train.memory import with_device_defaults
-from train.online_knn import OnlineKnn
+from train.online_knn import OnlineKnn, classes_beside
 from train.run_data import dataset_sha256, loader_config, refuse_long_queue, train_beton
 from train.runlog import METRICS, RunLog, describe_run, open_run_folder
 from train.runstate import RunState
@@ -87,7 +87,8 @@ def train_alone(
     config: PretrainConfig, ranks: Ranks, loader: Loader, *, images_sha256: str, writer: OneWriter | None
 ) -> int:
     """`train`, where no other process writes the run's folder meanwhile; rank 0 has the `writer`."""
-    update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids)
+    classes = classes_beside(config)
+    update = make_update(config, ranks, steps_per_epoch=loader.steps_per_epoch, ids=loader.ids, classes=classes)
     folder, config, stop_step = Path(config.run), update.config, update.stop_step
     say_cost(update)
     state = RunState(update, loader.images, dataset_sha256=images_sha256, writer=writer)
@@ -115,7 +116,7 @@ def train_alone(
             batch = next(batches)
             waited_s = time.perf_counter() - asked
             watchdog.step(step)
-            metrics = update(batch.views, step)
+            metrics = update(batch.views, step, batch.label)
             log.record(step, metrics, update.rates, waited_s=waited_s, substituted=batch.substituted)
 
             knn.report(log)

@@ -1,6 +1,7 @@
 """The state of a run: resumed to the step, and saved on rank 0 while training continues.
 
-Model, optimizer, scaler, step and seed are all of it: order and views are functions of seed and step.
+Model, optimizer, scaler, step and seed are all of it: order and views are functions of seed and step. With --knn-every
+also the linear layer beside the model.
 
     training   ── step ── step ─ copy ─ step ── step ── step ─ copy ─ step ──
     thread                         └─ serialize, write, rename ─┘ └─ …
@@ -115,7 +116,10 @@ class RunState:
             if path.name != CHECKPOINT:
                 say(self.ranks, f"note: {self.folder / CHECKPOINT} is damaged or missing; continuing from {path.name}")
             for name, part in self.update.state.items():
-                part.load_state_dict(saved[name])
+                if name in saved:
+                    part.load_state_dict(saved[name])
+                else:  # the run had no --knn-every then, or is older
+                    say(self.ranks, f"note: {path} has no linear layer for linear_top1; it begins at random weights")
             step, mark = saved["step"], int(sha256[:15], 16)
             self.on_disk = step if path.name == CHECKPOINT else None
         if largest(self.ranks, mark) != mark or -largest(self.ranks, -mark) != mark:
@@ -130,7 +134,8 @@ class RunState:
         """
         if self.ranks.rank == 0:
             try:
-                require_room(self.folder / CHECKPOINT, checkpoint_bytes(self.update.state["model"]), NO_ROOM)
+                networks = [self.update.method, *([self.update.linear.layer] if self.update.linear else [])]
+                require_room(self.folder / CHECKPOINT, sum(map(checkpoint_bytes, networks)), NO_ROOM)
             except UserError as error:
                 self.error = error
         self.finish()

@@ -19,7 +19,7 @@ from train.curves import GROUPS
 GROUP_OF = {
     **dict.fromkeys(GROUPS["Collapse"], "collapse"),
     **dict.fromkeys((*GROUPS["Speed"], "substituted_images"), "speed"),
-    **dict.fromkeys(("knn_top1", "knn_images"), "knn"),
+    **dict.fromkeys(("knn_top1", "linear_top1", "knn_images"), "knn"),
 }
 
 
@@ -105,4 +105,5 @@ class Bar:
         self.bar.set_postfix_str(f"loss {loss}, {speed}, {wait}")
 
     def accuracy(self, step: int, values: Mapping[str, float]) -> None:
-        say_line(f"kNN top-1 {values['knn_top1']:.1f} % after epoch {step / self.steps_per_epoch:g}")
+        linear = f", linear {values['linear_top1']:.1f} %" if "linear_top1" in values else ""
+        say_line(f"kNN top-1 {values['knn_top1']:.1f} %{linear} after epoch {step / self.steps_per_epoch:g}")

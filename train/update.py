@@ -31,6 +31,7 @@ from train.memory import compile_parts, recompute_blocks, with_activations, with
 from train.methods.choose import make_method
 from train.methods.contract import Method, Metrics, keep_views_apart
 from train.model import make_backbone, network_names, require_side
+from train.online_linear import OnlineLinear
 from train.recorded import RecordedStep
 
 FINAL_SHARE = 0.001  # the cosine ends at this share of the peak (Zbontar 2021, section 2.2)
@@ -92,6 +93,7 @@ class Update:
 
     config   the run's, with everything decided that was left to the device
     method   the network with its heads (train/methods/contract.py); `model` is what steps call: DDP around it
+    linear   trained beside it, on its features; None without --knn-every and for images without labels
     mark     called with the name of each stage when it ends, for a benchmark to note the time
     """
 
@@ -104,13 +106,15 @@ class Update:
     scaler: torch.amp.GradScaler
     guard: UpdateGuard
     steps_per_epoch: int
+    linear: OnlineLinear | None = None
     recorded: RecordedStep | None = None
     mark: Callable[[str], None] = lambda stage: None
 
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds: with the step and the seed it is everything that later steps depend on."""
-        return {"model": self.method, "optimizer": self.optimizer, "scaler": self.scaler}
+        beside = {"online_linear": self.linear} if self.linear else {}
+        return {"model": self.method, "optimizer": self.optimizer, "scaler": self.scaler, **beside}
 
     @property
     def stop_step(self) -> int:
@@ -122,10 +126,11 @@ class Update:
         """The learning rates of the last step, by the name of the optimizer's group."""
         return {group["name"]: group["lr"] for group in self.optimizer.param_groups}
 
-    def __call__(self, views: Views, step: int = 0) -> Metrics | None:
+    def __call__(self, views: Views, step: int = 0, labels: torch.Tensor | None = None) -> Metrics | None:
         """Makes update number `step` (from 0) with this rank's views (B, 3, H, W).
 
-        Returns the metrics, 0-d tensors on the device, or None where --on-nan skip left the update out.
+        The labels (B,) are for the linear layer beside the network alone. Returns the metrics, 0-d tensors on the
+        device, or None where --on-nan skip left the update out.
         """
         self.guard.before_step()
         share = lr_share(step, self.config.warmup_epochs * self.steps_per_epoch, self.stop_step)
@@ -142,6 +147,8 @@ class Update:
             for group in frozen:  # as if it had had no gradient: no momentum waits for the end of its epochs
                 self.optimizer.forget_(group)
             self.method.after_step(step, self.stop_step)
+            if self.linear and labels is not None:
+                self.linear.step(self.method.features, labels, share)
         self.mark("optimizer")
         return metrics
 
@@ -173,11 +180,14 @@ class Update:
         return loss, metrics
 
 
-def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1, ids: np.ndarray = NO_IDS) -> Update:
+def make_update(
+    config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 1, ids: np.ndarray = NO_IDS, classes: int = 0
+) -> Update:
     """Builds the network with the weights of its seed or of --init-from, and everything that steps it.
 
-    `ids` are the samples in use, to name those of a step that is lost. Benchmarks need neither: they repeat step 0,
-    which in a warm-up has the learning rate 0, so the weights stay. Raises UserError for what cannot run here.
+    With `classes` also a linear layer beside it, which tells so many apart. `ids` are the samples in use, to name those
+    of a step that is lost. Benchmarks need neither: they repeat step 0, which in a warm-up has the learning rate 0, so
+    the weights stay. Raises UserError for what cannot run here.
     """
     config = with_device_defaults(config, ranks)
     torch.manual_seed(config.seed)
@@ -209,6 +219,9 @@ def make_update(config: PretrainConfig, ranks: Ranks, *, steps_per_epoch: int = 
         guard=UpdateGuard(method, config, ranks, ids=ids),
         steps_per_epoch=steps_per_epoch,
     )
+    if classes:
+        adapt = optimizer.param_groups[0]["adapt"]
+        update.linear = OnlineLinear(features, classes, config, adapt=adapt, device=ranks.device)
     if config.cuda_graph:
         update.recorded = RecordedStep(update.gradients, optimizer)
     return update

@@ -170,7 +170,7 @@ def facts_of_training(run: Run, config: PretrainConfig) -> dict[str, str]:
     weights, biases = (rate * scale for rate in (config.lr_weights or 0.0, config.lr_biases or 0.0))
     method = method_title(config.method)
     without = f", without {', '.join(config.without)}" if config.without else ""
-    network = [config.arch, *(["small stem"] if config.stem == "small" else [])]
+    network = [config.arch, *([f"{config.stem} stem"] if config.stem != "imagenet" else [])]
     network += [f"{about['features']} features"] if about.get("features") else []
     device = str(env.get("device", "not recorded"))
     if env.get("cuda"):

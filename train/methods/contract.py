@@ -34,6 +34,8 @@ class Method(nn.Module):
     TOGETHER  the networks that both views go through, by name: with --views-together in one pass
     backbone  the network that evaluations keep; all else is dropped after pretraining
     loss      what `outputs` returns, float32 → the loss and its metrics, as `forward` returns them
+    features  what the backbone made of the last step's views, (B, D) or (2B, D) each, detached: the labels of all of
+              them are the batch's, once or twice (train/online_linear.py)
     """
 
     VIEWS: dict[str, tuple[ViewSpec, ...]]
@@ -41,12 +43,13 @@ class Method(nn.Module):
     backbone: nn.Module
     projector: Layers
     loss: Callable[..., tuple[torch.Tensor, Metrics]]
+    features: list[torch.Tensor]
 
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__()
         self.backbone = backbone
         self.projector = make_projector(features, projector_widths(config.projector))
-        self.config = config
+        self.config, self.features = config, []
 
     def forward(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, Metrics]:
         """V tensors (B, C, H, W) of this rank → the loss and its metrics.
@@ -66,11 +69,14 @@ class Method(nn.Module):
         """What the networks, one behind the other, make of every view (B, ...); in one pass with --views-together."""
         together = self.config.views_together
         inputs = [torch.cat(tuple(views))] if together else views
-        outputs = []
+        outputs, features = [], []
         for x in inputs:
             for network in networks:
                 x = network(x)
+                if network is self.backbone:
+                    features.append(x.detach())
             outputs.append(x)
+        self.features = features or self.features  # heads alone leave none
         return outputs[0].chunk(len(views)) if together else tuple(outputs)
 
     def parameter_groups(self) -> list[dict]:

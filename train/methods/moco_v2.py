@@ -69,7 +69,9 @@ class MoCoV2(Method):
 
     def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """View 1's queries and view 2's keys."""
-        queries = self.projector(self.backbone(views[0]))
+        features = self.backbone(views[0])
+        self.features = [features.detach()]
+        queries = self.projector(features)
         with torch.no_grad():
             return queries, self.key_encoder(views[1])
 

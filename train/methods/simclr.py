@@ -8,10 +8,13 @@ of the ranks' losses is the loss of the global batch, and so is its gradient.
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pipeline.spec import ViewSpec
+from train.config import PretrainConfig, projector_widths
 from train.distributed import gather_over_ranks, mean_over_ranks, rank
 from train.methods.contract import Method, Metrics, collapse_metrics
+from train.model import make_projector
 
 _VIEW = ViewSpec(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, p_blur=0.5)  # Chen 2020, appendix A
 
@@ -35,9 +38,21 @@ class SimCLR(Method):
     VIEWS = {"imagenet": (_VIEW, _VIEW), "cifar10": (_VIEW, _VIEW)}  # noqa: RUF012 (never changed)
     TOGETHER = ()  # its batch norms see both views anyway, as published
 
+    def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
+        super().__init__(backbone, features, config)
+        widths = projector_widths(config.projector)
+        if config.projector_norm == "all":
+            # A factor and no shift, as published (google-research/simclr model_util.py, lines 135 and 161).
+            self.projector.append(nn.BatchNorm1d(widths[-1]))
+            self.projector[-1].bias.requires_grad_(False)
+        elif config.projector_norm == "none":  # solo-learn's (solo/methods/simclr.py, line 48): with biases instead
+            self.projector = make_projector(features, widths, norm=False, bias=True)
+
     def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Both views' embeddings, from one pass: each batch norm takes both views as one batch, as published."""
-        return self.projector(self.backbone(torch.cat(views))).chunk(2)
+        features = self.backbone(torch.cat(views))
+        self.features = [features.detach()]
+        return self.projector(features).chunk(2)
 
     def loss(self, z1: torch.Tensor, z2: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
         """NT-Xent of embeddings (B, D) twice."""

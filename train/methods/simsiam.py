@@ -15,8 +15,9 @@ from train.distributed import mean_over_ranks
 from train.methods.contract import Method, Metrics, collapse_metrics
 from train.model import make_projector
 
-_VIEW = ViewSpec(area=(0.2, 1.0), saturation=0.4, p_blur=0.5)  # Chen & He 2021, section 3
-_CIFAR_VIEW = ViewSpec(saturation=0.4, p_blur=0.5)  # solo-learn's for CIFAR-10
+# Chen & He 2021, section 3. Bilinear is torchvision's default, which the published code leaves (main_simsiam.py, 230).
+_VIEW = ViewSpec(area=(0.2, 1.0), interpolation="bilinear", saturation=0.4, p_blur=0.5)
+_CIFAR_VIEW = ViewSpec(saturation=0.4, p_blur=0.5)  # solo-learn's for CIFAR-10, bicubic as all of its
 
 
 class SimSiam(Method):

@@ -68,7 +68,9 @@ class SwAV(Method):
 
     def outputs(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         """Both views' embeddings, from one pass: each batch norm takes both views as one batch, as published."""
-        return self.projector(self.backbone(torch.cat(views))).chunk(2)
+        features = self.backbone(torch.cat(views))
+        self.features = [features.detach()]
+        return self.projector(features).chunk(2)
 
     def loss(self, z1: torch.Tensor, z2: torch.Tensor) -> tuple[torch.Tensor, Metrics]:
         """The swapped prediction of embeddings (B, D) twice (Caron 2020, eq. 1 and 2)."""

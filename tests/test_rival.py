@@ -94,6 +94,10 @@ def test_a_stopped_run_continues(config, monkeypatch, capsys):
 
     with pytest.raises(UserError, match=r"seed-3.json is of a run with another epochs; give the same flags or another"):
         rival.main(replace(stopped, epochs=3, seed=4))
+    other = config.out.with_name("other")
+    convert(ConvertConfig(source=stopped.images / "val", out=other / "train.beton", workers=1))
+    with pytest.raises(UserError, match="of a run with another images_sha256"):
+        rival.main(replace(stopped, data=other))
     monkeypatch.setattr(rival, "run", None)  # a finished one is not run again
     rival.main(stopped)
 
@@ -101,6 +105,8 @@ def test_a_stopped_run_continues(config, monkeypatch, capsys):
 def test_user_errors(config, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="--epochs 0 was given, at least 1"):
         rival.main(replace(config, epochs=0))
+    with pytest.raises(UserError, match=r"no train.beton in .*; make it with pipeline/convert.py"):
+        rival.main(replace(config, data=tmp_path))
     with pytest.raises(UserError, match=r"has 64 images, --images .* 32; convert these again"):
         rival.main(replace(config, images=config.images / "val"))
     monkeypatch.setattr(rival, "find_spec", lambda name: None)

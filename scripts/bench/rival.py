@@ -46,7 +46,7 @@ from train.cards import PRESETS
 from train.config import PretrainConfig, as_plain, recipe
 from train.distributed import start_ranks
 from train.knn_vote import KNN_HEADLINE
-from train.run_data import loader_config
+from train.run_data import dataset_sha256, loader_config, train_beton
 from train.runstate import backbone_info
 from train.update import make_update
 
@@ -86,6 +86,12 @@ def pretrain_config(config: RivalConfig) -> PretrainConfig:
         amp="bf16",
         projector="512-512",
     )
+
+
+def recipe_and_images(config: RivalConfig) -> dict[str, Any]:
+    """What a run shares with the one that it continues, and, but for the seed, with the others in its folder."""
+    images = dataset_sha256(open_stored(train_beton(config.data)))
+    return recipe(as_plain(pretrain_config(config))) | {"images_sha256": images}
 
 
 # ---- both sides ----
@@ -149,7 +155,7 @@ def run(config: RivalConfig, state: Path) -> dict[str, Any]:
     chosen = pretrain_config(config)
     ours, theirs, start_s = made_sides(chosen, config.images)
     sides: dict[str, Ours | Theirs] = {"ours": ours, "theirs": theirs}
-    record: dict[str, Any] = {"recipe": recipe(as_plain(chosen)), "start_s": start_s}
+    record: dict[str, Any] = {"recipe": recipe_and_images(config), "start_s": start_s}
     record |= {part: {name: [] for name in SIDES} for part in ("seconds", "loss", "knn")}
     if state.exists():
         saved = torch.load(state, weights_only=True)
@@ -193,7 +199,7 @@ def finished(config: RivalConfig) -> dict[int, dict[str, Any]]:
     records = {}
     for path in config.out.glob("seed-*.json"):
         record = json.loads(path.read_text())
-        require_same_recipe(recipe(as_plain(pretrain_config(config))), record, path)
+        require_same_recipe(recipe_and_images(config), record, path)
         records[record["recipe"]["seed"]] = record
     return dict(sorted(records.items()))
 
@@ -207,8 +213,12 @@ def main(config: RivalConfig) -> None:
     if config.seed not in finished(config):
         record = run(config, path.with_suffix(".pt"))
         packages = machine("torch", "torchvision", "lightly", "pillow", "numba")
-        about = {"machine": packages, "command": shlex.join(sys.argv), "summary": summary(record)}
-        write_json(path, about | record)
+        about = {
+            "machine": packages,
+            "torch_threads": torch.get_num_threads(),
+            "command": shlex.join(["python", *sys.argv]),
+        }
+        write_json(path, about | {"summary": summary(record)} | record)
     records = finished(config)
     write_whole(config.out / "table.md", table(records))
     draw(records, config.out / "curves.png")

@@ -74,7 +74,10 @@ class RivalConfig:
 
 
 def pretrain_config(config: RivalConfig) -> PretrainConfig:
-    """The one recipe: the CIFAR-10 demo's with a warm-up and a wider projector. Chosen by short runs of ours."""
+    """The one recipe: the CIFAR-10 demo's with a warm-up and a wider projector.
+
+    Its rate of the weights, 0.4, was better than 1.0 in 8 epochs of ours on a fifth of CIFAR-10: kNN 41.1 against 40.0.
+    """
     return replace(
         PRESETS["cifar10-demo"],
         data=config.data,

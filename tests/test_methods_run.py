@@ -30,7 +30,7 @@ NAMES = (*METHOD_NAMES, *ABLATIONS, *HEADS)
 
 
 def gradients(name: str, rank: int) -> dict[str, torch.Tensor]:
-    """Loss, metrics and gradients of two steps on this rank's share, averaged as DistributedDataParallel does, and all buffers.
+    """Loss, metrics and gradients of two steps on a rank's share, averaged as under DistributedDataParallel, buffers.
 
     The weights stay, but what follows them moves in between, and MoCo's second step sees the first one's keys.
     """

@@ -135,7 +135,9 @@ RIVALS: dict[str, dict[str, dict[str, Any]]] = {
         "byol": {"projector": "512-128", "predictor": "512-128", "lr_weights": 0.4},
         "simsiam": {"projector": "256-256", "predictor": "64-256", "stop_gradient": True, "lr_weights": 0.05},
         "vicreg": {"projector": "256-256", "lr_weights": 0.4},
-        "moco_v2": {"projector": "256-128", "queue": 4096, "temperature": 0.2, "lr_weights": 0.06},
+        # Learns slowly: online kNN top-1 from 26.9 to 30.4, seed 0. With --ema 0.9 and twice the queue its keys are so
+        # unlike new ones that all collapses to one moving point, where each query finds its key.
+        "moco_v2": {"projector": "256-128", "queue": 1024, "lr_weights": 0.12},
         "swav": {"projector": "256-128", "prototypes": 64, "lr_weights": 0.4},
     },
 }

@@ -3,6 +3,7 @@ published order of things, the prototypes in and after the epoch in which they s
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from train.cards import PRESETS
 from train.checkpoint import read_checkpoint
 from train.distributed import Ranks
 from train.flags import resolved
-from train.methods.swav import codes
+from train.methods.swav import SwAV, codes
 from train.pretrain import train
 from train.update import Update, make_update
 
@@ -184,6 +185,13 @@ def test_it_begins_with_its_residual_branches_on():
     assert any((m.weight == 0).all() for m in start.method.backbone.modules() if isinstance(m, _BatchNorm))
 
 
+def test_weights_of_init_from_are_kept():
+    norm = nn.BatchNorm1d(6)
+    nn.init.constant_(norm.weight, 0.3)
+    SwAV(nn.Sequential(nn.Linear(6, 6), norm), 6, replace(tiny(), init_from=Path("run")))
+    assert (norm.weight == 0.3).all()
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
@@ -234,6 +242,15 @@ def test_cards_have_the_published_values():
     assert (card.projector, card.prototypes, card.temperature, card.warmup_epochs) == ("2048-128", 3000, 0.1, 10)
     assert (card.lr_weights, card.global_batch, card.weight_decay) == (0.6, 256, 1e-6)
     assert (card.lars_eta, card.lars_clip, card.epochs, card.arch) == (0.02, True, 1000, "resnet18")
+
+
+@pytest.mark.parametrize(("views", "interpolation"), [("imagenet", "bilinear"), ("cifar10", "bicubic")])
+def test_views_are_the_published_ones(views, interpolation):
+    """src/multicropdataset.py with --min_scale_crops 0.08; solo-learn's symmetric.yaml. Two views of one kind."""
+    first, second = SwAV.VIEWS[views]
+    assert first == second and (first.area, first.interpolation, first.p_flip) == ((0.08, 1.0), interpolation, 0.5)
+    assert (first.brightness, first.contrast, first.saturation, first.hue, first.p_jitter) == (0.8, 0.8, 0.8, 0.2, 0.8)
+    assert (first.p_grey, first.p_blur, first.sigma_px, first.p_solarize) == (0.2, 0.5, (0.1, 2.0), 0.0)
 
 
 def test_what_is_refused():

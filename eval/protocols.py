@@ -152,15 +152,32 @@ TRANSFER = {
 }
 
 
-def _detection(name: str, train: str, lr: float, smallest_px: int, iterations: int, milestones) -> Protocol:
+def _detection(
+    name: str, train: str, *, lr: float, warmup_from: float, smallest_px: int, iterations: int, milestones
+) -> Protocol:
     settings = {"train": train, "iterations": iterations, "batch": 16, "lr": lr, "warmup": 1000}
+    settings["warmup_from"] = warmup_from
     settings |= {"sizes_px": list(range(smallest_px, 801, 32)), "rois": 512, "precise_bn": 200}
     return Protocol(name, settings, "AP", milestones)
 
 
 DETECTION = {
     "voc": _detection(
-        "detection-voc0712", "VOC2007 trainval+VOC2012 trainval", 0.1, 480, 24_000, milestones=(18_000, 22_000)
+        "detection-voc0712",
+        "VOC2007 trainval+VOC2012 trainval",
+        lr=0.1,
+        warmup_from=0.3333,
+        smallest_px=480,
+        iterations=24_000,
+        milestones=(18_000, 22_000),
     ),
-    "coco": _detection("detection-coco", "COCO train2017", 0.03, 640, 90_000, milestones=(60_000, 80_000)),
+    "coco": _detection(
+        "detection-coco",
+        "COCO train2017",
+        lr=0.03,
+        warmup_from=0.001,
+        smallest_px=640,
+        iterations=90_000,
+        milestones=(60_000, 80_000),
+    ),
 }

@@ -129,7 +129,17 @@ KNN = Protocol(
 LINEAR_BT = _trained("linear-bt", 100, 0.3, 1e-6)
 LINEAR_AVGPOOL = _trained("linear-avgpool", 100, 30.0, 0.0, (60, 80))
 LINEAR_CACHED = _trained("linear-cached", 30, 3.0, 1e-6)
-HEADS = _trained("heads-mmselfsup", 90, 0.01, 1e-4, (60, 80), metric="feature5_top1", pooling="as published")
+HEADS = _trained(
+    "heads-mmselfsup",
+    90,
+    0.01,
+    1e-4,
+    (30, 60),
+    metric="feature5_top1",
+    pooling="as published",
+    jitter=[0.4, 0.4, 0.4, 0.0],  # of brightness, contrast, saturation and hue, on every image
+    lighting=0.1,
+)
 SEMISUP = Protocol(
     "semisup-bt",
     {"epochs": 20, "batch": 256, "lr_backbone": 0.005, "lr_classifier": 0.5, "weight_decay": 0.0} | ON_FEATURES,

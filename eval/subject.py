@@ -24,7 +24,7 @@ from pipeline.disk import append_line, followed_once, read_lines
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
 from pipeline.progress import say_line
-from pipeline.spec import SUPERVISED_VIEW
+from pipeline.spec import ViewSpec
 
 RESULTS = "results.jsonl"
 # What this program reads of a result's line, and of which type it is.
@@ -135,11 +135,11 @@ class Subject(Generic[Config]):
         """(M, D) float32, on the encoder's device."""
         return self.feature_set("val").read().to(self.encoder.device).float()
 
-    def augmented_loader(self, batch: int) -> Loader:
-        """Shuffled full batches of random crops and flips of the labelled share."""
+    def augmented_loader(self, batch: int, view: ViewSpec) -> Loader:
+        """Shuffled full batches of random views of the labelled share."""
         centre = self.feature_set("train").loading
         seed = self.config.seed
-        return make_loader(replace(centre, views=(SUPERVISED_VIEW,), shuffle=True, seed=seed, global_batch=batch))
+        return make_loader(replace(centre, views=(view,), shuffle=True, seed=seed, global_batch=batch))
 
     def val_loader(self) -> Loader:
         """The validation images' centre views, once each a pass, in order."""

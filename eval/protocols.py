@@ -142,7 +142,8 @@ HEADS = _trained(
 )
 SEMISUP = Protocol(
     "semisup-bt",
-    {"epochs": 20, "batch": 256, "lr_backbone": 0.005, "lr_classifier": 0.5, "weight_decay": 0.0} | ON_FEATURES,
+    {"epochs": 20, "batch": 256, "norm_images": 32, "lr_backbone": 0.005, "lr_classifier": 0.5, "weight_decay": 0.0}
+    | ON_FEATURES,
 )
 SVM = Protocol(
     "svm-voc07",

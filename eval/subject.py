@@ -16,7 +16,7 @@ import torch
 
 from eval.features import KINDS, Encoder, FeatureSet, open_encoder
 from eval.folder import made_result_folder
-from eval.protocols import ON_FEATURES, Protocol
+from eval.protocols import Protocol, with_all_settings
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from eval.spoken import rounded, spoken
 from pipeline.command import DATA, RUNS
@@ -302,15 +302,5 @@ def read_results(run: Path) -> list[dict]:
             what = line.get("protocol", "without a protocol")
             print(f"note: {path}: a line ({what}) lacks {', '.join(wrong)}, and is left out", file=sys.stderr)
         else:
-            results.append(with_shared_settings(line))
+            results.append(with_all_settings(line))
     return results
-
-
-def with_shared_settings(result: dict) -> dict:
-    """A line from before the settings ON_FEATURES were compared, as it would be written today."""
-    if "feature_type" not in result or "resolution_px" in result["settings"]:
-        return result  # detection has none of them
-    shared = {name: result[name] for name in ON_FEATURES}
-    changed = result["changed"] | {name: value for name, value in shared.items() if value != ON_FEATURES[name]}
-    name = result["protocol"].removesuffix("-modified") + "-modified" * bool(changed)
-    return result | {"protocol": name, "changed": changed, "settings": result["settings"] | shared}

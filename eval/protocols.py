@@ -239,7 +239,7 @@ PROTOCOLS = {
     )
 }
 # What older lines of these protocols do not say: they were measured before there was a choice.
-OLDER_SETTINGS = {
+OLDER_SETTINGS: dict[str, dict] = {
     "heads-mmselfsup": {"jitter": [0.0, 0.0, 0.0, 0.0], "lighting": 0.0},
     "semisup-bt": {"norm_images": 0},
     "detection-voc0712": {"warmup_from": 0.001},

@@ -95,11 +95,6 @@ class Protocol:
     features: str = "average pool"
     measure: str = "accuracy"
 
-    @property
-    def published(self) -> list[Published]:
-        """The published numbers that were measured by exactly this protocol."""
-        return [row for row in published_rows() if row.protocol == self.name]
-
     def with_flags(self, config) -> dict:
         """The published settings, but those that `config` has as an attribute other than None from there."""
         given = {name: getattr(config, name, None) for name in self.settings}

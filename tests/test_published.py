@@ -142,7 +142,6 @@ def test_every_row_is_measured_by_one_of_our_protocols_or_stands_beside_some():
     for row in published_rows():
         assert (row.protocol in PROTOCOLS) != bool(row.similar) or row.method == "SwAV, multi-crop", row
         assert not row.similar or any(name.startswith(row.similar) for name in PROTOCOLS)
-    assert sum(len(p.published) for p in PROTOCOLS.values()) == sum(r.protocol in PROTOCOLS for r in published_rows())
 
 
 def alike(row):

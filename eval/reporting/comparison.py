@@ -66,14 +66,17 @@ def other_images(published: Published, result: dict) -> list[str]:
 
 def other_protocol(published: Published, result: dict) -> list[str]:
     """What of the measuring is not as published: settings, the protocol, its view, its features, its metric."""
-    changed = {k: v for k, v in result["changed"].items() if (k, v) != ("resolution_px", published.resolution_px)}
+    at_side = ("resolution_px", published.resolution_px)
+    changed = {k: v for k, v in result["changed"].items() if (k, v) != at_side}
     remarks = ["modified: " + ", ".join(f"{key} {value}" for key, value in changed.items())] if changed else []
-    theirs = {"view": published.view, "features": published.features, "metric": published.metric}
-    if result["protocol"].removesuffix("-modified") != published.protocol:
-        return [*remarks, f"published by another protocol: {published.protocol}; {'; '.join(theirs.values())}"]
-    protocol = PROTOCOLS[published.protocol]
-    ours = {"view": protocol.view, "features": protocol.features, "metric": protocol.measure}
-    return remarks + [f"published {what}: {text}" for what, text in theirs.items() if text != ours[what]]
+    name = result["protocol"].removesuffix("-modified")
+    ours = {"protocol": name}
+    if protocol := PROTOCOLS.get(name.removesuffix("-sweep")):
+        ours |= {"view": protocol.view, "features": protocol.features, "metric": protocol.measure}
+    if at_side in result["changed"].items():
+        ours["view"] = published.view  # the protocol's words are of 224 px, where these images are smaller
+    theirs = {what: getattr(published, what) for what in ("protocol", "view", "features", "metric")}
+    return remarks + [f"published {what}: {text}" for what, text in theirs.items() if text != ours.get(what)]
 
 
 def pretraining(published: Published, result: dict) -> tuple[str, bool]:

@@ -5,11 +5,12 @@
     python eval/detection.py --checkpoint resnet50.pth --export-detectron2 resnet50.pkl
 
 Protocol detection-voc0712: R50-C4, trained on VOC2007 and VOC2012 trainval for 24,000 iterations of 16 images, learning
-rate 0.1 with 1000 iterations of warm-up, a tenth of it after 18,000 and 22,000; judged on VOC2007 test by AP, AP50 and
-AP75 as Detectron2 measures VOC (11-point averages; `coco_AP` … are pycocotools' of the same detections).
-Protocol detection-coco: the 1× schedule, 90,000 iterations with steps after 60,000 and 80,000, learning rate 0.03;
-pycocotools' AP of boxes and masks on val2017. The schedules are Zbontar 2021's, the rest is MoCo's: see
-eval/detector/model.py, also for what differs from Detectron2.
+rate 0.1, which 1000 iterations of warm-up reach from a third of it, a tenth of it after 18,000 and 22,000; judged on
+VOC2007 test by AP, AP50 and AP75 as Detectron2 measures VOC (11-point averages; `coco_AP` … are pycocotools' of the
+same detections). Protocol detection-coco: the 1× schedule, 90,000 iterations with steps after 60,000 and 80,000,
+learning rate 0.03, warm-up from a thousandth of it; pycocotools' AP of boxes and masks on val2017. The schedules are
+Zbontar 2021's (the warm-up of VOC: VISSL's rn50_transfer_voc0712_simclr_swav.yaml, lines 3 to 5), the rest is MoCo's:
+see eval/detector/model.py, also for what differs from Detectron2.
 
 Started again, the same command continues from its last checkpoint, <run>/detection-<task>/checkpoint.pt; SIGTERM and
 Ctrl-C write one first. The detections stay beside it, in COCO's results form. One such training at a time writes there.
@@ -63,6 +64,8 @@ class DetectionConfig(EncoderConfig):
     """Learning rate, not scaled by the batch. None: 0.1 for VOC, 0.03 for COCO."""
     warmup: int | None = None
     """Iterations of linear warm-up. None: 1000."""
+    warmup_from: float | None = None
+    """Share of the learning rate at which the warm-up begins. None: 0.3333 for VOC, 0.001 for COCO."""
     sizes: tuple[int, ...] | None = None
     """Lengths of an image's shorter side in training, px; the last is the test's. None: 480 … 800, COCO 640 … 800."""
     rois: int | None = None
@@ -87,6 +90,10 @@ def chosen_settings(config: DetectionConfig, train: Split) -> dict:
     for name, least in {"iterations": 1, "batch": 1, "warmup": 0, "rois": 1, "precise_bn": 0}.items():
         if settings[name] < least:
             raise UserError(f"--{name.replace('_', '-')} {settings[name]} was given, at least {least} is expected")
+    if not 0 <= settings["warmup_from"] <= 1:
+        raise UserError(
+            f"--warmup-from {settings['warmup_from']:g} was given, a share of the rate, 0 to 1, is expected"
+        )
     require_positive("sizes", min(settings["sizes_px"], default=0))
     if settings["batch"] > len(train):
         raise UserError(f"--batch {settings['batch']} is more than the {len(train)} images of {train.name}")
@@ -132,7 +139,7 @@ def make_training(
     schedule = Schedule(
         steps=PROTOCOLS[config.task].milestones_at(settings["iterations"]),
         seed=config.seed,
-        **{name: settings[name] for name in ("iterations", "batch", "lr", "warmup", "precise_bn")},
+        **{name: settings[name] for name in ("iterations", "batch", "lr", "warmup", "warmup_from", "precise_bn")},
     )
     torch.manual_seed(config.seed)
     detector = make_detector(

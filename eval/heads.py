@@ -5,9 +5,12 @@
 
 Protocol heads-mmselfsup: the stem's and the four stages' maps are average-pooled to about 9,000 numbers
 (eval/frozen.py has the table), normalized by a batch norm without weights, and classified linearly; weights
-N(0, 0.01), SGD with Nesterov momentum 0.9, learning rate 0.01, a tenth of it after epochs 60 and 80 of 90, weight
-decay 1e-4, batch 256; random crops and flips. All heads train on one pass of the encoder. (MMSelfSup's own
-configuration jitters colours besides.)
+N(0, 0.01), SGD with Nesterov momentum 0.9, learning rate 0.01, a tenth of it after epochs 30 and 60 of 90, weight
+decay 1e-4, batch 256; random crops and flips, brightness, contrast and saturation jittered in every one, then
+AlexNet's colour noise (pipeline/choices/lighting.py). All heads train on one pass of the encoder.
+
+Source: MMSelfSup v0.9.0, resnet50_mhead_linear-8xb32-steplr-90e_in1k.py, lines 13 to 48; its model card has the
+published numbers. (The configuration of 1.x steps at 60 and 80, resizes bicubically and has no head on the stem.)
 """
 
 from dataclasses import dataclass

@@ -25,24 +25,32 @@ def published_file() -> dict:
 
 @dataclass(frozen=True)
 class Published:
-    """One published row.
+    """One published row, with all that decides whether a number of ours may be compared with it.
 
     table     the heading it stands under
     method    as config.json names it, or a method that this program does not train
     values    name among the `values` of our results → the published number
-    protocol  our protocol with exactly the published settings; "" where we have none
+    protocol  our protocol with exactly the published settings; in words where we have none
+    epochs    of pretraining; 0: there was none
+    view      what the encoder saw of a validation image; this and the next two as `Protocol` has them
+    features  what was classified or fine-tuned
+    metric    what kind of number it is
+    source    where it stands
     similar   beginning of our protocols that may stand beside it, without a difference; "" for none
     fraction  share of the training labels
-    remark    what differs even where the protocol's settings are the published ones
+    remark    what differs even where all of these are ours
     """
 
     table: str
     method: str
     what: str
     values: dict[str, float]
+    protocol: str
+    epochs: int
+    view: str
+    features: str
+    metric: str
     source: str
-    epochs: int | None = None
-    protocol: str = ""
     similar: str = ""
     dataset: str = "ImageNet"
     arch: str = "resnet50"
@@ -73,6 +81,9 @@ class Protocol:
 
     settings    the published ones by name, as a result records them
     metric      which of a result's values is the headline
+    view        in words, what the encoder sees of a validation image
+    features    in words, what is classified or fine-tuned
+    measure     in words, what kind of number the values are
     milestones  epochs, of detection iterations, after which the learning rate falls to a tenth; (): it has none
     """
 
@@ -80,11 +91,9 @@ class Protocol:
     settings: dict
     metric: str = "top1"
     milestones: tuple[int, ...] = ()
-
-    @property
-    def published(self) -> list[Published]:
-        """The published numbers that were measured by exactly this protocol."""
-        return [row for row in published_rows() if row.protocol == self.name]
+    view: str = "resize 256, centre crop 224"
+    features: str = "average pool"
+    measure: str = "accuracy"
 
     def with_flags(self, config) -> dict:
         """The published settings, but those that `config` has as an attribute other than None from there."""
@@ -113,12 +122,23 @@ def published_rows() -> tuple[Published, ...]:
 
 
 ON_FEATURES = {"resolution_px": 224, "feature_type": "float32"}
+RES5 = "res5, pooled to 2 × 2"
 
 
-def _trained(name: str, epochs: int, lr: float, weight_decay: float, milestones=(), metric="top1", **more) -> Protocol:
-    """A protocol that trains classifiers on a frozen encoder by SGD, 256 images a step."""
+def _trained(
+    name: str,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    milestones=(),
+    *,
+    metric="top1",
+    features=Protocol.features,
+    **more,
+) -> Protocol:
+    """A protocol that trains classifiers on a frozen encoder by SGD, 256 images a step; `more` are settings."""
     settings = {"epochs": epochs, "batch": 256, "lr": lr, "weight_decay": weight_decay}
-    return Protocol(name, settings | more | ON_FEATURES, metric, milestones)
+    return Protocol(name, settings | more | ON_FEATURES, metric, milestones, features=features)
 
 
 KNN = Protocol(
@@ -129,10 +149,22 @@ KNN = Protocol(
 LINEAR_BT = _trained("linear-bt", 100, 0.3, 1e-6)
 LINEAR_AVGPOOL = _trained("linear-avgpool", 100, 30.0, 0.0, (60, 80))
 LINEAR_CACHED = _trained("linear-cached", 30, 3.0, 1e-6)
-HEADS = _trained("heads-mmselfsup", 90, 0.01, 1e-4, (60, 80), metric="feature5_top1", pooling="as published")
+HEADS = _trained(
+    "heads-mmselfsup",
+    90,
+    0.01,
+    1e-4,
+    (30, 60),
+    metric="feature5_top1",
+    features="stage maps, pooled",
+    pooling="as published",
+    jitter=[0.4, 0.4, 0.4, 0.0],  # of brightness, contrast, saturation and hue, on every image
+    lighting=0.1,
+)
 SEMISUP = Protocol(
     "semisup-bt",
-    {"epochs": 20, "batch": 256, "lr_backbone": 0.005, "lr_classifier": 0.5, "weight_decay": 0.0} | ON_FEATURES,
+    {"epochs": 20, "batch": 256, "norm_images": 32, "lr_backbone": 0.005, "lr_classifier": 0.5, "weight_decay": 0.0}
+    | ON_FEATURES,
 )
 SVM = Protocol(
     "svm-voc07",
@@ -144,23 +176,78 @@ SVM = Protocol(
     }
     | ON_FEATURES,
     metric="map",
+    view="whole image squashed to 224",
+    features=RES5,
+    measure="mAP as the area under the curve",
 )
 TRANSFER = {
-    "places205": _trained("transfer-places205", 14, 0.01, 5e-4, (4, 8, 12)),
-    "inat18": _trained("transfer-inat18", 84, 0.01, 5e-4, (24, 48, 72)),
-    "folder": _trained("transfer-folder", 14, 0.01, 5e-4, (4, 8, 12)),
+    "places205": _trained("transfer-places205", 14, 0.01, 5e-4, (4, 8, 12), features=RES5),
+    "inat18": _trained("transfer-inat18", 84, 0.01, 5e-4, (24, 48, 72), features=RES5),
+    "folder": _trained("transfer-folder", 14, 0.01, 5e-4, (4, 8, 12), features=RES5),
 }
 
 
-def _detection(name: str, train: str, lr: float, smallest_px: int, iterations: int, milestones) -> Protocol:
+def _detection(
+    name: str, train: str, *, lr: float, warmup_from: float, smallest_px: int, iterations: int, milestones, measure: str
+) -> Protocol:
     settings = {"train": train, "iterations": iterations, "batch": 16, "lr": lr, "warmup": 1000}
+    settings["warmup_from"] = warmup_from
     settings |= {"sizes_px": list(range(smallest_px, 801, 32)), "rois": 512, "precise_bn": 200}
-    return Protocol(name, settings, "AP", milestones)
+    view, features = "shorter side 800", "C4 body, fine-tuned"
+    return Protocol(name, settings, "AP", milestones, view, features, measure)
 
 
 DETECTION = {
     "voc": _detection(
-        "detection-voc0712", "VOC2007 trainval+VOC2012 trainval", 0.1, 480, 24_000, milestones=(18_000, 22_000)
+        "detection-voc0712",
+        "VOC2007 trainval+VOC2012 trainval",
+        lr=0.1,
+        warmup_from=0.3333,
+        smallest_px=480,
+        iterations=24_000,
+        milestones=(18_000, 22_000),
+        measure="AP as Detectron2 measures VOC",
     ),
-    "coco": _detection("detection-coco", "COCO train2017", 0.03, 640, 90_000, milestones=(60_000, 80_000)),
+    "coco": _detection(
+        "detection-coco",
+        "COCO train2017",
+        lr=0.03,
+        warmup_from=0.001,
+        smallest_px=640,
+        iterations=90_000,
+        milestones=(60_000, 80_000),
+        measure="AP as pycocotools measures it",
+    ),
 }
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        KNN,
+        LINEAR_BT,
+        LINEAR_AVGPOOL,
+        LINEAR_CACHED,
+        HEADS,
+        SEMISUP,
+        SVM,
+        *TRANSFER.values(),
+        *DETECTION.values(),
+    )
+}
+# What older lines of these protocols do not say: they were measured before there was a choice.
+OLDER_SETTINGS: dict[str, dict] = {
+    "heads-mmselfsup": {"jitter": [0.0, 0.0, 0.0, 0.0], "lighting": 0.0},
+    "semisup-bt": {"norm_images": 0},
+    "detection-voc0712": {"warmup_from": 0.001},
+    "detection-coco": {"warmup_from": 0.001},
+}
+
+
+def with_all_settings(result: dict) -> dict:
+    """A line from before some settings were compared, as it would be written today."""
+    name, settings = result["protocol"].removesuffix("-modified"), result["settings"]
+    shared = {name: result[name] for name in ON_FEATURES} if "feature_type" in result else {}  # detection has none
+    older = {key: value for key, value in (shared | OLDER_SETTINGS.get(name, {})).items() if key not in settings}
+    published = ON_FEATURES | (PROTOCOLS[name].settings if name in PROTOCOLS else {})
+    changed = result["changed"] | {key: value for key, value in older.items() if value != published[key]}
+    name += "-modified" * bool(changed)
+    return result | {"protocol": name, "changed": changed, "settings": settings | older}

@@ -22,7 +22,7 @@ from eval.folder import result_folder
 from eval.reporting.charts import Charts, training
 from eval.reporting.comparison import comparison_markdown, comparisons
 from eval.reporting.correlation import of_correlation
-from eval.reporting.facts import Run, fact_rows, method_of, other_settings, read_config, read_json
+from eval.reporting.facts import Run, fact_rows, method_of, other_settings, read_config, read_json, with_epochs_done
 from eval.reporting.neighbours import of_kept_features
 from eval.reporting.page import PARTS, TABLES, or_sentence, page, readable
 from eval.reporting.summary import (
@@ -73,7 +73,7 @@ def read_runs(config: ReportConfig) -> list[Run]:
         # Of a run that was trained here the training can be shown before the first result, or without labels.
         found = read_results(folder) if (folder / RESULTS).is_file() or not (folder / METRICS).is_file() else []
         method = method_of(folder, config.method)
-        results = [result | {"method": method, "run": name} for result in found]
+        results = [result | {"method": method, "run": name} for result in with_epochs_done(found, folder)]
         runs.append(Run(name, folder, read_config(folder), read_json(folder / "env.json"), results))
     if not any(run.results for run in runs) and not (runs[-1].folder / METRICS).is_file():
         raise UserError(

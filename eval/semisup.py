@@ -7,8 +7,10 @@
 
 Protocol semisup-bt (Zbontar 2021, section 3.2): a linear classifier N(0, 0.01) on the encoder, all weights train
 for 20 epochs with SGD, momentum 0.9, cosine, learning rate 0.005 for the encoder and 0.5 for the classifier, no
-weight decay; random crops and flips. On ImageNet and subsets of its classes the images are those of SimCLR's 1 %
-and 10 % lists, elsewhere a seeded class-balanced share (eval/splits.py).
+weight decay; random crops and flips. The published code runs on 8 GPUs, each of which normalizes its own 32 images of
+a batch. So does this on one device (eval/norm_groups.py), unless --norm-images 0 is given. On ImageNet and subsets of
+its classes the images are those of SimCLR's 1 % and 10 % lists, elsewhere a seeded class-balanced share
+(eval/splits.py).
 """
 
 import copy
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eval.norm_groups import groups_of, norm_groups
 from eval.protocols import SEMISUP
 from eval.subject import Subject, SubjectConfig, images_per_step, open_subject, record_result, require_positive
 from eval.supervised import Group, Heads, final_scores, fit_on_crops, inputs_of, make_head, validate
@@ -47,6 +50,9 @@ class SemisupConfig(SubjectConfig):
     """Learning rate of the linear classifier."""
     weight_decay: float = SEMISUP.settings["weight_decay"]
     """Weight decay of all weights."""
+    norm_images: int = SEMISUP.settings["norm_images"]
+    """Images over which batch norm takes its statistics in training: neighbours in the shuffled batch, in as few groups
+    of about equal size as that many at most need. The running statistics are the first group's. 0: the whole batch."""
     validate_every: int = 1
     """Epochs between two validations; the last epoch is always validated."""
     seeds: int = 1
@@ -68,11 +74,20 @@ class FineTuned(nn.Module):
         return self.heads(self.backbone(images))
 
 
+def require_groups(batch: int, norm_images: int) -> None:
+    """Raises UserError where batch norm would get a group of one image."""
+    if norm_images < 0 or norm_images == 1 or (norm_images and batch // groups_of(batch, norm_images) < 2):
+        raise UserError(
+            f"--norm-images {norm_images} was given with {batch} images a step, 0 or groups of 2 images and more are "
+            "expected; give 0 for statistics of the whole batch"
+        )
+
+
 def fine_tune(subject: Subject[SemisupConfig]) -> tuple[dict[str, float], nn.Linear]:
     """Trains encoder and classifier, and returns the scores and the classifier. The subject's encoder is changed."""
     config = subject.config
     settings = SEMISUP.with_flags(config)
-    images_per_step(subject, settings, least=2)
+    require_groups(images_per_step(subject, settings, least=2), config.norm_images)
     head = make_head(subject.encoder.info.features, subject.classes, config.seed)
     heads = Heads({"semisup": head})
     model = FineTuned(subject.encoder.module, heads.to(subject.encoder.device))
@@ -81,7 +96,7 @@ def fine_tune(subject: Subject[SemisupConfig]) -> tuple[dict[str, float], nn.Lin
         Group(list(heads.parameters()), config.lr_classifier, config.weight_decay),
     ]
     labels = subject.val_labels()
-    with subject.val_loader() as val:
+    with subject.val_loader() as val, norm_groups(model.backbone, config.norm_images):
         history = fit_on_crops(
             subject,
             model,

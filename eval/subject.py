@@ -16,7 +16,7 @@ import torch
 
 from eval.features import KINDS, Encoder, FeatureSet, open_encoder
 from eval.folder import made_result_folder
-from eval.protocols import ON_FEATURES, Protocol
+from eval.protocols import Protocol, with_all_settings
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from eval.spoken import rounded, spoken
 from pipeline.command import DATA, RUNS
@@ -24,7 +24,7 @@ from pipeline.disk import append_line, followed_once, read_lines
 from pipeline.errors import UserError
 from pipeline.loader import Loader, make_loader
 from pipeline.progress import say_line
-from pipeline.spec import SUPERVISED_VIEW
+from pipeline.spec import ViewSpec
 
 RESULTS = "results.jsonl"
 # What this program reads of a result's line, and of which type it is.
@@ -135,11 +135,11 @@ class Subject(Generic[Config]):
         """(M, D) float32, on the encoder's device."""
         return self.feature_set("val").read().to(self.encoder.device).float()
 
-    def augmented_loader(self, batch: int) -> Loader:
-        """Shuffled full batches of random crops and flips of the labelled share."""
+    def augmented_loader(self, batch: int, view: ViewSpec) -> Loader:
+        """Shuffled full batches of random views of the labelled share."""
         centre = self.feature_set("train").loading
         seed = self.config.seed
-        return make_loader(replace(centre, views=(SUPERVISED_VIEW,), shuffle=True, seed=seed, global_batch=batch))
+        return make_loader(replace(centre, views=(view,), shuffle=True, seed=seed, global_batch=batch))
 
     def val_loader(self) -> Loader:
         """The validation images' centre views, once each a pass, in order."""
@@ -302,15 +302,5 @@ def read_results(run: Path) -> list[dict]:
             what = line.get("protocol", "without a protocol")
             print(f"note: {path}: a line ({what}) lacks {', '.join(wrong)}, and is left out", file=sys.stderr)
         else:
-            results.append(with_shared_settings(line))
+            results.append(with_all_settings(line))
     return results
-
-
-def with_shared_settings(result: dict) -> dict:
-    """A line from before the settings ON_FEATURES were compared, as it would be written today."""
-    if "feature_type" not in result or "resolution_px" in result["settings"]:
-        return result  # detection has none of them
-    shared = {name: result[name] for name in ON_FEATURES}
-    changed = result["changed"] | {name: value for name, value in shared.items() if value != ON_FEATURES[name]}
-    name = result["protocol"].removesuffix("-modified") + "-modified" * bool(changed)
-    return result | {"protocol": name, "changed": changed, "settings": result["settings"] | shared}

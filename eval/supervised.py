@@ -16,7 +16,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,9 +25,10 @@ from torch.nn.functional import cross_entropy
 
 from eval.metrics import Accuracy, rank_accuracy
 from eval.subject import Subject, images_per_step
+from pipeline.choices.lighting import draw_lighting
 from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
-from pipeline.spec import Batch
+from pipeline.spec import SUPERVISED_VIEW, Batch, ViewSpec
 from train.knn_vote import label_ranks
 
 MOMENTUM = 0.9  # every published protocol here trains with this
@@ -205,17 +206,42 @@ def fit(
     return history
 
 
+def training_view(settings: dict) -> ViewSpec:
+    """Random crop and flip; where the protocol has a jitter, with that on every image."""
+    if "jitter" not in settings:
+        return SUPERVISED_VIEW
+    strengths = dict(zip(("brightness", "contrast", "saturation", "hue"), settings["jitter"], strict=True))
+    return replace(SUPERVISED_VIEW, p_jitter=1.0, **strengths)
+
+
+def with_lighting(batches: Iterable[Batch], subject: Subject, strength: float) -> Iterator[Batch]:
+    """The same batches with AlexNet's colour noise (pipeline/choices/lighting.py) added to their normalized views."""
+    std, epoch, offsets = np.array(subject.encoder.info.normalization.std, np.float32), -1, torch.empty(0)
+    for batch in batches:
+        if batch.epoch != epoch:
+            # A table of the whole epoch, looked up where the views are: nothing is read back from a GPU.
+            epoch, every = batch.epoch, np.arange(len(subject.dataset.train))
+            offsets = torch.from_numpy(draw_lighting(subject.config.seed, epoch, every, strength) / std)
+            offsets = offsets.to(batch.sample.device)
+        noise = offsets[batch.sample, :, None, None]
+        yield batch._replace(views=tuple(view + noise for view in batch.views))
+
+
 def fit_on_crops(
     subject: Subject, model: nn.Module, groups: list[Group], *, settings: dict, extract: Callable | None = None, **how
 ) -> list[Epoch]:
     """`fit` on new random crops and flips of the labelled share each epoch, or on what `extract` makes of them.
 
-    `settings` has the epochs and the batch; `how` is the rest of what `fit` takes.
+    `settings` has the epochs, the batch and, where the protocol has them, the strengths of jitter and lighting; `how`
+    is the rest of what `fit` takes.
     """
     batch, epochs = images_per_step(subject, settings), settings["epochs"]
     steps = subject.subset.images // batch
-    with subject.augmented_loader(batch) as loader:
-        stream = inputs_of(loader.batches(0, epochs * steps), extract)
+    with subject.augmented_loader(batch, training_view(settings)) as loader:
+        batches: Iterable[Batch] = loader.batches(0, epochs * steps)
+        if settings.get("lighting"):
+            batches = with_lighting(batches, subject, settings["lighting"])
+        stream = inputs_of(batches, extract)
         return fit(model, groups, stream, epochs=epochs, steps=steps, **how)
 
 

@@ -151,6 +151,7 @@ def test_wide_blurs_and_lines_shorter_than_the_box(side, sigma_px, device):
 
 def test_contrast_at_each_place_in_the_order(device):
     orders = [(1, 0, 3, 2), (0, 1, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1), (0, NOTHING, 3, 2)]
+    orders += [(2, 1, NOTHING, 0), (NOTHING, 0, 2, 1)]  # without the hue, as where its strength is 0
     images = noise(*[(16, 16)] * len(orders))
     p = draw(images, (ALWAYS,), 16)
     p.jitter_order[:, 0] = orders

@@ -107,7 +107,7 @@ def test_overfits_eight_images_and_agrees_with_pycocotools(eight, tmp_path):
     torch.manual_seed(0)
     detector = make_detector(tiny_resnet(), Normalization(), classes=20, masks=False, sizes_px=(128,), rois=16)
     detector.rpn._pre_nms_top_n.update(training=300, testing=300)  # non-maximum suppression is slow on a CPU
-    schedule = Schedule(250, 8, 0.1, 25, (187, 230), precise_bn=20, seed=0)
+    schedule = Schedule(250, 8, 0.1, 25, 1e-3, (187, 230), precise_bn=20, seed=0)
     training = Training(detector, schedule, ALONE, 0, tmp_path / "checkpoint.pt", {})
     images = DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)
     assert train(training, images, checkpoint_every=1000) == 0
@@ -332,9 +332,15 @@ def test_masks_share_the_features_of_boxes(coco):
 
 
 def test_learning_rate_schedule():
-    schedule = Schedule(24_000, 16, 0.1, 1000, (18_000, 22_000), 200, 0)
-    rates = [schedule.rate(i) for i in (0, 500, 1000, 17_999, 18_000, 22_000)]
-    assert rates == pytest.approx([1e-4, 0.05005, 0.1, 0.1, 0.01, 0.001])
+    """Detectron2's formula: the factor (1 - i / n) · WARMUP_FACTOR + i / n; VISSL's yaml for VOC07+12 has 0.3333."""
+    for task, lr, first, middle in (("voc", 0.1, 0.03333, 0.066665), ("coco", 0.03, 3e-5, 0.015015)):
+        settings, milestones = PROTOCOLS[task].settings, PROTOCOLS[task].milestones
+        names = ("iterations", "batch", "lr", "warmup", "warmup_from", "precise_bn")
+        schedule = Schedule(steps=milestones, seed=0, **{name: settings[name] for name in names})
+        points = (0, 500, 1000, milestones[0] - 1, *milestones)
+        rates = [schedule.rate(i) for i in points]
+        assert rates == pytest.approx([first, middle, lr, lr, lr / 10, lr / 100])
+    assert Schedule(10, 1, 0.1, 0, 0.5, (), 0, 0).rate(0) == 0.1, "without a warm-up"
 
 
 def test_settings(voc):
@@ -346,6 +352,7 @@ def test_settings(voc):
         ({"iterations": 0}, "--iterations 0 was given"),
         ({"batch": 161}, "--batch 161 is more than the 160 images"),
         ({"sizes": (0,)}, "--sizes 0 was given"),
+        ({"warmup_from": 1.5}, "--warmup-from 1.5 was given, a share of the rate"),
     ):
         with pytest.raises(UserError, match=message):
             chosen_settings(DetectionConfig(**wrong), split)
@@ -465,7 +472,7 @@ def test_one_process_writes_in_the_folder(eight, tmp_path, monkeypatch):
 
 
 def test_who_lost_the_right_to_write_writes_no_more(tmp_path):
-    schedule = Schedule(1, 1, 0.1, 0, (), 0, 0)
+    schedule = Schedule(1, 1, 0.1, 0, 1e-3, (), 0, 0)
     with OneWriter(tmp_path / WRITER, "the evaluation") as writer:
         training = Training(nn.Linear(2, 2), schedule, ALONE, 0, tmp_path / "checkpoint.pt", {}, writer)
         training.save()

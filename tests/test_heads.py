@@ -100,7 +100,7 @@ def test_untouched_settings_are_the_published_ones(run, monkeypatch):
     monkeypatch.setattr(heads, "final_scores", lambda *_: {"top1": 0.0, "top5": 0.0})
     result = main(HeadsConfig(checkpoint=run, resolution=224))
     (group,) = seen["groups"]
-    assert (group.lr, group.weight_decay, group.milestones) == (0.01, 1e-4, (60, 80))
+    assert (group.lr, group.weight_decay, group.milestones) == (0.01, 1e-4, (30, 60))
     assert (seen["epochs"], seen["steps"], seen["nesterov"]) == (90, 1, True)  # 200 images are one batch
     assert (result["protocol"], result["changed"]) == ("heads-mmselfsup", {}), "as published at 224 px"
     assert main(HeadsConfig(checkpoint=run))["changed"] == {"pooling": "adaptive"} | AT_SIDE

@@ -19,7 +19,7 @@ from eval.knn import KnnConfig
 from eval.knn import main as knn
 from eval.report import ReportConfig, main, read_runs
 from eval.reporting import neighbours
-from eval.reporting.facts import facts, method_of, read_config
+from eval.reporting.facts import facts, method_of, read_config, with_epochs_done
 from eval.reporting.neighbours import class_accuracy, embedding_map, kept_features, shown_queries, vote
 from eval.subject import read_results
 from pipeline.command import run_command
@@ -225,6 +225,15 @@ def test_what_was_measured(run):
     config = replace(read_config(run), data=run / "gone" / "train.beton")
     gone = facts(replace(read_run(run), config=config))["Dataset"]
     assert gone.startswith("gone (not there now: no train.beton in ")
+
+
+def test_the_epochs_behind_a_checkpoint(run, tmp_path):
+    """The run is to have two epochs and has had one; a checkpoint from its middle has fewer still."""
+    (line,) = read_results(run)
+    assert (line["epochs"], line["step"]) == (2, 9) and read_run(run).results[0]["epochs"] == 1
+    assert with_epochs_done([line | {"step": 3}], run)[0]["epochs"] == 0.33
+    assert with_epochs_done([line | {"epochs": 1}], run) == [line | {"epochs": 1}], "done"
+    assert with_epochs_done([line], tmp_path) == [line], "of a folder that is no run's"
 
 
 @pytest.mark.parametrize("changes", [{"amp": "fp4"}, {"epochs": "three"}, {"projector": None}])

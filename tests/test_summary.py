@@ -25,7 +25,7 @@ def add(run, protocol, value, encoder="trained", fraction=1.0, arch="resnet18", 
         "value": value,
         "values": {"top1": value},
         "details": {},
-        "settings": {},
+        "settings": {"norm_images": 32},  # a line without it would be from before there was a choice
         "encoder": encoder,
         "arch": arch,
         "dataset": "cifar10",

@@ -27,18 +27,21 @@ from train.distributed import Ranks, StopRequest, averaging_gradients
 
 FORMAT, VERSION = "barlow-at-speed detection", 1
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of all but batch norm's weights, which have no decay
-WARMUP_FROM = 1e-3  # of the learning rate
 LOG_EVERY = 20
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Iterations of `batch` images over all ranks; a tenth of the learning rate after each of the `steps`."""
+    """Iterations of `batch` images over all ranks; a tenth of the learning rate after each of the `steps`.
+
+    The rate rises linearly over `warmup` iterations, from the share `warmup_from` of it (Detectron2's WARMUP_FACTOR).
+    """
 
     iterations: int
     batch: int
     lr: float
     warmup: int
+    warmup_from: float
     steps: tuple[int, ...]
     precise_bn: int
     seed: int
@@ -47,7 +50,7 @@ class Schedule:
         """The learning rate of an iteration, counted from 0."""
         rate = self.lr * 0.1 ** sum(iteration >= step for step in self.steps)
         done = min(1.0, iteration / self.warmup) if self.warmup else 1.0
-        return rate * (WARMUP_FROM * (1 - done) + done)
+        return rate * (self.warmup_from * (1 - done) + done)
 
 
 def make_optimizer(detector: nn.Module) -> torch.optim.SGD:

@@ -1,13 +1,14 @@
 """Our results laid beside the published numbers.
 
-A difference is given only where ours was measured by exactly the published protocol on the published dataset with
-the published architecture. Everything else is shown with a remark that says what differs.
+A difference is given only where ours was measured by exactly the published protocol, on the published view, features
+and metric, with the published architecture, pretrained for as many epochs, on the published dataset. Everything else
+is shown with a remark that says what differs.
 """
 
 import statistics
 from dataclasses import dataclass
 
-from eval.protocols import Published, published_rows
+from eval.protocols import PROTOCOLS, Published, published_rows
 from eval.reporting.page import TABLES
 from pipeline.constants import IMAGENET_LIST_IMAGES
 
@@ -63,6 +64,32 @@ def other_images(published: Published, result: dict) -> list[str]:
     return remarks
 
 
+def other_protocol(published: Published, result: dict) -> list[str]:
+    """What of the measuring is not as published: settings, the protocol, its view, its features, its metric."""
+    at_side = ("resolution_px", published.resolution_px)
+    changed = {k: v for k, v in result["changed"].items() if (k, v) != at_side}
+    remarks = ["modified: " + ", ".join(f"{key} {value}" for key, value in changed.items())] if changed else []
+    name = result["protocol"].removesuffix("-modified")
+    ours = {"protocol": name}
+    if protocol := PROTOCOLS.get(name.removesuffix("-sweep")):
+        ours |= {"view": protocol.view, "features": protocol.features, "metric": protocol.measure}
+    if at_side in result["changed"].items():
+        ours["view"] = published.view  # the protocol's words are of 224 px, where these images are smaller
+    theirs = {what: getattr(published, what) for what in ("protocol", "view", "features", "metric")}
+    return remarks + [f"published {what}: {text}" for what, text in theirs.items() if text != ours.get(what)]
+
+
+def pretraining(published: Published, result: dict) -> tuple[str, bool]:
+    """For how long the encoder was pretrained, for a person; whether that is the published number of epochs."""
+    own = (
+        f"pretrained for {result['epochs']} epochs"
+        if result["epochs"]
+        else "pretrained for an unknown number of epochs"
+    )
+    same = result["epochs"] == published.epochs
+    return own + ("" if same else f", the published one for {published.epochs}"), same
+
+
 def matching(published: Published, results: list[dict]) -> list[dict]:
     """Our newest results that belong in a row, one a seed, all of one checkpoint and one setting.
 
@@ -106,22 +133,19 @@ def compare(published: Published, found: list[dict], name_checkpoint: bool) -> C
     means = [statistics.fmean(r["values"][key] for r in found) for key in published.values]
     spreads = [statistics.stdev(r["values"][key] for r in found) if count > 1 else None for key in published.values]
     differs = [last["arch"]] if last["arch"] != published.arch else []
-    changed = {k: v for k, v in last["changed"].items() if (k, v) != ("resolution_px", published.resolution_px)}
-    if changed:
-        differs.append("modified: " + ", ".join(f"{key} {value}" for key, value in changed.items()))
-    if last["protocol"].removesuffix("-modified") != published.protocol:
-        differs.append("another protocol than the published one")
-    differs += other_images(published, last) + ([published.remark] if published.remark else [])
-    remarks = [f"pretrained for {last['epochs']} epochs"] if last["epochs"] else []
-    remarks += [f"step {last['step']}, checkpoint {last['checkpoint_sha256'][:8]}"] if name_checkpoint else []
+    differs += other_protocol(published, last) + other_images(published, last)
+    differs += [published.remark] if published.remark else []
+    epochs, same_epochs = pretraining(published, last)
+    remarks = [f"step {last['step']}, checkpoint {last['checkpoint_sha256'][:8]}"] if name_checkpoint else []
+    same = same_epochs and not differs
     return Comparison(
         published,
         " / ".join(f"{m:.2f}" + (f" ± {s:.2f}" if s is not None else "") for m, s in zip(means, spreads, strict=True)),
-        " / ".join(f"{m - p:+.2f}" for m, p in zip(means, published.values.values(), strict=True)) * (not differs),
+        " / ".join(f"{m - p:+.2f}" for m, p in zip(means, published.values.values(), strict=True)) * same,
         last["protocol"],
         ", ".join(str(r["seed"]) for r in found),
         sum(r["seconds"] for r in found),
-        "; ".join(remarks + differs),
+        "; ".join([epochs, *remarks, *differs]),
     )
 
 

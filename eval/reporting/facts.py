@@ -90,6 +90,15 @@ def trained(config: PretrainConfig, folder: Path) -> tuple[int, float, float]:
     return steps, epoch, seconds
 
 
+def with_epochs_done(results: list[dict], folder: Path) -> list[dict]:
+    """A run's results with the epochs behind each checkpoint; theirs is the whole run's."""
+    config = read_config(folder)
+    steps, epoch, _ = trained(config, folder) if config else (0, 0.0, 0.0)
+    if not steps:
+        return results
+    return [r | {"epochs": min(r["epochs"], round(epoch * r["step"] / steps, 2))} for r in results]
+
+
 def exported(folder: Path) -> dict:
     """What backbone.safetensors says of itself; {} where there is none yet."""
     try:

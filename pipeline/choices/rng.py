@@ -20,6 +20,7 @@ DOMAIN_ORDER = 1  # the order of samples in an epoch (order.py)
 DOMAIN_SPLIT = 2  # class-balanced subsets of a dataset (subsets.py)
 DOMAIN_BLOCKS = 3  # the order of blocks in an epoch (order.py)
 DOMAIN_STAND_IN = 4  # which sample stands in for one that cannot be decoded (bad_images.py)
+DOMAIN_LIGHTING = 5  # the colour noise of a view (lighting.py)
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)

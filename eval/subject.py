@@ -36,6 +36,8 @@ NEEDED: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("values", "details", "dataset_sha256", "settings", "changed"), dict),
     "fraction": (int, float, type(None)),
 }
+# What older lines of these protocols do not say: they were measured before there was a choice.
+OLDER_SETTINGS = {"svm": {"stage": "output", "view": "centre"}, "transfer": {"stage": "output"}}
 
 
 @dataclass(frozen=True)
@@ -307,10 +309,14 @@ def read_results(run: Path) -> list[dict]:
 
 
 def with_shared_settings(result: dict) -> dict:
-    """A line from before the settings ON_FEATURES were compared, as it would be written today."""
-    if "feature_type" not in result or "resolution_px" in result["settings"]:
+    """A line from before some settings were compared, as it would be written today."""
+    if "feature_type" not in result:
         return result  # detection has none of them
-    shared = {name: result[name] for name in ON_FEATURES}
-    changed = result["changed"] | {name: value for name, value in shared.items() if value != ON_FEATURES[name]}
+    settings, older = result["settings"], OLDER_SETTINGS.get(result["protocol"].split("-")[0], {})
+    shared = {} if "resolution_px" in settings else {name: result[name] for name in ON_FEATURES}
+    older = {name: value for name, value in older.items() if name not in settings}
+    changed = result["changed"] | {name: value for name, value in shared.items() if value != ON_FEATURES[name]} | older
     name = result["protocol"].removesuffix("-modified") + "-modified" * bool(changed)
-    return result | {"protocol": name, "changed": changed, "settings": result["settings"] | shared}
+    if name.startswith("svm") and result["metric"] == "map" and "map_area" in result["values"]:
+        result = result | {"metric": "map_area", "value": result["values"]["map_area"]}
+    return result | {"protocol": name, "changed": changed, "settings": settings | shared | older}

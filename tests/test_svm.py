@@ -158,7 +158,7 @@ def test_stages_and_view_that_are_asked_for(run, voc, monkeypatch):
 
     monkeypatch.setattr(svm, "full_svm", noted)
     result = main(SvmConfig(**few, stages=("feature5", "feature1", "output")))
-    assert seen == [((160, d), (100, d)) for d in (96, 32 * 64, 96)]
+    assert seen == [((160, d), (100, d)) for d in (96, 32 * 144, 96)]
     assert result["changed"] == {"pooling": "adaptive", "costs": [1.0], "resolution_px": 32}
     assert result["values"] == {"map_area": 1, "map": 0, "feature1_map_area": 2, "feature1_map": 0} | {
         "output_map_area": 3,

@@ -4,8 +4,8 @@
     python eval/extract.py --checkpoint runs/NAME --images FOLDER --to FILE.safetensors
 
 Without --to, the ranks share the parts of a dataset's two sets, through files in the run folder alone; a part that is
-there already is not made again. knn.py, linear.py and svm.py with the same flags then find the features instead of
-extracting them. With --to, the images may be any that pipeline/convert.py reads, or a .beton file, without labels too:
+there already is not made again. knn.py and linear.py with the same flags then find the features instead of extracting
+them. With --to, the images may be any that pipeline/convert.py reads, or a .beton file, without labels too:
 
     FILE.safetensors    features (N, D), and labels (N,) int64 if there are any; the encoder and the classes as metadata
     FILE.npy            features (N, D) alone

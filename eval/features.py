@@ -8,8 +8,8 @@ A large set is extracted in parts of whole batches, each kept as it is done: an 
 eval/extract.py shares the parts among ranks. Parts do not change a batch, and so not a bit.
 
 The hash covers everything that decides the numbers: the checkpoint's sha256, which of its networks, the dataset's
-digest, the ids, the view, the type. The same description stands inside the file and is compared on reading, so that
-features of another checkpoint are never used, however a file came to its name (eval/kept.py).
+digest, the ids, the view, the stage, the type. The same description stands inside the file and is compared on reading,
+so that features of another checkpoint are never used, however a file came to its name (eval/kept.py).
 """
 
 import functools
@@ -28,7 +28,7 @@ from eval.kept import FEATURES_VERSION, keep_features, read_features
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.progress import progress
-from pipeline.spec import LoaderConfig, centre_view
+from pipeline.spec import CentreCrop, LoaderConfig, Squash, centre_view
 from pipeline.storage.beton import Stored
 from train.checkpoint import BackboneInfo, load_backbone
 from train.model import make_backbone, require_side
@@ -46,12 +46,14 @@ class Encoder:
     """What is evaluated. `module` maps (B, 3, H, W) to (B, D), lies on `device` and is in evaluation mode.
 
     kind    "trained", "untrained" (random weights, or a checkpoint of step 0), "raw pixels" (the module only flattens)
+    stage   whose pooled map the module gives, in place of the network's own output (eval/frozen.py); "" for none
     """
 
     kind: str
     module: nn.Module
     info: BackboneInfo
     device: str
+    stage: str = ""
 
 
 def open_encoder(
@@ -147,6 +149,7 @@ def extract_features(encoder: Encoder, config: LoaderConfig, dtype: torch.dtype)
 class FeatureSet:
     """Features of `ids` (None: of all) of a dataset's file: what decides them, and the folder where they are kept.
 
+    `squash`: of the whole images, squashed into the view, in place of centre crops.
     Raw pixels are not kept: reading them again is as fast.
     """
 
@@ -157,11 +160,19 @@ class FeatureSet:
     backend: str = "fast"
     workers: int = 0
     dtype: torch.dtype = torch.float32
+    squash: bool = False
+
+    @property
+    def view(self) -> CentreCrop:
+        """What the encoder sees of an image."""
+        centre = centre_view(self.encoder.info.resolution_px)
+        return Squash(centre.resize_px, centre.interpolation) if self.squash else centre
 
     @functools.cached_property
     def loading(self) -> LoaderConfig:
         """What loads the views."""
-        return centre_loader_config(self.encoder, self.beton.path, self.ids, self.backend, self.workers)
+        centre = centre_loader_config(self.encoder, self.beton.path, self.ids, self.backend, self.workers)
+        return replace(centre, views=self.view)
 
     @functools.cached_property
     def description(self) -> str:
@@ -175,7 +186,7 @@ class FeatureSet:
             "stem": info.stem,
             "dataset_sha256": dataset_sha256(self.beton),
             "ids_sha256": "all" if self.ids is None else sha256(self.ids.astype("<i8").tobytes()).hexdigest(),
-            "view": asdict(centre_view(loading.resolution_px)),
+            "view": asdict(self.view),
             "resolution_px": loading.resolution_px,
             # fast's features were kept as ffcv's before it had a name of its own; both loaders give the same bits.
             "loader": "ffcv" if loading.backend == "fast" else loading.backend,
@@ -183,6 +194,9 @@ class FeatureSet:
             "dtype": str(self.dtype).removeprefix("torch."),
             "batch": loading.global_batch,
         }
+        # Only where they are not the usual ones, so that features which were kept before there was a choice are found.
+        about |= {"squash": True} if self.squash else {}
+        about |= {"stage": self.encoder.stage} if self.encoder.stage else {}
         return json.dumps(about, sort_keys=True)
 
     @property

@@ -15,10 +15,10 @@ published numbers. (The configuration of 1.x steps at 60 and 80, resizes bicubic
 
 from dataclasses import dataclass
 
-from eval.frozen import NormalizedHeads, StageFeatures, map_shapes
+from eval.frozen import NormalizedHeads, StageFeatures, map_shapes, stage_settings, train_heads
 from eval.protocols import HEADS
 from eval.subject import SubjectConfig, images_per_step, open_subject, record_result, require_positive
-from eval.supervised import Group, final_scores, fit_on_crops, inputs_of, validate
+from eval.supervised import Group, final_scores
 from pipeline.command import run_command
 from pipeline.errors import UserError
 
@@ -48,21 +48,12 @@ def main(config: HeadsConfig) -> dict:
     images_per_step(subject, HEADS.with_flags(config), least=2)
     extract = StageFeatures(subject.encoder.module)
     shapes = map_shapes(extract, subject.encoder)
-    settings = HEADS.with_flags(config) | {"pooling": "as published" if extract.published else "adaptive"}
+    settings = HEADS.with_flags(config) | {"pooling": stage_settings(extract)["pooling"]}
     heads = NormalizedHeads(shapes, subject.classes, config.seed, affine=False).to(subject.encoder.device)
     group = Group(list(heads.parameters()), config.lr, config.weight_decay, HEADS.milestones_at(config.epochs))
-    labels = subject.val_labels()
-    with subject.val_loader() as val:
-        history = fit_on_crops(
-            subject,
-            heads,
-            [group],
-            settings=settings,
-            extract=extract,
-            validation=lambda: validate(heads, inputs_of(val.batches(), extract, labels)),
-            nesterov=True,
-            validate_every=config.validate_every,
-        )
+    history = train_heads(
+        subject, heads, [group], settings=settings, extract=extract, validate_every=config.validate_every
+    )
     scores = {name: final_scores(history, name) for name in shapes}
     values = {f"{name}_{key}": scores[name][key] for name in shapes for key in ("top1", "top5")}
     details = {"dimensions": {name: head.in_features for name, head in heads.heads.items()}}

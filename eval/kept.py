@@ -49,9 +49,10 @@ def read_features(path: Path, description: str) -> torch.Tensor | None:
 def find_features(folder: Path, **wanted) -> torch.Tensor | None:
     """Kept features whose description has these values, whatever their type and loader, float32 before float16.
 
+    Unless `wanted` says otherwise, those of centre crops and of the network's own output.
     None where there are none; damaged ones are named and passed over.
     """
-    wanted["version"] = FEATURES_VERSION
+    wanted = {"version": FEATURES_VERSION, "squash": None, "stage": None} | wanted
     candidates = []
     for path in sorted(folder.glob("*.safetensors")):
         about = described(path)

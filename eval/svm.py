@@ -3,16 +3,28 @@
     python pipeline/convert.py --source DIR --out data/voc07      once; DIR holds VOC2007, or VOCdevkit
     python eval/svm.py --voc DIR                                  the newest run
     python eval/svm.py --voc DIR --checkpoint resnet50.pth --no-low-shot
+    python eval/svm.py --voc DIR --stages feature5 feature1 feature2 feature3 feature4     VISSL's table by layer
 
-Protocol svm-voc07 (Goyal 2019, as VISSL and MMSelfSup run it): average-pooled features of centre views of trainval,
-each scaled to length 1; for every class one LinearSVC (squared hinge, L2, positives count twice, at most 2000
-iterations), its cost from .01 … 1000 the one with the best average precision in 3-fold cross-validation on trainval;
-judged on test by VOC 2007's 11-point average precision (`map`; `map_area` is the area under the curve, which VISSL
-and MMSelfSup print). An image that shows a class in difficult objects only counts as a negative in training and not
-at all on test.
+Protocol svm-voc07 (Goyal 2019, as VISSL runs it): whole images of trainval, squashed into the square; the last stage's
+map averaged to 2×2 (eval/frozen.py; a ResNet-50's are 8192 numbers), scaled to length 1; for every class one LinearSVC
+(squared hinge, L2, positives count twice, at most 2000 iterations), its cost from .01 … 1000 the one with the best
+average precision in 3-fold cross-validation on trainval; judged on test by the area under the precision-recall curve
+(`map_area`; `map` is VOC 2007's own average of 11 points, about 3 lower). An image that shows a class in difficult
+objects only counts as a negative in training and not at all on test. A ResNet's average pool (`--stages output`) and
+`--view centre` are modified protocols; so is any network without stages.
 
-Low-shot (`map_k1` … `map_k96`): k positives and 19·k negatives of each class, five samples, their mean; the cost, one
-for all classes, is the one of 1, 10, 100 that reads best on test, as published. `details` has all of them.
+Source: VISSL, configs/config/benchmark/linear_image_classification/voc07/eval_resnet_8gpu_transfer_voc07_svm.yaml
+(Resize 256, then Resize [224, 224]) and vissl/utils/svm_utils/{svm_trainer,evaluate}.py. The paper itself says no more
+than that PIRL's settings were used (Zbontar 2021, appendix C.1); with centre crops and the average pool its published
+weights were found to read 86.83 in place of 86.2 (facebookresearch/barlowtwins, issue 32).
+
+Low-shot (`map_area_k1` … `map_area_k96`): k positives and 19·k negatives of each class, five samples, their mean; the
+cost, one for all classes, is the one of 1, 10, 100 that reads best on test, as published. `details` has all of them.
+(VISSL's own configuration of it resizes once, to [224, 224].)
+
+Cost, of all of VOC2007: 660 cross-validated SVMs, whose features the processes share; each copies those of its folds
+beside it, and once more in liblinear's form of 16 bytes a number. At 8192 numbers that is 0.75 GB a process (--workers
+bounds it) and about 10 s of a core for a class and a cost, 40 minutes of one core in all (on made-up features; EPYC).
 """
 
 import itertools
@@ -20,7 +32,7 @@ import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -29,10 +41,11 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 from sklearn.utils.parallel import Parallel, delayed
 
+from eval.frozen import StageFeatures, StagesConfig, chosen_stages, map_shapes, stage_encoder, stage_settings
 from eval.metrics import average_precision_11, average_precision_area
 from eval.protocols import SVM
 from eval.splits import Dataset, Subset, open_dataset
-from eval.subject import SubjectConfig, open_subject, record_result
+from eval.subject import Subject, open_subject, record_result
 from eval.voc import ABSENT, CLASSES, IGNORED, PRESENT, voc_targets
 from pipeline.command import DATA, run_command
 from pipeline.errors import UserError
@@ -43,11 +56,13 @@ FOLDS = SVM.settings["folds"]
 
 
 @dataclass(frozen=True)
-class SvmConfig(SubjectConfig):
+class SvmConfig(StagesConfig):
     """VOC 2007 classification by linear SVMs. Without --data it is data/voc07; --shots is not used."""
 
     voc: Path = DATA / "VOCdevkit"
     """The folder that VOC2007 lies in, for its annotations."""
+    view: Literal["squash", "centre"] = SVM.settings["view"]
+    """What of an image is seen: all of it, squashed into the square, or the centre crop of other evaluations."""
     costs: tuple[float, ...] = tuple(SVM.settings["costs"])
     """Costs that are cross-validated."""
     low_shot: bool = True
@@ -91,6 +106,13 @@ def open_voc(config: SvmConfig) -> VocDataset:
                 "convert all of VOC2007's images"
             )
     return VocDataset(images.name, images.train, images.val, images.val_labels, *targets)
+
+
+def stage_features(subject: Subject[SvmConfig], stage: str) -> list[np.ndarray]:
+    """Of trainval (N, D) and test (M, D), float64 rows of length 1; kept in the run folder, 32 kB an image."""
+    config, encoder = subject.config, stage_encoder(subject.encoder, stage)
+    sets = [replace(subject.feature_set(split), encoder=encoder) for split in ("train", "val")]
+    return [unit_rows(replace(one, squash=config.view == "squash").read().float().numpy()) for one in sets]
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:
@@ -169,9 +191,11 @@ def full_svm(config: SvmConfig, features, targets, test, test_targets) -> tuple[
     fitted = in_parallel(config, test_scores, chosen, "all labels")
     precision = 100 * np.array([judged(scores, test_targets[:, c]) for c, (scores, _) in enumerate(fitted)])
     by_class = [
-        {"class": CLASSES[c], "cost": costs[c], "ap": precision[c, 0], "converged": fitted[c][1]} for c in classes
+        {"class": CLASSES[c], "cost": costs[c], "ap_area": area, "ap": points, "converged": fitted[c][1]}
+        for c, (points, area) in enumerate(precision)
     ]
-    return {"map": precision[:, 0].mean(), "map_area": precision[:, 1].mean()}, by_class
+    points, area = precision.mean(0)
+    return {"map_area": area, "map": points}, by_class
 
 
 def low_shot_svm(config: SvmConfig, features, targets, test, test_targets) -> tuple[dict, list[dict]]:
@@ -185,18 +209,30 @@ def low_shot_svm(config: SvmConfig, features, targets, test, test_targets) -> tu
             rows = low_shot_rows(targets[:, c], k, random)
             arguments.append((features, targets[:, c], test, cost, config.seed, rows))
     found = in_parallel(config, test_scores, arguments, "few labels")
-    precision = [judged(scores, test_targets[:, i % len(CLASSES)])[0] for i, (scores, _) in enumerate(found)]
+    precision = [judged(scores, test_targets[:, i % len(CLASSES)])[1] for i, (scores, _) in enumerate(found)]
     shape = (len(ks), len(LOW_SHOT_COSTS), config.low_shot_samples, len(CLASSES))
     by_sample = 100 * np.reshape(precision, shape).mean(-1)
     values: dict[str, float] = {}
     details: list[dict] = []
     for k, means in zip(ks, by_sample, strict=True):
         best = means[means.mean(1).argmax()]
-        values |= {f"map_k{k}": float(best.mean()), f"map_k{k}_std": float(best.std())}
+        values |= {f"map_area_k{k}": float(best.mean()), f"map_area_k{k}_std": float(best.std())}
         details += [
-            {"k": k, "cost": cost, "map_by_sample": maps.tolist()}
+            {"k": k, "cost": cost, "map_area_by_sample": maps.tolist()}
             for cost, maps in zip(LOW_SHOT_COSTS, means, strict=True)
         ]
+    return values, details
+
+
+def stage_svms(subject: Subject[SvmConfig], dataset: VocDataset, stage: str) -> tuple[dict[str, float], dict]:
+    """All SVMs on one stage's features: the values, and what else there is to say."""
+    features, test = stage_features(subject, stage)
+    split = (features, dataset.train_targets, test, dataset.val_targets)
+    values, by_class = full_svm(subject.config, *split)
+    details = {"classes": by_class}
+    if subject.config.low_shot:
+        few, details["low_shot"] = low_shot_svm(subject.config, *split)
+        values |= few
     return values, details
 
 
@@ -207,14 +243,18 @@ def main(config: SvmConfig) -> dict:
     dataset = open_voc(config)
     whole = Subset(None, "trainval", len(dataset.train))
     subject = open_subject(replace(config, shots=0), dataset=dataset).with_subset(whole)
-    features, test = (unit_rows(x.cpu().numpy()) for x in (subject.train_features(), subject.val_features()))
-    split = (features, dataset.train_targets, test, dataset.val_targets)
-    values, by_class = full_svm(config, *split)
-    settings, details = {"costs": list(config.costs), "folds": FOLDS}, {"classes": by_class}
+    extract = StageFeatures(subject.encoder.module, chosen_stages(config, subject.encoder))
+    map_shapes(extract, subject.encoder)
+    settings = {"view": config.view, "costs": list(config.costs), "folds": FOLDS} | stage_settings(extract)
     if config.low_shot:
-        few, details["low_shot"] = low_shot_svm(config, *split)
-        values |= few
         settings |= {"low_shot_k": list(config.low_shot_k), "low_shot_samples": config.low_shot_samples}
+    values: dict[str, float] = {}
+    details: dict[str, list | dict] = {}
+    for stage in extract.stages:
+        found, of_stage = stage_svms(subject, dataset, stage)
+        first = stage == extract.stages[0]
+        values |= found if first else {f"{stage}_{name}": value for name, value in found.items()}
+        details |= of_stage if first else {stage: of_stage}
     return record_result(subject, SVM, settings=settings, values=values, details=details)
 
 

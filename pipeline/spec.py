@@ -99,6 +99,14 @@ class CentreCrop:
         _require(self, INTERPOLATIONS.__contains__, " or ".join(INTERPOLATIONS), "interpolation")
 
 
+@dataclass(frozen=True)
+class Squash(CentreCrop):
+    """The whole image in the square, out of proportion: resized as for the centre crop, then again to (H, W).
+
+    Two resamplings, each rounded to 8 bits, as VISSL's VOC07 SVM has them (Resize 256, Resize [224, 224]).
+    """
+
+
 def centre_view(resolution_px: int) -> CentreCrop:
     """The evaluation view of a side: 256 → 224 px and the like; images of less than 64 px keep every pixel."""
     return CentreCrop(resize_px=round(resolution_px * 256 / 224) if resolution_px >= 64 else resolution_px)
@@ -197,7 +205,7 @@ class LoaderConfig:
     """Everything that decides what a loader yields, and how (from `backend` on) it gets there. Raises UserError.
 
     data            path of a .beton file with its manifest beside it; for dali also the shards.json of shards
-    views           one ViewSpec a view, a single one for one view, or a CentreCrop for evaluation
+    views           one ViewSpec a view, a single one for one view, or for evaluation a CentreCrop or a Squash
     resolution_px   side of the square views
     shuffle         True: shuffled full batches, epoch after epoch (order.shuffled_batches);
                     False: every sample once, in the order given (order.sequential_batches)
@@ -209,7 +217,8 @@ class LoaderConfig:
     backend         fast, ffcv, resident, torch or dali: who decodes (loader.py); the batches are the same
     workers         threads (of torch: processes) of this rank; 0 for one a core it may use
     device          where the views end up
-    views_on        "cpu" or "gpu": who makes the views (not torch); "auto" for the device they end up on
+    views_on        "cpu" or "gpu": who makes the views (not torch); "auto" for the device they end up on, of a Squash
+                    the CPU, which alone resizes twice
     view_type       of the normalized values: float32, or what autocast would round them to in any case, at half the
                     memory and copying
     """
@@ -253,7 +262,8 @@ class LoaderConfig:
         _require(self, lambda shuffle: isinstance(shuffle, bool), "True or False", "shuffle")
         policies = ("stop", "substitute") if self.shuffle else ("stop",)  # a pass over all has no room for stand-ins
         _require(self, policies.__contains__, f"{' or '.join(policies)}, as shuffle={self.shuffle}", "on_bad_image")
-        _require(self, ("auto", "cpu", "gpu").__contains__, "auto, cpu or gpu", "views_on")
+        places = ("auto", "cpu") if isinstance(self.views, Squash) else ("auto", "cpu", "gpu")
+        _require(self, places.__contains__, f"{', '.join(places[:-1])} or {places[-1]}", "views_on")
         _require(self, _are_blocks, "None or Blocks(images, window), both 1 or more", "blocks")
         _require(self, lambda n: isinstance(n, Normalization), "a Normalization", "normalization")
         _require(self, _are_resolutions, "(first epoch, px), ascending", "resolutions")

@@ -148,8 +148,12 @@ def jobs_of(config: EvalAllConfig, data: Path) -> list[Job]:
 FROM_THE_ENCODER = {"resolution_px", "pooling"}  # settings that follow from the encoder, not from a flag of a job
 
 
-def is_done(job: Job, results: list[dict], info: BackboneInfo) -> bool:
-    """Whether there is a result of this job, of this encoder and of the dataset that the job would use now."""
+def is_done(job: Job, results: list[dict], info: BackboneInfo, *, has_stages: bool = True) -> bool:
+    """Whether there is a result of this job, of this encoder and of the dataset that the job would use now.
+
+    Of a network without stages the output is evaluated, whatever the protocol's stage.
+    """
+    follows = FROM_THE_ENCODER | (set() if has_stages else {"stage"})
     config = job.config
     expected = {
         "checkpoint_sha256": random_sha256(info, config.seed) if config.features == "random" else info.sha256,
@@ -162,7 +166,7 @@ def is_done(job: Job, results: list[dict], info: BackboneInfo) -> bool:
     normalization = [list(info.normalization.mean), list(info.normalization.std)]
     found = []
     for r in results:
-        changed = {name: value for name, value in r["changed"].items() if name not in FROM_THE_ENCODER}
+        changed = {name: value for name, value in r["changed"].items() if name not in follows}
         same = all(r.get(name, "") == value for name, value in expected.items())
         same &= r.get("normalization", normalization) == normalization  # older lines have none
         # What the published settings measured serves a --small call as well.
@@ -236,7 +240,7 @@ def main(config: EvalAllConfig) -> None:
             states[job.name], missing[job.needs] = f"{job.needs} is missing", lacking
         elif job.main in (heads.main, detection.main) and not is_resnet(encoder.module):
             states[job.name] = f"needs a ResNet of four stages, not {info.arch}"
-        elif is_done(job, results, info):
+        elif is_done(job, results, info, has_stages=is_resnet(encoder.module)):
             states[job.name] = "done before"
         else:
             states[job.name] = "would run" if config.plan else run_job(job, info)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import Compose, Resize
 from torchvision.transforms import functional as F
 
 from pipeline.choices.draws import (
@@ -23,7 +24,7 @@ from pipeline.choices.draws import (
     draw_views,
     empty_params,
 )
-from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, ViewSpec
+from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, Normalization, Squash, ViewSpec
 from pipeline.views.augment_cpu import (
     UNCHANGED,
     apply_view,
@@ -194,6 +195,30 @@ def test_centre_crop(images):
         theirs = np.asarray(F.center_crop(F.resize(Image.fromarray(image), 256), SIDE))
         agreement.add(run_cpu(image, p, 0, 0, "bilinear"), theirs)
     agreement.check("centre_crop")
+
+
+def test_squashed_as_vissl_has_it(images):
+    """Two resizes; one straight to the square is another picture."""
+    agreement, upright, differ = new_agreement(), set(), 0.0
+    for image in images[:20]:
+        p = centre_views(*(np.array([s]) for s in image.shape[:2]), Squash(), SIDE)
+        theirs = np.asarray(Compose([Resize(256), Resize([SIDE, SIDE])])(Image.fromarray(image)))
+        agreement.add(run_cpu(image, p, 0, 0, "bilinear"), theirs)
+        upright.add(image.shape[0] > image.shape[1])
+        differ += np.mean(theirs != np.asarray(Resize([SIDE, SIDE])(Image.fromarray(image)))) / 20
+    agreement.check("squash")
+    assert upright == {True, False} and differ > 0.5
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (7, 100), (40, 40), (32, 41), (30, 31), (600, 224)])
+def test_squashed_odd_sizes(size):
+    """Some grow first: the picture between is larger than the one that is stored."""
+    image, agreement = np.random.default_rng(size[0]).integers(0, 256, (*size, 3), np.uint8), new_agreement()
+    p = centre_views(*(np.array([s]) for s in size), Squash(40), 32)
+    theirs = np.asarray(Compose([Resize(40), Resize([32, 32])])(Image.fromarray(image)))
+    agreement.add(run_cpu(image, p, 0, 0, "bilinear", 32), theirs)
+    agreement.add(run_pil(image, p, 0, 0, "bilinear", 32), theirs)
+    agreement.check("squash")
 
 
 @pytest.mark.parametrize("side", [32, 224])

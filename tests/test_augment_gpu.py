@@ -302,6 +302,8 @@ def test_what_cannot_work_is_refused(device):
             plan_views(bad, *table, ["bicubic"], 16)
     with pytest.raises(ValueError, match="sigma 10 px"):
         plan_views(p._replace(sigma_px=np.full_like(p.sigma_px, 10)), *table, ["bicubic"], 16)
+    with pytest.raises(ValueError, match="resized twice"):
+        plan_views(p._replace(first_height=np.ones_like(p.first_height)), *table, ["bicubic"], 16)
     with pytest.raises(ValueError, match="one row an image"):
         plan_views(p, table[0][:1], *table[1:], ["bicubic"], 16)
     with pytest.raises(ValueError, match="contiguous uint8"):

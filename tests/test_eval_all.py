@@ -148,6 +148,19 @@ def test_done_before_means_the_same_images_weights_and_settings(tmp_path, capsys
     assert main(config) is None and "done before" not in capsys.readouterr().out
 
 
+def test_the_output_counts_only_for_networks_without_stages(tmp_path):
+    data = write_dataset(tmp_path / "places205")
+    run = write_run(tmp_path / "run", data)
+    config = EvalAllConfig(run=run, data_root=tmp_path, small=True)
+    (job,) = (job for job in eval_all.jobs_of(config, data) if job.name == "places205")
+    job.main(replace(job.config, stages=("output",)))
+    info = open_encoder(run).info
+    assert not eval_all.is_done(job, read_results(run), info)
+    assert eval_all.is_done(job, read_results(run), info, has_stages=False)
+    job.main(job.config)
+    assert eval_all.is_done(job, read_results(run), info)
+
+
 def test_an_encoder_that_changes_meanwhile_is_named(tmp_path, capsys, monkeypatch):
     data = write_dataset(tmp_path / "imagenet")
     run = write_run(tmp_path / "run", data)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
 from eval import extract
 from eval import features as features_module
@@ -21,11 +22,13 @@ from eval.features import (
     extract_features,
     open_encoder,
 )
+from eval.frozen import stage_encoder
 from eval.kept import FEATURES_VERSION, find_features, keep_features, read_features
 from eval.subject import open_subject
 from pipeline.disk import write_whole
 from pipeline.errors import UserError
 from pipeline.storage.beton import open_beton
+from pipeline.storage.decode_pil import decode_pil
 from tests.evaluation import NORMALIZATION, coloured_images, write_run
 from train.content import write_state
 
@@ -156,8 +159,8 @@ def test_another_checkpoint_never_gets_these_features(encoder, val, data, tmp_pa
 
 
 def test_everything_that_decides_the_numbers_is_in_the_description(encoder, val, data, tmp_path):
-    def describe(encoder=encoder, beton=val, ids=None, backend="fast", dtype=torch.float32):
-        return FeatureSet(encoder, beton, tmp_path, ids, backend, 1, dtype).description
+    def describe(encoder=encoder, beton=val, ids=None, backend="fast", dtype=torch.float32, squash=False):
+        return FeatureSet(encoder, beton, tmp_path, ids, backend, 1, dtype, squash).description
 
     other_run = open_encoder(write_run(tmp_path, data, seed=1))
     others = [
@@ -167,11 +170,35 @@ def test_everything_that_decides_the_numbers_is_in_the_description(encoder, val,
         describe(ids=np.arange(5)[::-1]),
         describe(backend="torch"),
         describe(dtype=torch.float16),
+        describe(encoder=stage_encoder(encoder, "feature5")),
+        describe(encoder=stage_encoder(encoder, "feature4")),
+        describe(squash=True),
     ]
-    assert len({describe(), *others}) == 7
+    assert len({describe(), *others}) == 10
     assert describe() == describe()
     older = json.loads(describe())["loader"]
     assert older == "ffcv" and describe(backend="ffcv") == describe(), "features that older runs kept are found again"
+
+
+def test_stages_of_squashed_images(data, small_beton, tmp_path):
+    """torchvision's two resizes of the decoded pictures, the network's parts one by one, torch's pooling."""
+    encoder, beton = open_encoder(write_run(tmp_path / "run", data), resolution_px=64), open_beton(small_beton)
+    ids, net = np.array([5, 0, 30, 17]), encoder.module
+    squash = Compose([Resize(73), Resize([64, 64]), ToTensor(), Normalize(NORMALIZATION.mean, NORMALIZATION.std)])
+    images = torch.stack([squash(decode_pil(beton, int(i))) for i in ids])
+    with torch.no_grad():
+        x = net.layer3(net.layer2(net.layer1(net.maxpool(net.act1(net.bn1(net.conv1(images)))))))
+        expected = torch.nn.functional.adaptive_avg_pool2d(net.layer4(x), 2).flatten(1)
+    kept, at_stage = tmp_path / "kept", stage_encoder(encoder, "feature5")
+    found = FeatureSet(at_stage, beton, kept, ids, squash=True).read()
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, FeatureSet(at_stage, beton, kept, ids).read(), atol=1e-3), "centre crops"
+    assert find_features(kept) is None, "neither is the network's own output on centre crops"
+    assert FeatureSet(encoder, beton, kept, ids, squash=True).read().shape == (4, 96)
+    assert find_features(kept) is None
+    assert torch.equal(find_features(kept, stage="feature5", squash=True), found)
+    usual = FeatureSet(encoder, beton, kept, ids).read()
+    assert torch.equal(find_features(kept), usual)
 
 
 def test_a_file_with_another_description_is_refused(tmp_path):

@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from eval import heads, supervised
-from eval.features import open_encoder
-from eval.frozen import POOLS, NormalizedHeads, StageFeatures, pool_map
+from eval.features import Encoder, open_encoder
+from eval.frozen import OUTPUT, POOLS, NormalizedHeads, StageFeatures, pool_map, stage_encoder
 from eval.heads import HeadsConfig, main
 from eval.subject import open_subject
 from pipeline.errors import UserError
-from tests.evaluation import AT_SIDE
+from tests.evaluation import AT_SIDE, NORMALIZATION
+from train.checkpoint import BackboneInfo
 from train.model import make_backbone
 
 CHANCE = 20.0
@@ -50,6 +53,49 @@ def test_resnet50_at_224_px_gives_the_published_sizes():
         assert np.allclose(made[0].numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_each_stage_of_a_resnet_as_features():
+    """VISSL's pools of conv1 (behind its ReLU), res2 … res5, written out; and one network for all of them."""
+    backbone = make_backbone("resnet18")[0].eval()
+    info = BackboneInfo("resnet18", "imagenet", 512, 224, NORMALIZATION, "", 0, 9)
+    encoder = Encoder("trained", backbone, info, "cpu")
+    images = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        conv1 = F.relu(backbone.bn1(backbone.conv1(images)))
+        res2 = backbone.layer1(F.max_pool2d(conv1, 3, 2, 1))
+        res3 = backbone.layer2(res2)
+        res4 = backbone.layer3(res3)
+        res5 = backbone.layer4(res4)
+        expected = {
+            "feature1": F.avg_pool2d(conv1, 10, 10, 4),
+            "feature2": F.avg_pool2d(res2, 16, 8),
+            "feature3": F.avg_pool2d(res3, 13, 5),
+            "feature4": F.avg_pool2d(res4, 8, 3),
+            "feature5": F.avg_pool2d(res5, 6, 1),
+            "output": res5.mean((2, 3)),
+        }
+        for name, pooled in expected.items():
+            at_stage = stage_encoder(encoder, name)
+            made = at_stage.module(images)
+            assert torch.allclose(made, pooled.flatten(1), atol=1e-5) and at_stage.info.features == made.shape[1]
+            assert at_stage.stage == ("" if name == OUTPUT else name)
+        several = StageFeatures(backbone, ("feature4", "output", "feature1"))(images)
+    assert list(several) == ["feature4", "output", "feature1"], "in the order that was asked for"
+    assert several["output"].shape == (1, 512, 1, 1) and torch.equal(several["output"].flatten(1), backbone(images))
+    assert not any(module._forward_hooks for module in backbone.modules())
+
+
+def test_vissls_head():
+    """Batch norm of the channels with weights, flattened, linear; all of it with torch's own initial values."""
+    maps = torch.randn(9, 3, 2, 2, generator=torch.Generator().manual_seed(1)) * 4 + 2
+    ours = NormalizedHeads({"feature5": (3, 2, 2)}, 4, 7, affine=True)
+    torch.manual_seed(7)
+    theirs = nn.Sequential(nn.BatchNorm2d(3, eps=1e-5, momentum=0.1), nn.Flatten(), nn.Linear(12, 4))
+    for _ in range(2):  # the running statistics too
+        assert torch.equal(ours({"feature5": maps})["feature5"], theirs(maps))
+    assert torch.equal(ours.eval()({"feature5": maps})["feature5"], theirs.eval()(maps))
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters()) == 3 + 3 + 48 + 4
+
+
 def test_other_maps_are_pooled_to_the_same_grid_or_left():
     assert pool_map(POOLS["feature2"], torch.rand(2, 3, 20, 20)).shape == (2, 3, 6, 6)
     small = torch.rand(2, 3, 4, 4)
@@ -59,6 +105,10 @@ def test_other_maps_are_pooled_to_the_same_grid_or_left():
 def test_a_transformer_has_no_stages():
     with pytest.raises(UserError, match="has no stem and four stages"):
         StageFeatures(make_backbone("test_vit")[0])
+    vit = make_backbone("test_vit")[0].eval()
+    images = torch.randn(2, 3, 32, 32)
+    (output,) = StageFeatures(vit, ("output",))(images).values()
+    assert torch.equal(output, vit(images)[:, :, None, None])
 
 
 def test_batch_norm_without_weights_then_a_linear_classifier():

@@ -13,7 +13,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.spec import BARLOW_TWINS_VIEWS, Blocks, CentreCrop, LoaderConfig, Normalization, ViewSpec
+from pipeline.spec import BARLOW_TWINS_VIEWS, Blocks, CentreCrop, LoaderConfig, Normalization, Squash, ViewSpec
 from tests.support import assert_same_batch, assert_same_batches
 
 REPO = Path(__file__).resolve().parents[1]
@@ -261,7 +261,13 @@ WRONG = {
 
 @pytest.mark.parametrize(
     ("kind", "wrong"),
-    [(ViewSpec, WRONG_VIEW), (CentreCrop, WRONG_CROP), (Normalization, WRONG_NORMALIZATION), (LoaderConfig, WRONG)],
+    [
+        (ViewSpec, WRONG_VIEW),
+        (CentreCrop, WRONG_CROP),
+        (Squash, WRONG_CROP),
+        (Normalization, WRONG_NORMALIZATION),
+        (LoaderConfig, WRONG),
+    ],
 )
 def test_every_wrong_argument_gets_a_sentence(small_beton, kind, wrong):
     assert wrong.keys() == {field.name for field in fields(kind)}
@@ -299,5 +305,7 @@ def test_what_is_right_is_taken(small_beton):
 
 
 def test_stand_ins_and_a_pass_over_all(small_beton):
+    with pytest.raises(UserError, match="views_on is 'gpu'; expected auto or cpu$"):
+        LoaderConfig(small_beton, Squash(32), 32, 16, shuffle=False, views_on="gpu")
     with pytest.raises(UserError, match="on_bad_image is 'substitute'; expected stop, as shuffle=False"):
         LoaderConfig(small_beton, CentreCrop(32), 32, 16, shuffle=False, on_bad_image="substitute")

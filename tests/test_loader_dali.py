@@ -20,7 +20,7 @@ from pipeline.convert import main as convert
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.loaders.dali import make_graph
-from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig
+from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig, Squash
 from pipeline.storage.beton import MODE_JPEG, jpeg_bytes, open_beton
 from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
 from pipeline.storage.shards import pack_shards
@@ -67,7 +67,9 @@ def test_decoded_pixels_are_those_of_the_fast_loader(imagenet_sample, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "views", [BARLOW_TWINS_VIEWS, (SUPERVISED_VIEW,), CentreCrop(72)], ids=["two", "one", "centre"]
+    "views",
+    [BARLOW_TWINS_VIEWS, (SUPERVISED_VIEW,), CentreCrop(72), Squash(72)],
+    ids=["two", "one", "centre", "squash"],
 )
 def test_the_batches_of_the_fast_loader(config, views):
     config = replace(config, views=views, shuffle=not isinstance(views, CentreCrop))

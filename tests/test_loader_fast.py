@@ -10,7 +10,7 @@ import torch
 
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig, Normalization
+from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, CentreCrop, LoaderConfig, Normalization, Squash
 from pipeline.storage.beton import open_beton
 from tests.support import assert_same_batch
 
@@ -43,7 +43,9 @@ def test_shapes_and_layout(config):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "views", [BARLOW_TWINS_VIEWS, (SUPERVISED_VIEW,), CentreCrop(72)], ids=["two", "one", "centre"]
+    "views",
+    [BARLOW_TWINS_VIEWS, (SUPERVISED_VIEW,), CentreCrop(72), Squash(72)],
+    ids=["two", "one", "centre", "squash"],
 )
 def test_the_same_batches_as_the_reference(config, views):
     """Same samples, order, labels, and the very same pixels: decoder and kernels are Pillow's, bit for bit."""

@@ -19,7 +19,7 @@ from pipeline import convert
 from pipeline.convert import ConvertConfig
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, Blocks, CentreCrop, LoaderConfig
+from pipeline.spec import BARLOW_TWINS_VIEWS, SUPERVISED_VIEW, Blocks, CentreCrop, LoaderConfig, Squash
 from pipeline.storage.beton import MODE_RAW, open_beton
 from pipeline.storage.sources.open import Source
 
@@ -117,6 +117,12 @@ def test_ranks_share_a_pass_in_the_order_given(config):
     for rank, sizes in enumerate(([2, 1], [2, 0])):
         ours = assert_as_fast(replace(config, rank=rank, world_size=2), 0, None)
         assert [len(batch.sample) for batch in ours] == sizes
+
+
+@pytest.mark.ffcv
+@pytest.mark.slow
+def test_squashed_views(config):
+    assert_as_fast(replace(config, shuffle=False, views=Squash(72), ids=np.array([40, 3, 17])), 0, None)
 
 
 @pytest.mark.ffcv

@@ -18,7 +18,7 @@ from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
-from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig
+from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig, Squash
 from pipeline.storage.beton import open_beton
 
 pytestmark = pytest.mark.slow  # the interpreter
@@ -72,6 +72,15 @@ def test_who_makes_the_views_does_not_show(config, backend):
     config = replace(config, device="cuda", backend=backend)
     for one, other in zip(*(batches(replace(config, views_on=on)) for on in ("cpu", "gpu")), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["fast", "resident"])
+def test_squashed_views_reach_the_gpu_from_the_cpu(config, backend):
+    config = replace(config, views=Squash(36), shuffle=False)
+    ours, theirs = batches(replace(config, device="cuda", backend=backend), None), batches(config, None)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.views[0].is_cuda and torch.equal(one.views[0].cpu(), other.views[0])
 
 
 @pytest.mark.gpu

@@ -1,11 +1,14 @@
 """The published numbers and what may stand beside them."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from eval.protocols import PROTOCOLS, Protocol, published_rows, with_all_settings
 from eval.reporting.comparison import compare, comparison_markdown, comparisons, duration
+from eval.subject import RESULTS, read_results
+from pipeline.disk import append_line
 
 # Every published row, copied by hand from the paper's tables, model card or README that its last column names:
 # numbers | method | share of labels | protocol | epochs | view | features | metric | source
@@ -282,6 +285,28 @@ def test_a_share_of_the_labels_is_not_transfer():
     assert rows([result("transfer-places205", {"top1": 54.0}, epochs=1000, **places)])[row].difference == "-0.10"
     for share in ({"fraction": 0.1, "split": "balanced-0.1-seed0"}, {"fraction": None, "split": "5-shot-seed0"}):
         assert not rows([result("transfer-places205", {"top1": 54.0}) | places | share])[row].ours
+
+
+def test_svms_and_transfer_are_compared_only_as_published(tmp_path):
+    """A line from before there was a choice of stage and view was measured on the average pool of centre crops."""
+    voc = {"classes": 20, "val_images": 4952, "train_images": 5011, "epochs": 1000}
+    row = ("Transfer, linear", "barlow_twins", "VOC07, mAP", 1000)
+    as_published = {"view": "squash", "stage": "feature5", "resolution_px": 224, "feature_type": "float32"}
+    line = result("svm-voc07", {"map_area": 86.0, "map": 83.0}, **voc, metric="map_area", value=86.0, checkpoint="x")
+    line |= {"settings": as_published, "resolution_px": 224, "feature_type": "float32", "time": "", "dataset": "voc07"}
+    old = line | {"settings": {"resolution_px": 224, "feature_type": "float32"}, "metric": "map", "value": 83.0}
+    old_transfer = old | {"protocol": "transfer-places205", "metric": "top1", "values": {"top1": 54.0}, "value": 54.0}
+    kept = []
+    for one in (line, old, old_transfer):
+        append_line(tmp_path / RESULTS, json.dumps({k: v for k, v in one.items() if k != "method"}))
+    for one in read_results(tmp_path):
+        kept.append(one | {"method": "barlow_twins"})
+    assert rows(kept[:1])[row].difference == "-0.20" and rows(kept[:2])[row].difference == "-0.20"
+    assert kept[1]["changed"] == {"stage": "output", "view": "centre"}
+    assert (kept[1]["protocol"], kept[1]["metric"], kept[1]["value"]) == ("svm-voc07-modified", "map_area", 86.0)
+    assert (kept[2]["protocol"], kept[2]["changed"]) == ("transfer-places205-modified", {"stage": "output"})
+    found = rows(kept[1:2])[row]
+    assert found.ours == "86.00" and not found.difference and "modified: stage output, view centre" in found.remark
 
 
 def test_rows_of_several_checkpoints_name_theirs():

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
+from eval import features as features_module
 from eval import svm
 from eval.features import FeatureSet, open_encoder
+from eval.frozen import stage_encoder
 from eval.metrics import average_precision_11, average_precision_area
 from eval.svm import SvmConfig, judged, low_shot_rows, main, svm_labels, unit_rows
 from eval.voc import ABSENT, CLASSES, PRESENT, voc_targets
@@ -33,6 +35,13 @@ def oracle_11_points(scores: np.ndarray, present: np.ndarray) -> float:
     return total / 11
 
 
+def oracle_area(scores: np.ndarray, present: np.ndarray) -> float:
+    """Each positive's share of recall at the best precision of any cut that reaches it (Everingham 2010, 4.2)."""
+    hits = np.cumsum(present[np.argsort(-scores)])
+    precision = hits / np.arange(1, len(hits) + 1)
+    return float(np.mean([precision[hits >= reached].max() for reached in range(1, int(present.sum()) + 1)]))
+
+
 @pytest.mark.parametrize(("count", "positives"), [(40, 10), (60, 7), (25, 1), (30, 29)])
 def test_average_precision_agrees_with_an_independent_count(count, positives):
     random = np.random.default_rng(count)
@@ -43,6 +52,7 @@ def test_average_precision_agrees_with_an_independent_count(count, positives):
         assert average_precision_11(scores, present) == pytest.approx(oracle_11_points(scores, present), abs=1e-12)
         # Without the envelope the area is scikit-learn's average precision; the envelope only adds.
         assert average_precision_area(scores, present) >= average_precision_score(present, scores) - 1e-12
+        assert average_precision_area(scores, present) == pytest.approx(oracle_area(scores, present), abs=1e-12)
 
 
 def test_average_precision_by_hand():
@@ -100,27 +110,62 @@ SMALL = {"costs": (0.1, 10.0), "low_shot_k": (1, 3, 96), "low_shot_samples": 2, 
 @pytest.mark.slow
 def test_every_class_at_its_validated_cost(run, voc):
     result = main(SvmConfig(checkpoint=run, voc=voc, data=voc, **SMALL))
-    assert (result["protocol"], result["metric"], result["classes"]) == ("svm-voc07-modified", "map", 20)
-    assert result["changed"]["resolution_px"] == 32 and (result["train_images"], result["val_images"]) == (160, 100)
+    assert (result["protocol"], result["metric"], result["classes"]) == ("svm-voc07-modified", "map_area", 20)
+    assert result["changed"].keys() == {"resolution_px", "pooling", *SMALL} - {"workers"}
+    assert (result["settings"]["stage"], result["settings"]["view"]) == ("feature5", "squash")
+    assert (result["train_images"], result["val_images"]) == (160, 100)
     by_class = result["details"]["classes"]
     assert [entry["class"] for entry in by_class] == list(CLASSES)
-    assert result["value"] == pytest.approx(np.mean([entry["ap"] for entry in by_class]))
+    assert result["value"] == pytest.approx(np.mean([entry["ap_area"] for entry in by_class]))
+    assert result["values"]["map"] == pytest.approx(np.mean([entry["ap"] for entry in by_class]))
     assert {entry["cost"] for entry in by_class} == {0.1, 10.0}, "the case decides nothing"
 
-    encoder = open_encoder(run)
+    encoder = stage_encoder(open_encoder(run), "feature5")
     train, test = (open_beton(voc / f"{split}.beton") for split in ("train", "val"))
-    x, t = (unit_rows(FeatureSet(encoder, b, run / "features").read().numpy()) for b in (train, test))
+    x, t = (unit_rows(FeatureSet(encoder, b, run / "features", squash=True).read().numpy()) for b in (train, test))
     targets, test_targets = (voc_targets(voc, b.file_names()) for b in (train, test))
     c = CLASSES.index("person")
     fitted = svm.make_svm(by_class[c]["cost"], 0).fit(x, svm_labels(targets[:, c]))
     kept = test_targets[:, c] != -1
-    expected = 100 * oracle_11_points(fitted.decision_function(t)[kept], test_targets[kept, c] == 1)
-    assert by_class[c]["ap"] == pytest.approx(expected, abs=1e-9)
+    scores, present = fitted.decision_function(t)[kept], test_targets[kept, c] == 1
+    assert by_class[c]["ap"] == pytest.approx(100 * oracle_11_points(scores, present), abs=1e-9)
+    assert by_class[c]["ap_area"] == pytest.approx(100 * oracle_area(scores, present), abs=1e-9)
 
-    assert {"map_k1", "map_k1_std", "map_k3"} < set(result["values"]) and "map_k96" not in result["values"]
+    assert {"map_area_k1", "map_area_k1_std", "map_area_k3"} < set(result["values"])
+    assert "map_area_k96" not in result["values"]
     assert len(result["details"]["low_shot"]) == 2 * 3
-    best = max(np.mean(entry["map_by_sample"]) for entry in result["details"]["low_shot"] if entry["k"] == 1)
-    assert result["values"]["map_k1"] == pytest.approx(best)
+    best = max(np.mean(entry["map_area_by_sample"]) for entry in result["details"]["low_shot"] if entry["k"] == 1)
+    assert result["values"]["map_area_k1"] == pytest.approx(best)
+
+
+@pytest.mark.slow
+def test_stages_and_view_that_are_asked_for(run, voc, monkeypatch):
+    """What the SVMs get is the network's own output of centre crops; and a table by layer is one call."""
+    few = {"costs": (1.0,), "workers": 1, "low_shot": False, "voc": voc, "data": voc, "checkpoint": run}
+    result = main(SvmConfig(**few, stages=("output",), view="centre"))
+    changed = {"view": "centre", "stage": "output", "costs": [1.0], "resolution_px": 32}
+    assert result["changed"] == changed
+    encoder, seen = open_encoder(run), []
+    assert len(list((run / "features").iterdir())) == 2
+    monkeypatch.setattr(features_module, "extract_features", lambda *_: pytest.fail("these were kept"))
+    for split in ("train", "val"):
+        FeatureSet(encoder, open_beton(voc / f"{split}.beton"), run / "features").read()
+    monkeypatch.undo()
+
+    def noted(config, features, targets, test, test_targets):
+        seen.append((features.shape, test.shape))
+        return {"map_area": float(len(seen)), "map": 0.0}, []
+
+    monkeypatch.setattr(svm, "full_svm", noted)
+    result = main(SvmConfig(**few, stages=("feature5", "feature1", "output")))
+    assert seen == [((160, d), (100, d)) for d in (96, 32 * 144, 96)]
+    assert result["changed"] == {"pooling": "adaptive", "costs": [1.0], "resolution_px": 32}
+    assert result["values"] == {"map_area": 1, "map": 0, "feature1_map_area": 2, "feature1_map": 0} | {
+        "output_map_area": 3,
+        "output_map": 0,
+    }
+    result = main(SvmConfig(**few, features="pixels"))
+    assert result["changed"]["stage"] == "output" and seen[-1] == ((160, 3072), (100, 3072))
 
 
 def test_what_is_missing(run, voc, shared_voc, tmp_path):

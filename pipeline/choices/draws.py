@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.choices.rng import DOMAIN_VIEWS, uniform4
 from pipeline.compiled import jit
-from pipeline.spec import CentreCrop, ViewSpec
+from pipeline.spec import CentreCrop, Squash, ViewSpec
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, NOTHING = 0, 1, 2, 3, 4  # the values of ViewParams.jitter_order
 
@@ -30,7 +30,7 @@ class ViewParams(NamedTuple):
 
     Geometry: the box is cut out of the image, resized to `resized_*`, and the (H, W) window at
     `window_*` of that is the view. A random crop has resized = (H, W) and window (0, 0); a centre crop
-    has the whole image as its box.
+    has the whole image as its box. Where `first_*` is not 0, the image is resized to that before the box is cut.
     """
 
     box_top: np.ndarray  # the box: int32, px of the stored image
@@ -51,6 +51,8 @@ class ViewParams(NamedTuple):
     grey: np.ndarray  # uint8, 1 = R = G = B = luma
     sigma_px: np.ndarray  # float32, blur radius; 0 = no blur
     solarize: np.ndarray  # uint8, 1 = values of 128 and above are inverted
+    first_height: np.ndarray  # int32, px: a squashed view's first resize, of the whole image; 0 = there is none
+    first_width: np.ndarray
 
 
 # The 24 orders of four operations, lexicographic: one uniform picks a row.
@@ -60,7 +62,7 @@ _ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)
 @jit
 def empty_params(images, views):
     """Parameters that change nothing (every operation off, boxes zero), shape (images, views)."""
-    whole = np.zeros((8, images, views), np.int32)
+    whole = np.zeros((10, images, views), np.int32)
     switches = np.zeros((4, images, views), np.uint8)
     factors, off = np.ones((3, images, views), np.float32), np.zeros((2, images, views), np.float32)
     jitter_order = np.empty((images, views, 4), np.uint8)
@@ -85,6 +87,8 @@ def empty_params(images, views):
         grey=switches[2],
         sigma_px=off[1],
         solarize=switches[3],
+        first_height=whole[8],
+        first_width=whole[9],
     )
 
 
@@ -217,12 +221,16 @@ def _window_start(spare_px):
 
 
 @jit
-def fill_centre_views(heights, widths, resize_px, resolution_px, p):
-    """`centre_views` for compiled code: into the empty_params `p`."""
+def fill_centre_views(heights, widths, resize_px, squash, resolution_px, p):
+    """`centre_views` for compiled code: into the empty_params `p`; `squash`: of a Squash."""
     for b in range(len(heights)):
         height, width = heights[b], widths[b]
         longer_px = np.int64(resize_px * max(height, width) / min(height, width))
         resized_height, resized_width = (resize_px, longer_px) if height <= width else (longer_px, resize_px)
+        if squash:
+            p.first_height[b, 0], p.first_width[b, 0] = resized_height, resized_width
+            height, width = resized_height, resized_width
+            resized_height, resized_width = resolution_px, resolution_px
         p.box_height[b, 0], p.box_width[b, 0] = height, width
         p.resized_height[b, 0], p.resized_width[b, 0] = resized_height, resized_width
         p.window_top[b, 0] = _window_start(resized_height - resolution_px)
@@ -230,8 +238,11 @@ def fill_centre_views(heights, widths, resize_px, resolution_px, p):
 
 
 def centre_views(heights_px: np.ndarray, widths_px: np.ndarray, view: CentreCrop, resolution_px: int) -> ViewParams:
-    """torchvision's Resize(resize_px) then CenterCrop(resolution_px), as parameters of one view. (B,) sizes in."""
+    """torchvision's Resize(resize_px) then CenterCrop(resolution_px), as parameters of one view. (B,) sizes in.
+
+    Of a Squash, Resize((resolution_px, resolution_px)) is the second.
+    """
     params = empty_params(len(heights_px), 1)
     heights, widths = np.ascontiguousarray(heights_px, np.int64), np.ascontiguousarray(widths_px, np.int64)
-    fill_centre_views(heights, widths, view.resize_px, resolution_px, params)
+    fill_centre_views(heights, widths, view.resize_px, isinstance(view, Squash), resolution_px, params)
     return params

@@ -18,7 +18,7 @@ import torch
 from pipeline.choices.draws import ViewParams, ViewTable, empty_params, fill_centre_views, fill_views, view_table
 from pipeline.compiled import by_address, compiled
 from pipeline.errors import UserError
-from pipeline.spec import CentreCrop, Normalization, ViewSpec
+from pipeline.spec import CentreCrop, Normalization, Squash, ViewSpec
 from pipeline.storage.beton import Stored, jpeg_bytes
 from pipeline.storage.decode import OK, decode_rgb, end_handle, start_handle
 from pipeline.storage.jpeg import turbojpeg
@@ -67,6 +67,7 @@ class Views(NamedTuple):
     seed: np.uint64
     table: ViewTable  # not used for a centre crop
     resize_px: int  # of a centre crop; 0 for views that are drawn
+    squash: bool  # it is a Squash
     bicubic: np.ndarray  # (V,) bool
     levels: np.ndarray  # (3, 256), what is written for each channel's 8-bit values
 
@@ -102,7 +103,7 @@ def make_views(worker, stored, mode, height, width, sample, epoch, views, out):
     ids, heights, widths = np.array([sample]), np.array([height]), np.array([width])
     params, side_px = worker.params, out.shape[1]
     if views.resize_px:
-        fill_centre_views(heights, widths, views.resize_px, side_px, params)
+        fill_centre_views(heights, widths, views.resize_px, views.squash, side_px, params)
     else:
         fill_views(views.seed, epoch, ids, heights, widths, views.table, side_px, params)
     image = worker.pixels[: height * width * 3].reshape(height, width, 3)
@@ -139,7 +140,7 @@ class ViewsDecoder(SimpleRGBImageDecoder):
         levels = normalization_table(normalization) if normalization else UNCHANGED.copy()
         for array in (bicubic, *table, levels):
             array.flags.writeable = False  # as compiled constants are: one version of make_views serves all callers
-        self._views = Views(np.uint64(seed), table, resize_px, bicubic, levels)
+        self._views = Views(np.uint64(seed), table, resize_px, isinstance(views, Squash), bicubic, levels)
         self.dtype = levels.dtype
         self._epoch = np.zeros(1, np.int64)  # compiled code reads it by its address: arrays themselves are frozen
         self.status = np.zeros(0, np.uint8)

@@ -24,7 +24,7 @@ import torch
 from pipeline.loaders.bad_images import BadImages
 from pipeline.loaders.base import Loader, view_params
 from pipeline.loaders.read_ahead import Stream
-from pipeline.spec import Batch, LoaderConfig
+from pipeline.spec import Batch, LoaderConfig, Squash
 from pipeline.views.augment_cpu import UNCHANGED, Scratch, make_scratch, normalization_table, views_of_images
 
 AHEAD = 2  # batches made beside the one in use: enough to hide the jitter of decode times
@@ -78,7 +78,9 @@ class PartsLoader(Loader):
         super().__init__(config)
         self.on_gpu = self.device.type == "cuda"  # where the views end up
         self.cuda_stream = torch.cuda.Stream(self.device) if self.on_gpu else None
-        self.gpu_views = config.views_on == "gpu" or (config.views_on == "auto" and self.on_gpu)
+        # A Squash's two resizes are made on the CPU, which the few thousand images of its protocol allow.
+        auto = config.views_on == "auto" and not isinstance(config.views, Squash)
+        self.gpu_views = config.views_on == "gpu" or (auto and self.on_gpu)
         self.pool = ThreadPoolExecutor(self.workers, "worker")
         self.bad = BadImages(config, self.dataset, self.ids, self.pool.map)
         # All that the maker copies and launches is on the loader's CUDA stream, never on the caller's.

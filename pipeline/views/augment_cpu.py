@@ -5,8 +5,8 @@
 
 A view in the making is `planes`, uint8 (3, …): one colour after the other, rows of S pixels (the view's width
 rounded up to whole vectors), so that every inner loop runs over neighbouring bytes. Nothing is random here and
-nothing is allocated: what was drawn comes in as ViewParams (draws.py), memory as a Scratch. All functions run
-without the GIL; each thread needs a Scratch of its own.
+nothing is allocated, except for a squashed view: what was drawn comes in as ViewParams (draws.py), memory as a Scratch.
+All functions run without the GIL; each thread needs a Scratch of its own.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,13 @@ from pipeline.compiled import compiled, jit, unsigned
 from pipeline.spec import Normalization
 from pipeline.views.blur_cpu import BlurScratch, apply_blur, make_blur_scratch
 from pipeline.views.colour_cpu import BLOCK, GREY, PROGRAM_LENGTH, apply_colour, apply_solarize
-from pipeline.views.resample_cpu import ResampleScratch, crop_resize_flip, make_resample_scratch, row_pitch
+from pipeline.views.resample_cpu import (
+    ResampleScratch,
+    crop_resize_flip,
+    make_resample_scratch,
+    resized_image,
+    row_pitch,
+)
 from pipeline.views.vector_cpu import ROWS
 
 
@@ -74,10 +80,13 @@ def apply_view(image, params, b, v, bicubic, table, scratch, out):
     `table` decides what is written: normalization_table's float32, or UNCHANGED for the 8-bit view itself.
     """
     p, side, planes, program = params, out.shape[0], scratch.planes, scratch.program
-    pitch = row_pitch(side)
+    pitch, resample = row_pitch(side), scratch.resample
+    if p.first_height[b, v] > 0:
+        image = resized_image(image, p.first_height[b, v], p.first_width[b, v], bicubic)
+        resample = make_resample_scratch(image.shape[0], image.shape[1], side)  # it may be larger than the stored one
     box = p.box_top[b, v], p.box_left[b, v], p.box_height[b, v], p.box_width[b, v]
     resized, window = (p.resized_height[b, v], p.resized_width[b, v]), (p.window_top[b, v], p.window_left[b, v])
-    crop_resize_flip(image, box, resized, window, p.flip[b, v] != 0, bicubic, scratch.resample, planes)
+    crop_resize_flip(image, box, resized, window, p.flip[b, v] != 0, bicubic, resample, planes)
     # The colour operations as one list of codes: whatever is off is NOTHING, and costs nothing.
     for k in range(4):
         program[k] = p.jitter_order[b, v, k] if p.jitter[b, v] else NOTHING

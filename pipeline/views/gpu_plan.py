@@ -105,6 +105,8 @@ def _check(params: ViewParams, starts: np.ndarray, heights: np.ndarray, widths: 
         raise ValueError(
             f"the box of image {b}, view {v} leaves its {heights[b]} × {widths[b]} px: draw it for this size"
         )
+    if params.first_height.any():
+        raise ValueError("a squashed view is resized twice, which the kernels do not do: make the views on the CPU")
     if (params.sigma_px > MAX_SIGMA_PX).any():
         raise ValueError(
             f"a blur of sigma {params.sigma_px.max():g} px is wider than the kernels' registers: "
@@ -126,7 +128,7 @@ def plan_views(
 
     `starts`, `heights`, `widths` are (B,); boxes are relative to what is in the buffer (who ships a cut of the image
     shifts them). `interpolations` has one of SUPPORT's names a view. The table is in pinned memory if there is a
-    GPU. Raises ValueError for boxes outside their image.
+    GPU. Raises ValueError for boxes outside their image, and for squashed views.
     """
     starts, heights, widths = (np.asarray(a, np.int64) for a in (starts, heights, widths))
     _check(params, starts, heights, widths)

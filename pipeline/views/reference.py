@@ -25,6 +25,9 @@ def apply_view_pil(
     image: Image.Image, p: ViewParams, b: int, v: int, interpolation: str, resolution_px: int
 ) -> Image.Image:
     """View v of the RGB image that row b of the parameters was drawn for: the definition, on Pillow images."""
+    if p.first_height[b, v]:
+        size = [int(p.first_height[b, v]), int(p.first_width[b, v])]
+        image = F.resize(image, size, InterpolationMode(interpolation))
     top, left, height, width = (int(a[b, v]) for a in (p.box_top, p.box_left, p.box_height, p.box_width))
     image = F.crop(image, top, left, height, width)
     size = [int(p.resized_height[b, v]), int(p.resized_width[b, v])]

@@ -242,3 +242,19 @@ def crop_resize_flip(image, box, resized, window, flip, bicubic, s, planes):
         _resize_rows(pixels, at + low * row_size, row_size, high - low, width, s, s.between, 3 * pitch, pitch)
         for c in range(3):
             _resize_columns(s.between, c * pitch, 3 * pitch, low, pitch, rows, window[0], s, planes[c])
+
+
+@kernel
+def resized_image(image, height, width, bicubic):
+    """The whole image (h, w, 3) at another size, uint8 (height, width, 3), in memory of its own."""
+    side = np.int64(max(height, width))
+    scratch, pitch = make_resample_scratch(image.shape[0], image.shape[1], side), row_pitch(side)
+    planes, zero = np.empty((3, (side + ROWS - 1) * pitch), np.uint8), np.int32(0)
+    box = zero, zero, np.int32(image.shape[0]), np.int32(image.shape[1])
+    crop_resize_flip(image, box, (height, width), (zero, zero), False, bicubic, scratch, planes)
+    out = np.empty((np.int64(height), np.int64(width), 3), np.uint8)
+    for y in range(height):
+        for x in range(width):
+            for c in range(3):
+                out[y, x, c] = planes[c, y * pitch + x]
+    return out

@@ -26,6 +26,7 @@ from train.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
     refuse_other_recipe,
+    refuse_other_views,
     save_checkpoint,
 )
 from train.config import NORMALIZATIONS, as_plain
@@ -40,6 +41,7 @@ from train.content import (
 )
 from train.flags import resolved
 from train.methods.barlow_twins import BarlowTwins
+from train.methods.choose import view_table
 from train.model import make_backbone
 from train.update import initial_network, start_heads_
 
@@ -215,6 +217,20 @@ def test_another_recipe_is_refused_and_every_difference_named():
     with pytest.raises(UserError, match="images 100 there, 50 here"):
         refuse_other_recipe({"config": config, "images": 100}, config, 50, Path("c.pt"))
     refuse_other_recipe({"config": config | {"loader": "torch"}, "images": 100}, config, 100, Path("c.pt"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_checkpoint_without_a_view_table_is_refused_where_its_views_were_others(preset):
+    """Of all cards only SimSiam's for ImageNet had others, bicubic ones, before checkpoints had the table."""
+    config = resolved(PRESETS[preset])
+    older = {"config": as_plain(config)}
+    if preset != "imagenet-simsiam":
+        return refuse_other_views(older, view_table(config), Path("c.pt"))
+    with pytest.raises(
+        UserError, match=r"views than --method simsiam .* \(interpolation bicubic there, bilinear here\);"
+    ):
+        refuse_other_views(older, view_table(config), Path("c.pt"))
+    refuse_other_views(older | {"views": [asdict(v) for v in view_table(config)]}, view_table(config), Path("c.pt"))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_untouched(tmp_path, backbone):

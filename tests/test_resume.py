@@ -21,7 +21,9 @@ from tests.oracles_train import SyntheticLoader
 from train.checkpoint import read_checkpoint
 from train.config import PretrainConfig
 from train.distributed import Ranks
+from train.ending import finished
 from train.flags import resolved
+from train.methods.barlow_twins import BarlowTwins
 from train.pretrain import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, train
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
@@ -149,6 +151,20 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     before = (tmp_path / "r" / "checkpoint.pt").stat().st_mtime_ns, losses(tmp_path / "r")
     assert run(tmp_path / "r", epochs=1) == EXIT_FINISHED
     assert ((tmp_path / "r" / "checkpoint.pt").stat().st_mtime_ns, losses(tmp_path / "r")) == before
+
+
+def test_a_run_that_was_begun_with_other_views_is_refused(tmp_path, monkeypatch):
+    """Also where it is finished: its end is not that of this method."""
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", StoppingLoader(7))
+    run(tmp_path / "whole", epochs=1)
+    whole = resolved(replace(TINY, run=str(tmp_path / "whole"), epochs=1))
+    assert finished(whole, "")
+    views = tuple(replace(view, p_grey=0.5) for view in BarlowTwins.VIEWS["imagenet"])
+    monkeypatch.setitem(BarlowTwins.VIEWS, "imagenet", views)
+    with pytest.raises(UserError, match=r"\(p_grey 0.2 there, 0.5 here\); finish it with the version that wrote it"):
+        run(tmp_path / "cut")
+    assert not finished(whole, "")
 
 
 def test_resume_never_starts_over(tmp_path):

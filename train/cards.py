@@ -22,7 +22,7 @@ PRESETS = {
     #   hardware  one GPU of 12 GB
     #   expect    linear top-1 92.10 published after 1000 epochs, with their stem. It is an online number, beside which
     #             linear_top1 stands: of a linear layer trained with the encoder, on its augmented views. One that was
-    #             trained afterwards on the same checkpoint had 91.56.
+    #             trained afterwards on the same checkpoint had 91.56. --knn-images 10000 asks all validation images.
     #             kNN top-1 84.2 published by lightly after 200 epochs (376 min, a recipe of its own, batch 128):
     #             k 200, T 0.1, the best over all epochs
     #   source    da Costa 2022 (solo-learn), CIFAR-10 table and scripts/pretrain/cifar/barlow.yaml

@@ -9,6 +9,7 @@ plain dict that `torch.load(weights_only=True)` accepts:
     backbone            what rebuilds the backbone: BackboneInfo without `sha256`
     step                updates done; with the seed in `config` it decides every later batch and view
     images              size of the training set, which decides the order of samples
+    views               the method's view table, a dict a view
     model, optimizer, scaler    state dicts
     online_linear       the same of the linear layer beside the model, in runs that have one
     content_sha256      the digest of all of the above, which train/content.py checks
@@ -18,6 +19,7 @@ import hashlib
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple, TypeGuard
@@ -28,7 +30,7 @@ from torch import nn
 from pipeline.command import shown
 from pipeline.disk import TEMPORARY, write_whole
 from pipeline.errors import UserError
-from pipeline.spec import Normalization
+from pipeline.spec import Normalization, ViewSpec
 from train.config import recipe
 from train.content import DamagedFile, MissingFile, parsed_tensor_file, read_once, read_state, tensor_file, write_state
 from train.foreign import below, find_encoder, told_normalization
@@ -178,6 +180,29 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
         raise UserError(
             f"{path} is of another recipe ({found}); give this run its own folder with --name, "
             f"make the flags equal, or start over with --resume never{longer}"
+        )
+
+
+def refuse_other_views(state: dict, views: Sequence[ViewSpec], path: Path) -> None:
+    """Raises UserError where a checkpoint was trained with other views than the method's `views` of today.
+
+    One without a table is from before SimSiam's crops for ImageNet became bilinear; all other views are as they were.
+    """
+    ours, config = [asdict(view) for view in views], state["config"]
+    changed = {"interpolation": "bicubic"} if (config["method"], config["views"]) == ("simsiam", "imagenet") else {}
+    theirs = state.get("views") or [view | changed for view in ours]
+    theirs = [asdict(ViewSpec()) | view for view in theirs]  # fields that there were not yet have their default
+    other = [
+        f"{name} {was} there, {view.get(name)} here"
+        for before, view in zip(theirs, ours, strict=True)
+        for name, was in before.items()
+        if was != view.get(name)
+    ]
+    if other:
+        raise UserError(
+            f"{path} was trained with other views than --method {config['method']} has in this version "
+            f"({', '.join(dict.fromkeys(other))}); finish it with the version that wrote it, give this run its own "
+            "folder with --name, or start over with --resume never"
         )
 
 

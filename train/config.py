@@ -189,7 +189,7 @@ class Running:
     views_together: Switch = None
     """Both views go through the networks in one pass; each batch norm still sees one view at a time. The update is the
     same up to rounding (dropout draws other masks), with half as many kernels, each on twice the images. Left out: on
-    if the step is compiled and recorded."""
+    if the step is compiled and recorded. It makes no difference to SimCLR, SwAV and MoCo v2."""
     knn_every: int = 0
     """Epochs between accuracies of the network in training (metrics.jsonl, TensorBoard, progress bar): knn_top1, the
     nearest neighbours' vote, and linear_top1, a linear layer trained beside the network on its features; 0: none. Rank

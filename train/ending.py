@@ -8,8 +8,16 @@ from pipeline.errors import UserError
 from pipeline.progress import duration_text
 from pipeline.storage.shards import SUFFIX as SHARDS
 from pipeline.storage.shards import open_stored
-from train.checkpoint import BACKBONE, CHECKPOINT, load_backbone, newest_checkpoint, refuse_other_images
+from train.checkpoint import (
+    BACKBONE,
+    CHECKPOINT,
+    load_backbone,
+    newest_checkpoint,
+    refuse_other_images,
+    refuse_other_views,
+)
 from train.config import PretrainConfig, as_plain, recipe
+from train.methods.choose import view_table
 from train.online_knn import held_out, labelled_file
 from train.run_data import train_beton
 
@@ -28,8 +36,10 @@ def finished(config: PretrainConfig, dataset_sha256: str) -> bool:
             return False
         exported = load_backbone(folder / BACKBONE)[1]
         theirs = newest.state["config"]
-        same = recipe(theirs) == recipe(as_plain(config)) and newest.state["step"] == exported.step
-        return same and refuse_other_images(newest.state, config.data, dataset_sha256, newest.path)
+        if recipe(theirs) != recipe(as_plain(config)) or newest.state["step"] != exported.step:
+            return False
+        refuse_other_views(newest.state, view_table(config), newest.path)
+        return refuse_other_images(newest.state, config.data, dataset_sha256, newest.path)
     except UserError:
         return False
 

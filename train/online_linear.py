@@ -22,7 +22,8 @@ from train.config import PretrainConfig
 from train.distributed import mean_over_ranks
 from train.lars import LARS
 
-PEAK_LR, ETA = 0.1, 0.02  # × global batch / 256; of LARS, clipped (solo-learn's scripts/pretrain/cifar/*.yaml)
+# × global batch / 256; of LARS, clipped. solo-learn's scripts/pretrain/cifar/*.yaml; its MoCo v2+ alone has 0.3.
+PEAK_LR, ETA = 0.1, 0.02
 
 
 class OnlineLinear:

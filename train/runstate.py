@@ -28,12 +28,14 @@ from train.checkpoint import (
     newest_checkpoint,
     refuse_other_images,
     refuse_other_recipe,
+    refuse_other_views,
     remove_leftovers,
     remove_run_before,
     save_checkpoint,
 )
 from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import largest, say
+from train.methods.choose import view_table
 from train.update import Update
 
 ENTRY_BYTES = 1024  # of a tensor's names and place in torch.save's file
@@ -110,6 +112,7 @@ class RunState:
         if found:
             saved, path, sha256 = found
             refuse_other_recipe(saved, as_plain(self.config), self.images, path)
+            refuse_other_views(saved, view_table(self.config), path)
             if not refuse_other_images(saved, self.config.data, self.dataset_sha256, path):
                 text = "is from before checkpoints named their images; it is taken on trust that they are those of"
                 say(self.ranks, f"note: {path} {text} {self.config.data}")
@@ -161,7 +164,8 @@ class RunState:
         parts = on_cpu({name: part.state_dict() for name, part in self.update.state.items()})
         if self.ranks.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        content = {"step": step, "images": self.images, **about, **parts}
+        views = [asdict(view) for view in view_table(self.config)]
+        content = {"step": step, "images": self.images, "views": views, **about, **parts}
         self.thread = threading.Thread(target=self._write, args=(content,), name="checkpoint", daemon=True)
         self.thread.start()
         self.since = time.monotonic()

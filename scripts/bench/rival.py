@@ -12,8 +12,9 @@ distribution; the loss is float32 outside the autocast on both sides. What diffe
 by ‖g + wd · p‖, as the published code, lightly's by ‖g‖ + wd · ‖p‖, and it leaves a weight without a gradient alone.
 
 Nothing of one side runs while the other is timed. Timed is each side's start, with what it alone imports, and its
-epochs; not what ours needs once and lightly's does not, the conversion of the images and the compilation of the
-kernels; nor the checkpoints and the nearest-neighbour accuracy, that of eval/knn.py with all training images.
+epochs; not what ours alone needs once, the conversion of the images and, if an earlier command did it, the compilation
+of the kernels (half a minute, otherwise in the first epoch); nor the checkpoints and the nearest-neighbour accuracy,
+that of eval/knn.py with all training images.
 
 After each pair of epochs both states are written, and the same command continues there (ours with the same bits,
 lightly's with other draws). At its end a run leaves seed-N.json in --out, and a table and a picture of all seeds there.

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 
 from pipeline.convert import ConvertConfig
 from pipeline.convert import main as convert
 from pipeline.errors import UserError
+from pipeline.spec import SOLARIZE_THRESHOLD
 from scripts.bench import rival, rival_table
 
 SEED = 3
@@ -63,6 +65,25 @@ def test_both_make_the_same_updates_of_the_same_views(config):
     own = [*ours.backbone.parameters(), *ours.update.method.projector.parameters()]
     for start, p, q in zip(before, own, theirs.network.parameters(), strict=True):
         assert (p - q).norm() <= 0.02 * (p - start).norm() + 1e-6
+    ours.loader.close()
+
+
+def test_lightlys_views_are_drawn_from_the_same_distribution(config):
+    """What its transforms say of themselves, after the rows of ours."""
+    ours, theirs, _ = rival.made_sides(rival.pretrain_config(config), config.images)
+    rows, normalize = ours.loader.config.rows, ours.loader.config.normalization
+    for row, view in zip(rows, theirs.loader.dataset.transform.transforms, strict=True):
+        crop, flip, upside_down, turn, jitter, grey, blur, solarize, _, normal = view.transform.transforms
+        assert (crop.size, crop.scale) == ((32, 32), row.area)
+        assert InterpolationMode(crop.interpolation) == InterpolationMode(row.interpolation)
+        assert tuple(crop.ratio) == row.ratio and (upside_down.p, turn.prob) == (0, 0)
+        assert (flip.p, jitter.p, grey.p) == (row.p_flip, row.p_jitter, row.p_grey)
+        (colours,) = jitter.transforms
+        for name in ("brightness", "contrast", "saturation"):
+            assert getattr(colours, name) == pytest.approx((1 - getattr(row, name), 1 + getattr(row, name)))
+        assert colours.hue == (-row.hue, row.hue) and blur.prob == row.p_blur == 0
+        assert (solarize.prob, solarize.threshold) == (row.p_solarize, SOLARIZE_THRESHOLD)
+        assert (tuple(normal.mean), tuple(normal.std)) == (normalize.mean, normalize.std)
     ours.loader.close()
 
 

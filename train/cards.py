@@ -17,7 +17,8 @@ PRESETS = {
     #   source    Zbontar 2021, section 2.2; batch and learning rate: Barlow Twins, issue 7
     "imagenet": PretrainConfig(),
     # CIFAR-10 as solo-learn trains Barlow Twins on it, but for the stem: theirs is --stem solo-learn, 13 % more work.
-    # Here it is `small`, lightly's too, with which the times and accuracies in results/ were measured.
+    # Here it is `small`, lightly's too, with which the times and accuracies in results/ were measured. What else
+    # differs, in LARS and in the schedule, stands below: it is the same with the other methods.
     #   cost      1000 × 50,000 images × 2 views of 32 px
     #   hardware  one GPU of 12 GB
     #   expect    linear top-1 92.10 published after 1000 epochs, with their stem. It is an online number, beside which
@@ -74,8 +75,9 @@ PRESETS = {
 # The other methods on the same cards: what differs from Barlow Twins there. Published ImageNet recipes: Chen 2020,
 # Grill 2020 (300 epochs), Chen & He 2021, Bardes 2022. CIFAR-10 as solo-learn trains them (scripts/pretrain/cifar/):
 # online linear top-1 after 1000 epochs 90.74 (SimCLR), 92.58 (BYOL), 90.51 (SimSiam), 92.07 (VICReg), beside Barlow
-# Twins' 92.10. Theirs differ in two places: VICReg's variance term there is not halved, so twice the paper's (its
-# weight of 25 is our 50); BYOL's last linear layers have biases.
+# Twins' 92.10. Theirs differ: VICReg's variance term there is not halved, so twice the paper's (its weight of 25 is our
+# 50); SimCLR's batch norms see one view at a time, here both as one batch; BYOL's last linear layers have biases. In
+# all of theirs LARS divides by ‖g‖ + wd · ‖p‖, here by ‖g + wd · p‖, and the learning rate goes from 3e-5 to 0.
 #
 # MoCo v2 (facebookresearch/moco, README and main_moco.py with --mlp --moco-t 0.2 --aug-plus --cos): linear top-1 67.5
 # after 200 epochs, 71.1 after 800 (--epochs 800). Otherwise than there, the cosine falls every step and not every

@@ -82,7 +82,8 @@ class Recipe:
     """Smaller views first, as px@epoch: 128@0,160@100,224@200 means 128 px from the first epoch on, 160 px from epoch
     100, and 224 px from epoch 200. The last size must be --resolution. Empty: --resolution throughout."""
     views: Literal["imagenet", "cifar10"] = "imagenet"
-    """The method's augmentations and the normalization: as published, or for CIFAR-10 (no blur)."""
+    """The method's augmentations and the normalization: as published for ImageNet, or as solo-learn has them for
+    CIFAR-10."""
     lambd: float = 0.0051
     """Weight of the redundancy (off-diagonal) term."""
     loss_scale: float = 1.0

@@ -6,6 +6,7 @@
 As solo-learn trains its online classifier, whose accuracy its tables give (solo/methods/base.py, lines 324, 433, 521;
 solo/args/pretrain.py, line 157): cross-entropy over the augmented views, learning rate 0.1 × global batch / 256 on the
 run's schedule, momentum 0.9, no weight decay; LARS with its constants where the method has LARS, otherwise plain SGD.
+For MoCo v2+ alone theirs has 0.3 instead of 0.1.
 
 The layer has weights, gradients and an optimizer of its own, and draws no random number of the run, so backbone,
 projector and their optimizer have the bits of a run without it. It steps after the update, outside a recorded graph, on

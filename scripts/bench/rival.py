@@ -12,12 +12,16 @@ distribution; the loss is float32 outside the autocast on both sides. What diffe
 by ‖g + wd · p‖, as the published code, lightly's by ‖g‖ + wd · ‖p‖, and it leaves a weight without a gradient alone.
 
 Nothing of one side runs while the other is timed. Timed is each side's start, with what it alone imports, and its
-epochs; not the checkpoints and the nearest-neighbour accuracy, that of eval/knn.py with all training images. After each
-pair of epochs both states are written, and the same command continues there (ours with the same bits, lightly's with
-other draws). At its end a run leaves seed-N.json in --out, and a table and a picture of all seeds there.
+epochs; not what ours alone needs once, the conversion of the images and, if an earlier command did it, the compilation
+of the kernels (half a minute, otherwise in the first epoch); nor the checkpoints and the nearest-neighbour accuracy,
+that of eval/knn.py with all training images.
+
+After each pair of epochs both states are written, and the same command continues there (ours with the same bits,
+lightly's with other draws). At its end a run leaves seed-N.json in --out, and a table and a picture of all seeds there.
 """
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -219,6 +223,7 @@ def main(config: RivalConfig) -> None:
         about = {
             "machine": packages,
             "torch_threads": torch.get_num_threads(),
+            "environment": {name: value for name, value in os.environ.items() if name.startswith("OMP_")},
             "command": shlex.join(["python", *sys.argv]),
         }
         write_json(path, about | {"summary": summary(record)} | record)

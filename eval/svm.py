@@ -24,7 +24,7 @@ cost, one for all classes, is the one of 1, 10, 100 that reads best on test, as 
 
 Cost, of all of VOC2007: 660 cross-validated SVMs, whose features the processes share; each copies those of its folds
 beside it, and once more in liblinear's form of 16 bytes a number. At 8192 numbers that is 0.75 GB a process (--workers
-bounds it) and about 10 s of a core for a class and a cost, 40 minutes of one core in all (on made-up features; Intel Xeon).
+bounds it) and about 10 s of a core for a class and a cost, 40 minutes of one core in all (on made-up features).
 """
 
 import itertools

@@ -23,8 +23,7 @@ from train.config import PretrainConfig
 from train.distributed import mean_over_ranks
 from train.lars import LARS
 
-# × global batch / 256; of LARS, clipped. solo-learn's scripts/pretrain/cifar/*.yaml; its MoCo v2+ alone has 0.3.
-PEAK_LR, ETA = 0.1, 0.02
+PEAK_LR, ETA = 0.1, 0.02  # × global batch / 256; of LARS, clipped (solo-learn's scripts/pretrain/cifar/*.yaml)
 
 
 class OnlineLinear:

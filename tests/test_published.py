@@ -33,11 +33,11 @@ ROWS = f"""
 25.4 | supervised | 0.01 | from random weights (Zhai 2019) | 0 | {CENTRE} | {GAP} | accuracy | {TABLE_2}
 48.3 | simclr | 0.01 | SimCLR's own | 1000 | {CENTRE} | {GAP} | accuracy | {TABLE_2}
 53.2 | byol | 0.01 | BYOL's own | 1000 | {CENTRE} | {GAP} | accuracy | {TABLE_2}
-53.9 | SwAV, multi-crop | 0.01 | SwAV's own, rates 0.02 and 5, × 0.2 after epochs 12 and 16 | 800 | {CENTRE} | {GAP} | accuracy | {TABLE_2}
+53.9 | SwAV, multi-crop | 0.01 | SwAV's own, rates 0.02 and 5, × 0.2 after epochs 12 and 16 | 800 | {CENTRE} | {GAP} | accuracy of the best epoch | {TABLE_2}
 56.4 | supervised | 0.1 | from random weights (Zhai 2019) | 0 | {CENTRE} | {GAP} | accuracy | {TABLE_2}
 65.6 | simclr | 0.1 | SimCLR's own | 1000 | {CENTRE} | {GAP} | accuracy | {TABLE_2}
 68.8 | byol | 0.1 | BYOL's own | 1000 | {CENTRE} | {GAP} | accuracy | {TABLE_2}
-70.2 | SwAV, multi-crop | 0.1 | SwAV's own, rates 0.01 and 0.2, × 0.2 after epochs 12 and 16 | 800 | {CENTRE} | {GAP} | accuracy | {TABLE_2}
+70.2 | SwAV, multi-crop | 0.1 | SwAV's own, rates 0.01 and 0.2, × 0.2 after epochs 12 and 16 | 800 | {CENTRE} | {GAP} | accuracy of the best epoch | {TABLE_2}
 15.51 | barlow_twins | 1 | heads-mmselfsup | 300 | {CENTRE} | stage maps, pooled | accuracy | {CARD}, line 33
 33.98 | barlow_twins | 1 | heads-mmselfsup | 300 | {CENTRE} | stage maps, pooled | accuracy | {CARD}, line 33
 45.96 | barlow_twins | 1 | heads-mmselfsup | 300 | {CENTRE} | stage maps, pooled | accuracy | {CARD}, line 33

@@ -98,7 +98,7 @@ class StageFeatures(nn.Module):
         if not is_resnet(backbone) and stages != (OUTPUT,):
             raise UserError(
                 f"{type(backbone).__name__} has no stem and four stages as a ResNet has; "
-                "evaluate it with eval/linear.py or eval/knn.py, or where there is the flag with --stages output"
+                "evaluate its output, by eval/linear.py, eval/knn.py, or eval/svm.py or transfer.py --stages output"
             )
         self.backbone, self.stages, self.published = backbone, stages, True
         self.maps: dict[str, torch.Tensor] = {}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from pipeline.one_writer import OneWriter
 from pipeline.spec import Normalization
 from tests.evaluation import write_run
 from train.agreement import WRITER
+from train.content import read_state, write_state
 from train.distributed import Ranks
 from train.model import make_backbone
 
@@ -417,6 +419,13 @@ def test_an_interrupted_training_ends_with_the_same_weights(eight, tmp_path, mon
     assert result["values"]["AP"] == pytest.approx(voc_scores(split, detections)["AP"])
     with pytest.raises(UserError, match="belongs to an evaluation with another lr; make the flags equal"):
         main(DetectionConfig(checkpoint=run, data=eight, iterations=5, **SMALL | {"lr": 0.02}))
+    older, _ = read_state(run / "detection-voc" / "checkpoint.pt")
+    del older["about"]["warmup_from"]  # as in a checkpoint from before there was a choice
+    write_state(run / "detection-voc" / "checkpoint.pt", older)
+    with pytest.raises(UserError, match="belongs to an evaluation with another warmup_from; make the flags equal"):
+        main(config)
+    main(replace(config, warmup_from=0.001))
+    assert read_results(run)[-1]["settings"]["warmup_from"] == 0.001
     (run / "detection-voc" / "checkpoint.pt").write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"checkpoint\.pt cannot be read"):
         main(config)

@@ -45,7 +45,7 @@ def test_a_vit_is_evaluated_as_a_resnet_is(vit, few, capsys):
     folder = vit.with_name("vit.pth.results")
     assert read_results(folder) == results and sorted(p.name for p in vit.parent.iterdir()) == [vit.name, folder.name]
     assert {(r["arch"], r["key"], r["resolution_px"]) for r in results} == {(ARCH, "model", 224)}
-    with pytest.raises(UserError, match="no stem and four stages as a ResNet has; evaluate it with eval/linear.py"):
+    with pytest.raises(UserError, match="no stem and four stages .*; evaluate its output, by eval/linear.py"):
         heads.main(HeadsConfig(**given))
     with pytest.raises(UserError, match="layout is that of a ResNet"):
         detection.main(DetectionConfig(checkpoint=vit, arch=ARCH, export_detectron2=vit.with_name("x.pkl")))

@@ -194,6 +194,18 @@ def test_a_sentence_where_controls_are_ahead(runs, capsys):
     assert (runs[1] / "report.html").read_text().count('<p class="ahead">Controls do as well') == 1
 
 
+def test_raw_pixels_have_no_stages(runs, capsys):
+    """Of a network that sees 32 px the maps are pooled in another way: that is its own, too."""
+    for encoder, stage, value in (
+        ("trained", {"pooling": "adaptive"}, 20.0),
+        ("raw pixels", {"stage": "output"}, 21.0),
+    ):
+        settings = {"settings": {"stage": "feature5", "view": "squash"} | stage, "changed": stage}
+        add(runs[1], "svm-voc07-modified", value, encoder, **settings)
+    main(ReportConfig((runs[1],)))
+    assert "Controls do as well or better: SVM mAP of raw pixels" in capsys.readouterr().out
+
+
 def test_csv(runs, capsys):
     add(runs[1], "linear-bt-modified", 62.0, changed={"epochs": 10}, dataset='c"i,f\nar')
     main(ReportConfig(tuple(runs), csv=True))

@@ -86,7 +86,7 @@ def test_a_network_without_stages(data, tmp_path, capsys):
         "test_vit has no stages as a ResNet has; in place of the published pooled maps its own"
         in capsys.readouterr().err
     )
-    with pytest.raises(UserError, match="has no stem and four stages as a ResNet has; .* with --stages output"):
+    with pytest.raises(UserError, match="has no stem and four stages as a ResNet has; .* --stages output"):
         main(TransferConfig(**flags, stages=("feature5",)))
 
 

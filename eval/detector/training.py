@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from eval.detector.data import DetectionImages, Split
+from eval.protocols import DETECTION, OLDER_SETTINGS
 from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
@@ -120,7 +121,8 @@ class Training:
             raise UserError(f"{error}; delete it to start over") from None
         state = state if isinstance(state, dict) else {}
         ours = (state.get("format"), state.get("version")) == (FORMAT, VERSION)
-        found = state["about"] if ours else {}
+        older = OLDER_SETTINGS[DETECTION[self.about["task"]].name]  # what older checkpoints do not say
+        found = older | state["about"] if ours else {}
         if found != self.about:
             other = [name for name in self.about if found.get(name) != self.about[name]]
             raise UserError(

@@ -150,11 +150,13 @@ def controls_ahead(rows: Rows) -> str:
 def alike(one: dict, other: dict) -> bool:
     """Whether two numbers may be compared: the same protocol with the same settings on the same images.
 
-    The side of the views may differ: it is the encoder's own, and raw pixels have at most 32 px.
+    The side of the views, and with it how maps are pooled, may differ: it is the encoder's own, and raw pixels have at
+    most 32 px. They have no stages either.
     """
+    own = {"resolution_px", "pooling"} | ({"stage"} if "raw pixels" in (one["encoder"], other["encoder"]) else set())
 
     def of(result: dict) -> tuple:
-        changed = {name: value for name, value in result["changed"].items() if name != "resolution_px"}
+        changed = {name: value for name, value in result["changed"].items() if name not in own}
         return result["protocol"].removesuffix("-modified"), changed, result["dataset_sha256"], result["split"]
 
     return of(one) == of(other)

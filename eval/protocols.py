@@ -71,7 +71,7 @@ class Published:
 
     @property
     def text(self) -> str:
-        """The numbers with the places they are published with."""
+        """The numbers, with two places where one is not enough."""
         return " / ".join(f"{v:.1f}" if round(v, 1) == v else f"{v:.2f}" for v in self.values.values())
 
 

@@ -8,7 +8,8 @@
 Protocol semisup-bt (Zbontar 2021, section 3.2): a linear classifier N(0, 0.01) on the encoder, all weights train
 for 20 epochs with SGD, momentum 0.9, cosine, learning rate 0.005 for the encoder and 0.5 for the classifier, no
 weight decay; random crops and flips. The published code runs on 8 GPUs, each of which normalizes its own 32 images of
-a batch. So does this on one device (eval/norm_groups.py), unless --norm-images 0 is given. On ImageNet and subsets of
+a batch. So does this on one device (eval/norm_groups.py), unless --norm-images 0 is given. It also makes a step on the
+images that an epoch leaves over (11 of the 1 % list's); here an epoch has full batches only. On ImageNet and subsets of
 its classes the images are those of SimCLR's 1 % and 10 % lists, elsewhere a seeded class-balanced share
 (eval/splits.py).
 """

@@ -99,6 +99,10 @@ COMMANDS: dict[str, Small | str] = {
     "… --source X.ffcv --out data/x/train.beton": "tests/test_adopt.py::test_a_link_elsewhere",
     "convert.py --source TARS": "tests/test_webdataset.py::test_in_place",
     "… --source TARS --out data/x": "tests/test_webdataset.py::test_images_labels_and_order_are_the_tars",
+    "python eval/svm.py --checkpoint FILE": "tests/test_svm.py::test_every_class_at_its_validated_cost",
+    "python eval/semisup.py --fraction 0.01 --seeds 5 --norm-images 32 --validate-every 20 --workers 1": (
+        "tests/test_norm_groups.py::test_the_flag_changes_the_training_and_the_protocols_name"
+    ),
     "semisup.py --save FILE.safetensors": "tests/test_semisup.py::test_timm_loads_the_saved_network_in_one_line",
     # measurements
     "python scripts/doctor.py": "tests/test_doctor.py::test_what_a_report_of_a_fault_needs",

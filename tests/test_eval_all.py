@@ -8,6 +8,7 @@ import pytest
 
 from eval import knn
 from eval.features import open_encoder
+from eval.protocols import DETECTION
 from eval.subject import read_results
 from pipeline.disk import append_line
 from pipeline.errors import UserError
@@ -85,7 +86,7 @@ def test_detection_runs_where_its_images_are(root, tmp_path, monkeypatch, capsys
         line |= dict.fromkeys(("step", "epochs", "train_images", "val_images", "classes", "seed"), 0)
         line |= {"protocol": "detection-voc0712", "metric": "AP", "value": 1.5, "values": {}, "seconds": 2.0}
         line |= {"checkpoint_sha256": open_encoder(run).info.sha256, "dataset_sha256": dict(images), "changed": {}}
-        line |= {"details": {}, "settings": {}, "fraction": None, "resolution_px": 32}
+        line |= {"details": {}, "settings": DETECTION["voc"].settings, "fraction": None, "resolution_px": 32}
         append_line(run / "results.jsonl", json.dumps(line))
         append_line(run / "results.jsonl", json.dumps(line | {"protocol": "knn-mmselfsup", "value": 99.0}))
         return line

@@ -34,7 +34,7 @@ class Quantity(NamedTuple):
 
 GROUPS: dict[str, dict[str, Quantity]] = {
     "Loss": {
-        "loss": Quantity("loss", "falls"),
+        "loss": Quantity("loss", "falls; MoCo v2's rises at first"),
         "on_diagonal": Quantity("Σ (C_ii − 1)²", "falls towards 0"),
         "off_diagonal": Quantity("Σ C_ij², i ≠ j", "falls, after a rise at the start"),
         "invariance": Quantity("invariance term", "falls"),
@@ -52,7 +52,7 @@ GROUPS: dict[str, dict[str, Quantity]] = {
     "Accuracy in training": {
         "knn_top1": Quantity("kNN top-1, %", "rises"),
         "linear_top1": Quantity("online linear top-1, %", "rises"),
-        "twin_top1": Quantity("twin view found first, %", "rises", factor=100),
+        "twin_top1": Quantity("twin view found first, %", "rises; MoCo v2's falls at first", factor=100),
         "prototype_top1": Quantity("twin view's prototype found first, %", "rises", factor=100),
     },
     "Steps": {

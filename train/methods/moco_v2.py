@@ -28,7 +28,7 @@ from pipeline.spec import ViewSpec
 from train.config import PretrainConfig, projector_widths
 from train.distributed import gather_over_ranks, mean_over_ranks
 from train.methods.contract import Method, Metrics, collapse_metrics
-from train.model import Layers
+from train.model import Layers, make_projector
 
 # main_moco.py, --aug-plus; torchvision's RandomResizedCrop is bilinear where nothing is said.
 _VIEW = ViewSpec(area=(0.2, 1.0), interpolation="bilinear", saturation=0.4, p_blur=0.5)
@@ -57,11 +57,7 @@ class MoCoV2(Method):
     def __init__(self, backbone: nn.Module, features: int, config: PretrainConfig):
         super().__init__(backbone, features, config)
         widths = projector_widths(config.projector)
-        layers: list[nn.Module] = []
-        for width in widths:  # biases and no batch norm, as published
-            layers += [nn.Linear(features, width), nn.ReLU(inplace=True)]
-            features = width
-        self.projector = Layers(*layers[:-1])
+        self.projector = make_projector(features, widths, norm=False, bias=True)  # as published
         # Neither DistributedDataParallel nor the optimizer sees it; a checkpoint does.
         self.key_encoder = copy.deepcopy(Layers(backbone, self.projector)).requires_grad_(False)
         self.register_buffer("queue", F.normalize(torch.randn(config.queue, widths[-1])))

@@ -234,6 +234,8 @@ def test_the_epochs_behind_a_checkpoint(run, tmp_path):
     assert with_epochs_done([line | {"step": 3}], run)[0]["epochs"] == 0.33
     assert with_epochs_done([line | {"epochs": 1}], run) == [line | {"epochs": 1}], "done"
     assert with_epochs_done([line], tmp_path) == [line], "of a folder that is no run's"
+    (tmp_path / "config.json").write_text(json.dumps(as_plain(replace(PRESETS["cifar10"], init_from=run))))
+    assert with_epochs_done([line], tmp_path)[0]["epochs"] == 0, "nothing tells how long it was trained before"
 
 
 @pytest.mark.parametrize("changes", [{"amp": "fp4"}, {"epochs": "three"}, {"projector": None}])

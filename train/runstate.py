@@ -119,7 +119,7 @@ class RunState:
             if path.name != CHECKPOINT:
                 say(self.ranks, f"note: {self.folder / CHECKPOINT} is damaged or missing; continuing from {path.name}")
             for name, part in self.update.state.items():
-                if name in saved:
+                if name in saved or name != "online_linear":
                     part.load_state_dict(saved[name])
                 else:  # the run had no --knn-every then, or is older
                     say(self.ranks, f"note: {path} has no linear layer for linear_top1; it begins at random weights")

@@ -91,8 +91,13 @@ def trained(config: PretrainConfig, folder: Path) -> tuple[int, float, float]:
 
 
 def with_epochs_done(results: list[dict], folder: Path) -> list[dict]:
-    """A run's results with the epochs behind each checkpoint; theirs is the whole run's."""
+    """A run's results with the epochs behind each checkpoint; theirs is the whole run's.
+
+    With --init-from they are unknown, 0: nothing says how long those weights were trained before.
+    """
     config = read_config(folder)
+    if config and config.init_from:
+        return [r | {"epochs": 0} for r in results]
     steps, epoch, _ = trained(config, folder) if config else (0, 0.0, 0.0)
     if not steps:
         return results

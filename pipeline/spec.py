@@ -213,6 +213,8 @@ class LoaderConfig:
     blocks          None: every epoch a full shuffle; else a block-shuffled one, for files larger than the memory
     on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
                     another sample stands in for it (bad_images.py), in shuffled streams
+    check_bytes     an image whose bytes are no longer those of the conversion counts as one that cannot be decoded;
+                    they are hashed when it is first used
     resolutions     (first epoch, px), ascending: sides of the views that change with the epoch; () for resolution_px
     backend         fast, ffcv, resident, torch or dali: who decodes (loader.py); the batches are the same
     workers         threads (of torch: processes) of this rank; 0 for one a core it may use
@@ -232,6 +234,7 @@ class LoaderConfig:
     ids: np.ndarray | None = None
     blocks: Blocks | None = None
     on_bad_image: str = "stop"
+    check_bytes: bool = True
     resolutions: tuple[tuple[int, int], ...] = ()
     normalization: Normalization = field(default_factory=Normalization)
     rank: int = 0
@@ -259,7 +262,7 @@ class LoaderConfig:
         _require(self, lambda n: is_whole(n, 0), "a whole number of 0 or more", "seed", "rank", "workers")
         _require(self, lambda seed: seed < 2**64, "a number of 64 bits", "seed")
         _require(self, lambda rank: rank < self.world_size, f"less than the world size, {self.world_size}", "rank")
-        _require(self, lambda shuffle: isinstance(shuffle, bool), "True or False", "shuffle")
+        _require(self, lambda shuffle: isinstance(shuffle, bool), "True or False", "shuffle", "check_bytes")
         policies = ("stop", "substitute") if self.shuffle else ("stop",)  # a pass over all has no room for stand-ins
         _require(self, policies.__contains__, f"{' or '.join(policies)}, as shuffle={self.shuffle}", "on_bad_image")
         places = ("auto", "cpu") if isinstance(self.views, Squash) else ("auto", "cpu", "gpu")

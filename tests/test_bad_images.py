@@ -1,4 +1,4 @@
-"""Images that cannot be decoded: the same stand-ins on every backend and at any world size, and their count."""
+"""Images that cannot be decoded or have changed: the same stand-ins on every backend and at any world size."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from pipeline.choices.draws import draw_views
 from pipeline.choices.order import shuffled_batches
 from pipeline.choices.rng import words_array
 from pipeline.convert import ConvertConfig
+from pipeline.convert import convert as convert_source
 from pipeline.convert import main as convert
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
@@ -25,7 +26,9 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 from pipeline.storage.beton import open_beton
 from pipeline.storage.decode import NOT_A_JPEG, OK, STATUS_TEXT, UNDECODABLE, decode_status
 from pipeline.storage.decode_pil import decode_pil
+from pipeline.storage.digests import Digests
 from pipeline.storage.shards import pack_shards
+from pipeline.storage.sources.source import Source
 from pipeline.views.reference import apply_view_pil
 from tests.support import assert_same_batch
 from train import runlog
@@ -35,14 +38,14 @@ from train.flags import resolved
 from train.pretrain import train
 from train.run_data import loader_config
 
-IMAGES, BAD, UNNOTICED = 14, (2, 3, 5, 7, 11), 6
+IMAGES, CHANGED, BAD = 14, 6, (2, 3, 5, 6, 7, 11)  # the changed one can be decoded
 SIDE = 32
 STEPS = 12  # three epochs of four steps of three
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, imagenet_sample) -> Path:
-    """Small pictures; five are cut off inside the file, one has a changed byte that no decoder looks at."""
+    """Small pictures; five are cut off inside the file, one has a changed bit that no decoder looks at."""
     folder = tmp_path_factory.mktemp("bad_images")
     for i, path in enumerate(imagenet_sample[:IMAGES]):
         target = folder / "images" / f"class_{i % 2}" / f"{i:02d}.jpg"
@@ -52,12 +55,12 @@ def data(tmp_path_factory, imagenet_sample) -> Path:
     convert(ConvertConfig(folder / "train.beton", folder / "images", workers=1))
     beton = open_beton(folder / "train.beton")
     file = np.memmap(beton.path, np.uint8, "r+")
-    for sample in BAD:
+    for sample in {*BAD} - {CHANGED}:
         start, size = int(beton.offsets[sample]), int(beton.sizes_bytes[sample])
         file[start + size // 2 : start + size] = 0
-    file[beton.offsets[UNNOTICED] + 15] ^= 1  # JFIF's pixel density
+    file[beton.offsets[CHANGED] + 15] ^= 1  # JFIF's pixel density
     file.flush()
-    assert [s for s in range(IMAGES) if decode_status(beton, s) != OK] == list(BAD)
+    assert {s for s in range(IMAGES) if decode_status(beton, s) != OK} == {*BAD} - {CHANGED}
     return beton.path
 
 
@@ -109,6 +112,56 @@ def test_each_bad_image_has_its_stand_in(config, ours, data):
     assert len(tries) > 5 and max(tries) > 1
 
 
+BACKENDS = ["fast", "resident", "torch", "dali", pytest.param("ffcv", marks=pytest.mark.ffcv)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_changed_image_is_named_or_taken_as_it_is(config, data, backend):
+    """JPEGs that decode as well as before; without the check they are what they are."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    sound = np.array([s for s in range(IMAGES) if s not in BAD or s == CHANGED])
+    config = replace(config, backend=backend, ids=sound, on_bad_image="stop")
+    name = open_beton(data).file_names()[CHANGED]
+    with pytest.raises(UserError, match=rf"{name}\) cannot be used: its bytes are no longer those of the conversion"):
+        batches(config)
+    assert CHANGED in torch.cat([batch.sample for batch in batches(replace(config, check_bytes=False))])
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("torch", "dali")])
+def test_every_flipped_bit_of_raw_pixels_is_noticed(tmp_path, backend):
+    """No decoder could."""
+    rng = np.random.default_rng(0)
+    pixels, names = rng.integers(0, 256, (5, 32, 32, 3), np.uint8), [f"image {i}" for i in range(5)]
+    source = Source("cifar-10", "train", ["a", "b"], names, np.arange(5) % 2, tmp_path, pixels=pixels)
+    convert_source(source, tmp_path / "train.beton", ConvertConfig(tmp_path / "train.beton"))
+    beton, file = open_beton(tmp_path / "train.beton"), np.memmap(tmp_path / "train.beton", np.uint8, "r+")
+    config = LoaderConfig(beton.path, BARLOW_TWINS_VIEWS, SIDE, 5, workers=1, backend=backend)
+    batches(config, 1)
+    for _ in range(20 if backend in ("fast", "resident") else 1):
+        sample, bit = int(rng.integers(0, 5)), 1 << int(rng.integers(0, 8))
+        at = int(beton.offsets[sample] + rng.integers(0, 32 * 32 * 3))
+        file[at] ^= bit
+        with pytest.raises(UserError, match=rf"{names[sample]}\) cannot be used: its bytes"):
+            batches(config, 1)
+        file[at] ^= bit
+
+
+def test_bytes_are_hashed_at_their_first_use_only(config, monkeypatch):
+    asked, match = [], Digests.match
+    monkeypatch.setattr(Digests, "match", lambda self, sample: asked.append(sample) or match(self, sample))
+    batches(replace(config, ids=np.array([0, 1, 4, 8])), 5)
+    assert sorted(asked) == [0, 1, 4, 8]
+
+
+def test_the_list_of_digests_has_to_be_there(config, tmp_path):
+    for name in ("train.beton", "train.manifest.json"):
+        (tmp_path / name).symlink_to(config.data.parent / name)
+    with pytest.raises(UserError, match=r"train\.files\.tsv is missing; .* copy it too, or convert again"):
+        make_loader(replace(config, data=tmp_path / "train.beton"))
+    make_loader(replace(config, data=tmp_path / "train.beton", check_bytes=False)).close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"views_on": "gpu"}, {"backend": "torch"}, {"backend": "dali"}, {"workers": 3}])
 def test_every_backend_has_the_same_batches(config, ours, change):
@@ -150,7 +203,7 @@ def test_stand_ins_come_from_the_samples_in_use(config):
 
 
 def test_a_file_of_bad_images_ends_the_run(config):
-    with pytest.raises(UserError, match="100 images .* in a row cannot be decoded"):
+    with pytest.raises(UserError, match="100 images .* in a row cannot be used"):
         batches(replace(config, ids=np.array(BAD)))
 
 

@@ -146,7 +146,8 @@ def test_greyscale_jpegs_and_raw_pixels(tmp_path):
 @pytest.mark.ffcv
 @pytest.mark.slow
 def test_a_damaged_image_ends_the_run_or_is_substituted(damaged, in_time, capsys):
-    with pytest.raises(UserError, match=re.escape(open_beton(damaged.data).file_names()[11]) + ".*cannot be decoded"):
+    name = re.escape(open_beton(damaged.data).file_names()[11])
+    with pytest.raises(UserError, match=f"{name}.*cannot be used: the JPEG is damaged"):
         batches(replace(damaged, ids=np.arange(20)), 0, 3)
     ours = assert_as_fast(replace(damaged, on_bad_image="substitute"), 0, 9)
     assert [sum(batch.substituted for batch in ours[e : e + 3]) for e in (0, 3, 6)] == [2, 2, 2]
@@ -171,6 +172,7 @@ def test_an_early_end_leaves_no_thread_and_a_usable_loader(config, in_time):
     with pytest.raises(UserError, match="another pass was begun"):
         next(passes[1])
     later.close()
+    loader.close()
     assert threading.active_count() == before
     assert torch.get_num_threads() == threads
 

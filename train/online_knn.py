@@ -166,6 +166,7 @@ class OnlineKnn:
                 global_batch=BATCH,
                 shuffle=False,
                 ids=ids,
+                check_bytes=c.check_bytes,
                 normalization=NORMALIZATIONS[c.views],
                 backend="dali" if path.name.endswith(SHARDS) else "fast",
                 workers=1,

@@ -65,6 +65,7 @@ def loader_config(config: PretrainConfig, ranks: Ranks) -> LoaderConfig:
         ids=ids,
         blocks=order_blocks(config),
         on_bad_image=config.on_bad_image,
+        check_bytes=config.check_bytes,
         normalization=NORMALIZATIONS[config.views],
         rank=ranks.rank,
         world_size=ranks.world_size,

@@ -10,7 +10,6 @@ differ a little; scripts/bench/decoders.py measures that if there is a GPU.
 """
 
 import ctypes
-import hashlib
 from collections.abc import Iterator
 from itertools import tee
 
@@ -21,7 +20,6 @@ from pipeline.errors import UserError
 from pipeline.loaders.parts import PartsLoader, Pixels, Request
 from pipeline.storage.beton import MODE_JPEG, jpeg_bytes
 from pipeline.storage.decode import STATUS_TEXT, decode_status
-from pipeline.storage.shards import Digests
 
 IN_DECODER = 2  # batches in DALI's queue
 
@@ -89,24 +87,6 @@ class DaliPixels(Pixels):
         super().__init__(loader)
         if (self.dataset.modes != MODE_JPEG).any():
             raise UserError(f"{self.dataset.path} holds raw pixels, which need no decoder; choose --loader fast")
-        self._digests, self._checked = Digests(self.dataset), np.zeros(len(self.dataset), bool)
-
-    def _jpegs(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The bytes of some samples, where the file is mapped. Raises UserError, naming the image, for changed ones.
-
-        DALI takes a JPEG with broken codes without a word. So bytes are checked when they are first used: 0.1 ms an
-        image, once. If stand-ins are wanted, libjpeg has decoded them instead.
-        """
-        jpegs = [jpeg_bytes(self.dataset, sample) for sample in ids]
-        if self.loader.bad.substitute:
-            return jpegs
-        new = np.flatnonzero(~self._checked[ids])
-        found = self.loader.pool.map(lambda b: hashlib.sha256(jpegs[b].data).hexdigest(), new)
-        for sample, sha256 in zip(ids[new].tolist(), found, strict=True):
-            if sha256 != self._digests.sha256(sample):
-                self.loader.bad.note(sample, "its bytes have changed")
-        self._checked[ids] = True
-        return jpegs
 
     def _images(self, graph, ids: np.ndarray):
         """The next batch out of the graph, a DALI TensorList. Raises UserError, naming the image, for a bad one."""
@@ -129,7 +109,7 @@ class DaliPixels(Pixels):
     def decoded(self, requests: Iterator[Request]) -> Iterator[tuple[Request, torch.Tensor, np.ndarray]]:
         """The batches; DALI decodes ahead while the views of one are made. All of this runs in the maker thread."""
         requests, coming = tee(requests)
-        jpegs = (self._jpegs(request.ids) for request in coming)
+        jpegs = ([jpeg_bytes(self.dataset, sample) for sample in request.ids] for request in coming)
         config, cuda_stream = self.loader.config, self.loader.cuda_stream if self.loader.gpu_views else None
         device = cuda_stream.device if cuda_stream else torch.device("cpu")
         largest = -(-config.global_batch // config.world_size)

@@ -99,6 +99,7 @@ class DecoderThreads(Pixels):
         def job(share: slice) -> None:
             handle = self.own().handle
             _decode(handle, self.data, ids[share], self.columns, starts[share], pixels.numpy(), status[share])
+            self.loader.bad.check_bytes(ids[share], status[share])
 
         return pixels, starts, status, self.loader.on_workers(len(ids), job)
 
@@ -145,6 +146,7 @@ class DecodeAndView(DecoderThreads):
                 out,
                 status,
             )
+            self.loader.bad.check_bytes(ids, status[share])
 
         out, jobs = views.on_workers(request, job)
         return out, None, status, jobs

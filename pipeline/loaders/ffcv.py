@@ -8,6 +8,7 @@ thread fails or a pass ends early; `_received` and `_stop` prevent that.
 """
 
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from itertools import groupby
 from operator import itemgetter
@@ -59,7 +60,7 @@ class FfcvLoader(Loader):
             raise UserError("--views-on gpu: FFCV's Loader has its views made on the CPU; choose --loader fast")
         on_gpu = self.device.type == "cuda"
         self._cuda_stream = torch.cuda.Stream(self.device) if on_gpu else None
-        self._bad = BadImages(c, self.dataset, self.ids)
+        self._bad, self._pool = BadImages(c, self.dataset, self.ids), ThreadPoolExecutor(self.workers, "bytes")
         self._decoder = ViewsDecoder(
             c.views, c.resolution_at(0), seed=c.seed, normalization=None if on_gpu else c.normalization
         )
@@ -96,12 +97,18 @@ class FfcvLoader(Loader):
             _stop(iterator)
             torch.set_num_threads(threads)
 
+    def _status(self, ids: np.ndarray) -> np.ndarray:
+        """What is wrong with each image of a decoded batch, (B,), 0 for nothing."""
+        status = self._decoder.status[ids]
+        self._bad.check_bytes(ids, status, self._pool.map)
+        return status
+
     def _with_stand_ins(self, epoch: int, wanted: np.ndarray, ids: np.ndarray, views: np.ndarray) -> np.ndarray:
         """The ids of a batch whose images are all decoded. Raises UserError if one may have no stand-in."""
         ids = ids.copy()
-        while len(bad := np.flatnonzero(self._decoder.status[ids] != OK)):
-            for sample in ids[bad].tolist():
-                self._bad.note(sample, STATUS_TEXT[self._decoder.status[sample]])
+        while len(bad := np.flatnonzero((status := self._status(ids)) != OK)):
+            for b in bad:
+                self._bad.note(int(ids[b]), STATUS_TEXT[status[b]])
             ids[bad] = self._bad.replaced(epoch, wanted)[bad]
             for at in bad:
                 self._decoder.make_one(self.dataset, int(ids[at]), views[at])
@@ -136,3 +143,8 @@ class FfcvLoader(Loader):
                 for (step, _, wanted), (ids, memory) in zip(stream, made, strict=True):
                     yield self._batch(step, epoch, wanted, ids, memory)
                     self.require_open()
+
+    def close(self) -> None:
+        """Ends the threads. The loader cannot be used afterwards."""
+        super().close()
+        self._pool.shutdown()

@@ -24,10 +24,12 @@ STATUS_TEXT = (
     "the raw pixels have another size than the table says",
     "unknown storage mode",
     "the JPEG cannot be decoded",
+    "its bytes are no longer those of the conversion",
 )
 (OK, OUTSIDE_FILE, BUFFER_TOO_SMALL, NOT_A_JPEG, WRONG_SIZE, DAMAGED, WRONG_RAW_SIZE, UNKNOWN_MODE, UNDECODABLE) = (
     range(9)
 )
+CHANGED = 9  # not decode_rgb's: bad_images.py compares the bytes with their digest
 
 # Compiled code finds these by symbol name when it is linked, in this process. A ctypes function would be
 # compiled in as an address of this process, and the copy in numba's cache would crash the next one.

@@ -54,21 +54,6 @@ class Shards(Stored):
         return mapped.filename, mapped
 
 
-class Digests:
-    """The sha256 of each sample as the converter noted it, read where `x.files.tsv` is mapped: 8 bytes a sample."""
-
-    def __init__(self, stored: Stored) -> None:
-        path = beton.files_path(stored.path)
-        beton.checked_bytes(path, stored.path, stored.manifest["files_sha256"])
-        self._text = np.memmap(path, np.uint8, "r")
-        self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
-
-    def sha256(self, sample: int) -> str:
-        """A sample's digest, in hexadecimal digits."""
-        line = self._text[self._ends[sample] + 1 : self._ends[sample + 1]].tobytes()
-        return line.split(b"\t", 4)[3].decode("ascii")
-
-
 def stored_ranges(stored: Stored, ids: np.ndarray) -> list[tuple[Path, int, int]]:
     """Where some samples, given in file order, lie: (file, start, end), neighbours in one range."""
     starts, ends = stored.offsets[ids], stored.offsets[ids] + stored.sizes_bytes[ids]

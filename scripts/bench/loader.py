@@ -11,6 +11,7 @@ other programs.
     decode_once           the decoder of the loader: all that a core does where the GPU makes the views
     crop_only             that, then two crop-resizes, flips and normalizations
     views_cpu_parity      that with everything: the loader's work on one thread, draws included
+    check_bytes           the sha256 of each image's bytes beside the noted one: the loaders' work at its first use only
     loader_fast           the same in batches, by --loader fast
     loader_ffcv           by FFCV's own Loader with our operation (--loader ffcv), where FFCV is installed
     dali_cpu              where DALI decodes on the CPU (--loader dali), where it is installed
@@ -51,6 +52,7 @@ from pipeline.loader import Loader, make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, SOLARIZE_THRESHOLD, LoaderConfig, Normalization, ViewSpec
 from pipeline.storage.beton import Beton, jpeg_bytes, open_beton
 from pipeline.storage.decode import OK, decode_rgb, free_handle, make_handle
+from pipeline.storage.digests import Digests
 from pipeline.storage.jpeg import RGB, STRICT, turbojpeg
 from pipeline.views.augment_cpu import apply_view, make_scratch, normalization_table
 
@@ -223,6 +225,10 @@ def candidates_of(betons: dict[str, Beton], workers: list[Worker], threads: Thre
         shares = np.array_split(np.arange(len(beton)), len(workers))
         return lambda: list(threads.map(lambda w, ids: getattr(w, method)(beton, ids, *arguments), workers, shares))
 
+    def checks(digests, beton):
+        shares = np.array_split(np.arange(len(beton)), len(workers))
+        return lambda: list(threads.map(lambda ids: all(map(digests.match, ids)), shares))
+
     def published(beton):
         shares = np.array_split(np.arange(len(beton)), len(workers))
         if processes is None:
@@ -237,6 +243,7 @@ def candidates_of(betons: dict[str, Beton], workers: list[Worker], threads: Thre
         candidates["decode_once" + suffix] = on_threads("views", beton, ()), None
         candidates["crop_only" + suffix] = on_threads("views", beton, CROPS), None
         candidates["views_cpu_parity" + suffix] = on_threads("views", beton, BARLOW_TWINS_VIEWS), None
+        candidates["check_bytes" + suffix] = checks(Digests(beton), beton), None
     return candidates
 
 

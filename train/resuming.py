@@ -64,8 +64,8 @@ def refuse_other_images(state: dict, data: Path, dataset_sha256: str, path: Path
     theirs = state["backbone"].get("dataset_sha256", "")
     if theirs and dataset_sha256 and theirs != dataset_sha256:
         raise UserError(
-            f"{path} was trained on the images of {state['config']['data']} (digest {theirs[:12]}), and --data {data} "
-            f"holds other ones (digest {dataset_sha256[:12]}); point --data at the same images, give this run its own "
+            f"{path} was trained on the images of {state['config'].get('data')} (digest {theirs[:12]}), and --data "
+            f"{data} holds other ones (digest {dataset_sha256[:12]}); point --data at the same images, give this run its own "
             "folder with --name, or start over with --resume never"
         )
     return bool(theirs) or not dataset_sha256
@@ -96,6 +96,8 @@ def _require_fitting(optimizer: torch.optim.Optimizer, groups: list[dict]) -> No
         if kept and not (isinstance(momentum, torch.Tensor) and momentum.shape == parameter.shape):
             raise ValueError(f"no momentum for a weight of {tuple(parameter.shape)}")
     for own, group in zip(groups, optimizer.param_groups, strict=True):
+        for name in own.keys() - group.keys():  # what older files do not say
+            group[name] = own[name]
         wrong = [name for name in own.keys() & group.keys() if _kind(own[name]) is not _kind(group[name])]
         if wrong:
             raise ValueError(f"{wrong[0]} is {group[wrong[0]]!r}")

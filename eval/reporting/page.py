@@ -31,10 +31,13 @@ def with_code(text: str) -> Markup:
 def as_markdown(text: str) -> str:
     """Text as Markdown that shows it, `marked` parts as code: no tag, no link, no further cell, row or paragraph."""
     parts = re.split("(`[^`]+`)", " ".join(text.split()))
-    plain = r"[\\`<|]|\](?=[(\[:])|&(?=#?\w+;)"
-    return "".join(
-        part.replace("|", r"\|") if i % 2 else re.sub(plain, r"\\\g<0>", part) for i, part in enumerate(parts)
-    )
+    parts[::2] = [re.sub(r"[\\`<|]|\](?=[(\[:])|&(?=#?\w+;)", _escaped, part) for part in parts[::2]]
+    parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]  # all else is text in there
+    return "".join(parts)
+
+
+def _escaped(found: re.Match) -> str:
+    return {"<": "&lt;", "&": "&amp;"}.get(found[0], "\\" + found[0])
 
 
 _TEMPLATES = jinja2.Environment(

@@ -104,7 +104,7 @@ def test_outlines_in_cocos_text():
         ({"categories": []}, "categories is missing or lists nothing"),
         ({"annotations": [{**OBJECTS[0], "bbox": [10, 5, -3, 20]}]}, r"annotations\[0\] has a bbox that is not in an"),
         ({"annotations": [*OBJECTS, {**OBJECTS[0], "bbox": [1, 2, 3]}]}, r"annotations\[3\] has bbox \[1, 2, 3\], exp"),
-        ({"annotations": [{**OBJECTS[0], "segmentation": [SQUARE[:4]]}]}, r"\[0\] has a segmentation that is not one"),
+        ({"annotations": [{**OBJECTS[0], "segmentation": [SQUARE[:4]]}]}, r"\[0\] has a segmentation that is not in"),
         ({"annotations": [{**OBJECTS[0], "iscrowd": 2}]}, r"annotations\[0\] has iscrowd 2"),
         ({"images": [{**IMAGES[0], "id": True}]}, r"images\[0\] has id True, expected is a whole number"),
         ({"images": [{**IMAGES[0], "file_name": "9" * 5000}, *IMAGES[1:]]}, "is missing, one of 1 of the 3 images"),

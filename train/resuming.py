@@ -65,8 +65,8 @@ def refuse_other_images(state: dict, data: Path, dataset_sha256: str, path: Path
     if theirs and dataset_sha256 and theirs != dataset_sha256:
         raise UserError(
             f"{path} was trained on the images of {state['config'].get('data')} (digest {theirs[:12]}), and --data "
-            f"{data} holds other ones (digest {dataset_sha256[:12]}); point --data at the same images, give this run its own "
-            "folder with --name, or start over with --resume never"
+            f"{data} holds other ones (digest {dataset_sha256[:12]}); point --data at the same images, give this run "
+            "its own folder with --name, or start over with --resume never"
         )
     return bool(theirs) or not dataset_sha256
 

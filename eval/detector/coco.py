@@ -65,9 +65,10 @@ def open_coco(root: Path, part: str) -> Split:
             raise _unusable(path, which, "has an id twice")
     size = {image["id"]: (image["height"], image["width"]) for image in images}
     for number, entry in enumerate(objects):
-        if entry["image_id"] not in size or entry["category_id"] not in label:
-            raise _unusable(path, f"annotations[{number}]", "is of an image or a category that is not listed")
-        _require_fitting(entry, *size[entry["image_id"]], f"annotations[{number}]", path)
+        known = entry["image_id"] in size and entry["category_id"] in label
+        fault = _fault(entry, *size[entry["image_id"]]) if known else "is of an image or a category that is not listed"
+        if fault:
+            raise _unusable(path, f"annotations[{number}]", fault)
         by_image[entry["image_id"]].append(entry)
     records = [_record(root / part, image, by_image[image["id"]], label) for image in images]
     require_images(records, path)
@@ -91,18 +92,17 @@ def _rows(content: Any, key: str, checks: dict[str, Check], path: Path) -> list[
     return rows
 
 
-def _require_fitting(entry: dict, height: int, width: int, place: str, path: Path) -> None:
-    """Raises UserError for an object that is not in its image."""
+def _fault(entry: dict, height: int, width: int) -> str:
+    """What is wrong with an object in an image of this size; "" for nothing."""
     x, y, across, down = entry["bbox"]
-    of = f"an image of {width}×{height} px"
     if height * width > MAX_PIXELS:
-        raise _unusable(path, place, f"is in {of}")
-    if not box_fits((x, y, x + across, y + down), height, width):
-        raise _unusable(path, place, f"has a bbox that is not in {of}")
-    if not outline_fits(entry["segmentation"], height, width):
-        raise _unusable(path, place, f"has a segmentation that is not one in {of}")
+        return f"is in an image of {width}×{height} px, which is not read"
     if entry.get("iscrowd", 0) not in (0, 1):
-        raise _unusable(path, place, f"has iscrowd {entry['iscrowd']!r:.60}, expected is 0 or 1")
+        return f"has iscrowd {entry['iscrowd']!r:.60}, expected is 0 or 1"
+    boxed = box_fits((x, y, x + across, y + down), height, width)
+    if boxed and outline_fits(entry["segmentation"], height, width):
+        return ""
+    return f"has a {'segmentation' if boxed else 'bbox'} that is not in an image of {width}×{height} px"
 
 
 def _record(folder: Path, image: dict, objects: list[dict], label: dict[int, int]) -> Record:

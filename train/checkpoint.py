@@ -33,6 +33,7 @@ from pipeline.spec import Normalization, is_whole
 from train.content import (
     DamagedFile,
     MissingFile,
+    is_dense,
     is_plain,
     parsed_tensor_file,
     read_once,
@@ -251,7 +252,7 @@ def read_network(path: str | Path, key: str = "", arch: str = "") -> Network:
     if _is_ours(content):
         _require_usable(content, path)
         weights, info = below(content["model"], "backbone."), _info(content["backbone"], path)
-        heads = {name: weight for name, weight in content["model"].items() if not name.startswith("backbone.")}
+        heads = {n: w for n, w in content["model"].items() if not n.startswith("backbone.") and is_dense(w)}
     elif "backbone" in about:
         weights, info, heads = tensors, _info(about["backbone"], path), {}
     else:
@@ -298,9 +299,11 @@ def _info(told: object, path: Path) -> BackboneInfo:
         pixels = plain["normalization"]
         info = BackboneInfo(**known | {"normalization": Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))})
         wrong = [f.name for f in fields(info) if type(getattr(info, f.name)) is not f.type]  # a bool is no int
-        sides = 0 < info.resolution_px <= MOST_PX
-        if wrong or info.stem not in STEMS or not sides or min(info.step, info.epochs, info.seed) < 0:
-            raise ValueError(f"{', '.join(wrong)} of another kind" if wrong else "a number or a stem that no run has")
+        if wrong:
+            raise TypeError(f"{', '.join(wrong)} of another kind")
+        numbers = 0 < info.resolution_px <= MOST_PX and min(info.step, info.epochs, info.seed) >= 0
+        if not numbers or info.stem not in STEMS or "\0" in info.data:
+            raise ValueError("a value that no run has")
     except (LookupError, TypeError, ValueError, RecursionError) as error:
         text = f"{path} is damaged: what it tells of its backbone cannot be used ({error}); choose another checkpoint"
         raise DamagedFile(text) from error

@@ -181,8 +181,7 @@ def _require_usable(state: dict, path: Path) -> None:
     config, model, views = state.get("config"), state.get("model"), state.get("views", [])
     good = {
         "config": isinstance(config, dict) and is_plain(config),
-        "step": is_whole(state.get("step"), 0),
-        "images": is_whole(state.get("images"), 0),
+        **{name: is_whole(state.get(name), 0) for name in ("step", "images")},
         "views": isinstance(views, list) and all(isinstance(view, dict) for view in views) and is_plain(views),
         "model": isinstance(model, dict) and all(isinstance(name, str) for name in model),
     }

@@ -71,11 +71,11 @@ def find_encoder(content, path: Path, key: str = "", arch: str = "") -> Place:
     archs = network_names(arch) if arch else sorted(torchvision_resnets(), key=lambda name: name != "resnet50")
     for way, tensors in _dicts_of_tensors(content, path):
         for prefix in _prefixes(tensors, archs, whole_resnets=not arch):
-            name = ".".join([*way, prefix]).strip(".")
+            name = _on_one_line(".".join([*way, prefix]).strip("."))
             for one in archs:
                 place, misfits = _compared(name, prefix, tensors, one)
                 if misfits:
-                    rejected.append((len(misfits), name, misfits[0]))
+                    rejected.append((len(misfits), name, _on_one_line(misfits[0])))
                     continue
                 places.append(place)
                 if not arch:
@@ -236,6 +236,10 @@ def _chosen(places: list[Place], path: Path, key: str, arch: str) -> Place:
     return left[0]
 
 
+def _on_one_line(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
 def _kind(arch: str) -> str:
     return f"networks of {arch}" if arch else "ResNets"
 
@@ -247,7 +251,7 @@ def _refuse(content, path: Path, arch: str, rejected: list[tuple[int, str, str]]
         _, name, misfit = min(rejected)
         why = f" (below {name or 'no prefix'} stands another network, with {misfit})"
     dicts = _dicts_of_tensors(content, path)
-    names = [".".join([*way, *name.split(".")[:2]]) for way, found in dicts for name in found]
+    names = [_on_one_line(".".join([*way, *name.split(".")[:2]])) for way, found in dicts for name in found]
     parts = list(dict.fromkeys(names))
     found = ", ".join(parts[:SAID]) + ", …" * (len(parts) > SAID) or "no tensors by name"
     what = f"no {arch}, by torchvision's or timm's parameter names" if arch else "no ResNet known to torchvision"

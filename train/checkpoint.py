@@ -271,9 +271,9 @@ def _with_weights(info: BackboneInfo, weights: dict, path: Path) -> tuple[nn.Mod
     own = {name: weight.is_floating_point() for name, weight in backbone.state_dict().items()}
     try:
         backbone.load_state_dict(weights)
-        for name, floating in own.items():  # which takes numbers of any kind
-            if weights[name].is_floating_point() != floating and not name.endswith(COUNTER):
-                raise TypeError(f"{name} of {weights[name].dtype}")
+        for name, weight in weights.items():  # which takes numbers of any kind
+            if weight.is_floating_point() != own[name] and not name.endswith(COUNTER):
+                raise TypeError(f"{name} of {weight.dtype}")
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{path} does not fit the architecture it names, {info.arch} ({info.stem} stem)") from error
     return backbone, features

@@ -14,7 +14,6 @@ from pipeline.errors import UserError
 from pipeline.spec import ViewSpec
 from train.checkpoint import longer_text
 from train.config import recipe
-from train.curves import is_number
 
 
 def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> None:
@@ -81,7 +80,7 @@ def load_part_(part: Any, saved: object, what: str, path: Path, advice: str) -> 
     try:
         part.load_state_dict(saved)
         if groups:
-            _require_fitting(optimizer, groups)
+            _check_momentum_and_keep_(groups, optimizer)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -89,19 +88,14 @@ def load_part_(part: Any, saved: object, what: str, path: Path, advice: str) -> 
         raise UserError(f"{path}: its {what} does not fit this run ({reason}); {advice}") from error
 
 
-def _require_fitting(optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
-    """Raises ValueError for what PyTorch takes unseen: momentum of another shape, settings of another kind."""
+def _check_momentum_and_keep_(groups: list[dict], optimizer: torch.optim.Optimizer) -> None:
+    """Gives an optimizer its own groups' settings back, which its run decides.
+
+    Raises ValueError for momentum of another shape than its weight's, which PyTorch takes unseen.
+    """
     for parameter, kept in optimizer.state.items():
         momentum = kept.get("momentum", kept.get("momentum_buffer"))  # LARS's, SGD's
         if kept and not (isinstance(momentum, torch.Tensor) and momentum.shape == parameter.shape):
             raise ValueError(f"no momentum for a weight of {tuple(parameter.shape)}")
     for own, group in zip(groups, optimizer.param_groups, strict=True):
-        for name in own.keys() - group.keys():  # what older files do not say
-            group[name] = own[name]
-        wrong = [name for name in own.keys() & group.keys() if _kind(own[name]) is not _kind(group[name])]
-        if wrong:
-            raise ValueError(f"{wrong[0]} is {group[wrong[0]]!r}")
-
-
-def _kind(value: object) -> type:
-    return float if is_number(value) else type(value)
+        group.update({name: value for name, value in own.items() if name != "params"})

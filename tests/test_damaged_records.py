@@ -141,8 +141,13 @@ def test_checkpoints(tmp_path):
     flags = {"run": str(tmp_path), "arch": ARCH, "projector": "8-4", "data": tmp_path / "images"}
     config, path = resolved(replace(TINY, **flags)), tmp_path / "checkpoint.pt"
     update, refused = make_update(config, CPU, steps_per_epoch=5), 0
-    views = tuple(torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
-    update(views)
+
+    def stepped() -> None:
+        for parameter in update.method.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        update.optimizer.step()
+
+    stepped()
     state = {"format": "barlow-at-speed checkpoint", "version": 1, "step": 7, "images": 43, "config": as_plain(config)}
     state |= {"backbone": asdict(backbone_info(config, 128, 7)), "views": [asdict(view) for view in view_table(config)]}
     parts = {name: part.state_dict() for name, part in update.state.items()}
@@ -154,14 +159,15 @@ def test_checkpoints(tmp_path):
 
     def taken(step: int, mutant: dict) -> None:
         assert step == mutant["step"] <= 15
-        assert update(views, step)
+        stepped()
 
     damaged = [parts | mutant for mutant in value_mutants(state, 7, 200)]
     damaged += [parts | state | mutant for mutant in value_mutants({"optimizer": optimizer}, 8, 100)]
-    for mutant in [parts | state, *damaged]:
+    for number, mutant in enumerate([parts | state, *damaged]):
         write_state(path, mutant)
         refused += taken_or_named(path, resumed, lambda step, m=mutant: taken(step, m))
-        taken_or_named(path, lambda: load_backbone(path), lambda found: None)
+        if number <= 200:
+            taken_or_named(path, lambda: load_backbone(path), lambda found: None)
     assert 60 < refused < 280
 
 

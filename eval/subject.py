@@ -290,7 +290,8 @@ def read_results(run: Path) -> list[dict]:
     for line in read_lines(path):
         if wrong := wrong_fields(line):
             what = repr(line["protocol"])[:60] if "protocol" in line else "without a protocol"
-            print(f"note: {path}: a line ({what}) lacks a usable {', '.join(wrong)}, and is left out", file=sys.stderr)
+            lacks = f"lacks {', '.join(wrong)}, or has another kind of value there"
+            print(f"note: {path}: a line ({what}) {lacks}, and is left out", file=sys.stderr)
         else:
             results.append(with_all_settings(line))
     return results

@@ -32,7 +32,7 @@ from pipeline.errors import UserError
 
 DIGEST = "content_sha256"
 SHA256 = "sha256:"  # how its value begins in a file's metadata
-TORCH_ZIP, TORCH_OLD = b"PK", b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46"  # how what torch.save writes begins, and up to 1.5
+PICKLE, TORCH_OLD = b"\x80", b"\x80\x02\x8a\x0a\x6c\xfc"  # how any pickle begins; what torch.save wrote up to 1.5
 # Where others keep their weights beside objects: a name in the pickle → the way to a state dict.
 WEIGHTS = {
     "state_dict": '["state_dict"]',
@@ -146,6 +146,11 @@ def read_state(path: Path) -> tuple[object, str]:
     except Exception as error:  # torch.load tells of a broken file in half a dozen types, zipfile in others
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # no word about the file
             raise _out_of_memory(path) from error
+        if data.startswith(PICKLE) and not data.startswith(TORCH_OLD):
+            raise UserError(
+                f"{path} is a pickle that torch.load does not take, such as a network of JAX; convert its weights to a "
+                "state dict by torchvision's or timm's names"
+            ) from error
         if pickled := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(_with_objects(data, path, pickled[1])) from error
         reason = str(error).split("\n")[0].split(". ")[0]
@@ -164,15 +169,10 @@ def read_state(path: Path) -> tuple[object, str]:
 
 def _with_objects(data: bytes, path: Path, kind: str) -> str:
     """What to do with a file that holds objects of a class besides its weights."""
-    text = f"{path} holds an object of {kind} besides its weights, which is not loaded: that would run what its writer "
-    if not data.startswith((TORCH_ZIP, TORCH_OLD)):
-        return (
-            f"{text}chose; it is a pickle of another program, not what torch.save writes, such as a network of JAX: "
-            "convert its weights to a state dict by torchvision's or timm's names"
-        )
     named = (way for name, way in WEIGHTS.items() if b"X" + len(name).to_bytes(4, "little") + name.encode() in data)
     return (
-        f"{text}chose. If you trust the file, keep its weights alone, in Python that has that class: "
+        f"{path} holds an object of {kind} besides its weights, which is not loaded: that would run what its writer "
+        "chose. If you trust the file, keep its weights alone, in Python that has that class: "
         f'torch.save(torch.load("{path.name}", weights_only=False){next(named, ".state_dict()")}, "weights.pth"); '
         "the weights may have another name there; a whole network has them as .state_dict()"
     )

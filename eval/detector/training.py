@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,7 +134,7 @@ class Training:
             )
         for name, part in (("model", self.detector), ("optimizer", self.optimizer)):
             load_part_(part, state.get(name), name, self.path, "delete it to start over")
-        done = state.get("iteration")
+        done: Any = state.get("iteration")
         if not is_whole(done, 0) or done > self.schedule.iterations:
             text = f"{self.path} is of iteration {done!r:.60}, at most {self.schedule.iterations} was expected"
             raise UserError(f"{text}; delete it to start over")

@@ -27,7 +27,8 @@ from typing import Literal
 
 import torch
 
-from eval.detector.data import DetectionImages, Split, open_coco, open_voc
+from eval.detector.coco import open_coco
+from eval.detector.data import DetectionImages, Split, open_voc
 from eval.detector.model import detectron2_weights, make_detector
 from eval.detector.scores import coco_scores, voc_scores
 from eval.detector.training import Schedule, Training, detect, take_precise_statistics, train
@@ -104,12 +105,18 @@ def open_splits(config: DetectionConfig) -> tuple[Split, Split]:
     """Training and test images. Raises UserError."""
     if config.task == "coco":
         root = config.data or DATA / "coco"
-        train = open_coco(root, "train2017")
-        usable = [r for r in train.records if (~r.ignored).any()]
-        return Split(train.name, train.classes, usable), open_coco(root, "val2017")
-    root = config.data or DATA / "VOCdevkit"
-    years = ["VOC2007", "VOC2012"] if (root / "VOC2012").is_dir() else ["VOC2007"]
-    return open_voc(root, [(year, "trainval") for year in years]), open_voc(root, [("VOC2007", "test")])
+        train, test = open_coco(root, "train2017"), open_coco(root, "val2017")
+        train = Split(train.name, train.classes, [r for r in train.records if (~r.ignored).any()])
+        if train.classes != test.classes:
+            raise UserError(f"{train.name} and {test.name} have other categories; unpack both from the same release")
+    else:
+        root = config.data or DATA / "VOCdevkit"
+        years = ["VOC2007", "VOC2012"] if (root / "VOC2012").is_dir() else ["VOC2007"]
+        train, test = open_voc(root, [(year, "trainval") for year in years]), open_voc(root, [("VOC2007", "test")])
+    for split in (train, test):
+        if not any((~r.ignored).any() for r in split.records):
+            raise UserError(f"{split.name} has no object that counts, all are difficult or crowds; unpack it again")
+    return train, test
 
 
 def scores_of(task: str, split: Split, detections: list[dict]) -> dict[str, float]:

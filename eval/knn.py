@@ -27,9 +27,10 @@ def main(config: KnnConfig) -> dict:
     """Measures and records; returns the result's line. Raises UserError."""
     subject = open_subject(config)
     if subject.subset.images < KNN_HEADLINE:
+        share = f"--shots {config.shots}" if config.shots else f"--fraction {config.fraction:g}"
         raise UserError(
-            f"{subject.dataset.train.path} offers {subject.subset.images} training images at --fraction "
-            f"{config.fraction:g}, at least {KNN_HEADLINE} are needed to vote; use a larger fraction or dataset"
+            f"{subject.dataset.train.path} offers {subject.subset.images} training images at {share}, at least "
+            f"{KNN_HEADLINE} are needed to vote; give a larger number there, or a larger dataset"
         )
     by_k = knn_accuracy(
         subject.train_features(), subject.train_labels(), subject.val_features(), subject.val_labels(), subject.classes

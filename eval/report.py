@@ -24,7 +24,7 @@ from eval.reporting.comparison import comparison_markdown, comparisons
 from eval.reporting.correlation import of_correlation
 from eval.reporting.facts import Run, fact_rows, method_of, other_settings, read_config, read_json, with_epochs_done
 from eval.reporting.neighbours import of_kept_features
-from eval.reporting.page import PARTS, TABLES, or_sentence, page, readable
+from eval.reporting.page import PARTS, TABLES, as_markdown, or_sentence, page, readable
 from eval.reporting.summary import (
     NO_RESULT,
     Rows,
@@ -115,7 +115,7 @@ def main(config: ReportConfig) -> None:
         raise UserError(NO_RESULT)
     compared = difference(rows, runs[0].name, runs[-1].name) if len(runs) == 2 and rows else []
     summary = summary_markdown(rows, compared) if rows else f"Left out: {NO_RESULT}."
-    ahead = controls_ahead(rows)
+    ahead = as_markdown(controls_ahead(rows))
     if config.csv or config.latex:
         print(readable(summary_csv(rows) if config.csv else summary_latex(rows, compared)))
     else:

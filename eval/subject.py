@@ -14,9 +14,10 @@ from typing import Generic, Literal, TypeVar
 
 import torch
 
-from eval.features import KINDS, Encoder, FeatureSet, open_encoder
+from eval.features import Encoder, FeatureSet, open_encoder
 from eval.folder import made_result_folder
 from eval.protocols import Protocol, with_all_settings
+from eval.result_fields import wrong_fields
 from eval.splits import Dataset, Subset, labelled_subset, open_dataset, shot_subset
 from eval.spoken import rounded, spoken
 from pipeline.command import DATA, RUNS
@@ -27,15 +28,6 @@ from pipeline.progress import say_line
 from pipeline.spec import ViewSpec
 
 RESULTS = "results.jsonl"
-# What this program reads of a result's line, and of which type it is.
-TEXTS = ("protocol", "metric", "encoder", "arch", "checkpoint", "checkpoint_sha256", "time", "dataset", "split")
-NEEDED: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(TEXTS, str),
-    **dict.fromkeys(("value", "seconds", "epochs"), (int, float)),
-    **dict.fromkeys(("step", "resolution_px", "train_images", "val_images", "classes", "seed"), int),
-    **dict.fromkeys(("values", "details", "dataset_sha256", "settings", "changed"), dict),
-    "fraction": (int, float, type(None)),
-}
 
 
 @dataclass(frozen=True)
@@ -296,11 +288,10 @@ def read_results(run: Path) -> list[dict]:
         raise UserError(f"{path} is missing; measure this run first, for example with `python eval/knn.py`")
     results = []
     for line in read_lines(path):
-        wrong = [name for name, kind in NEEDED.items() if name not in line or not isinstance(line[name], kind)]
-        wrong += [] if wrong or line["encoder"] in KINDS else ["encoder"]
-        if wrong:
-            what = line.get("protocol", "without a protocol")
-            print(f"note: {path}: a line ({what}) lacks {', '.join(wrong)}, and is left out", file=sys.stderr)
+        if wrong := wrong_fields(line):
+            what = repr(line["protocol"])[:60] if "protocol" in line else "without a protocol"
+            lacks = f"lacks {', '.join(wrong)}, or has another kind of value there"
+            print(f"note: {path}: a line ({what}) {lacks}, and is left out", file=sys.stderr)
         else:
             results.append(with_all_settings(line))
     return results

@@ -38,13 +38,15 @@ def read_annotation(path: Path) -> tuple[ET.Element, list[VocObject]]:
         root = ET.parse(path).getroot()
     except FileNotFoundError:
         raise UserError(f"{path} is missing; {again}") from None
-    except (OSError, ET.ParseError) as error:
+    except (OSError, ET.ParseError, LookupError, ValueError) as error:  # the last two for an encoding
         raise UserError(f"{path} is not an annotation of PASCAL VOC ({error}); {again}") from None
     objects = []
     for element in root.findall("object"):
         name, difficult = (element.findtext(tag, "").strip() for tag in ("name", "difficult"))
         if name not in CLASSES:
-            raise UserError(f"{path} has an object of class {name!r}, none of VOC's 20; is it VOC's file?")
+            raise UserError(f"{path} has an object of class {name!r:.60}, none of VOC's 20; is it VOC's file?")
+        if difficult not in ("0", "1", ""):
+            raise UserError(f"{path} has an object with difficult {difficult!r:.60}, expected is 0 or 1; {again}")
         objects.append(VocObject(CLASSES.index(name), difficult == "1", element))
     if not objects:
         raise UserError(f"{path} has no object, every image of VOC has at least one; {again}")

@@ -176,9 +176,17 @@ def append_line(path: Path, line: str, *, durable: bool = True, advice: str = ""
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The JSON objects of a file of lines, in order. Other lines are left out, and a note names their numbers."""
+    """The JSON objects of a file of lines, in order. Other lines are left out, and a note names their numbers.
+
+    Raises UserError for a file that cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        text = f"{path} cannot be read ({error.strerror}); make it readable, or move it away"
+        raise UserError(text) from error
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:

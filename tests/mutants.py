@@ -32,6 +32,13 @@ def json_mutants(sound: bytes, seed: int, count: int = COUNT) -> Iterator[bytes]
         yield damaged if number % 3 == 0 else json.dumps(_other_value(value, rng)).encode("utf-8", "surrogatepass")
 
 
+def value_mutants(value: Any, seed: int, count: int = COUNT) -> Iterator[Any]:
+    """Damaged copies of nested dicts and lists: a value of another kind, size or name in each."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield _other_value(value, rng)
+
+
 def outcome(parse: Callable[[], Any]) -> Any:
     """What `parse` returns, or the UserError that it raises. Any other exception, and LIMIT_S, fails the test."""
 

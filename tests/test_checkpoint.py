@@ -25,8 +25,6 @@ from train.checkpoint import (
     load_backbone,
     newest_checkpoint,
     read_checkpoint,
-    refuse_other_recipe,
-    refuse_other_views,
     save_checkpoint,
 )
 from train.config import NORMALIZATIONS, as_plain
@@ -43,6 +41,7 @@ from train.flags import resolved
 from train.methods.barlow_twins import BarlowTwins
 from train.methods.choose import view_table
 from train.model import make_backbone
+from train.resuming import refuse_other_recipe, refuse_other_views
 from train.update import initial_network, start_heads_
 
 INFO = BackboneInfo("resnet18", "small", 512, 32, NORMALIZATIONS["cifar10"], "/somewhere/cifar10", 3, 40, 5)
@@ -277,7 +276,8 @@ def small_state() -> dict:
         "model": {"backbone.w": torch.randn(40, 9), "n": torch.tensor(7)},
         "optimizer": {"state": {0: [1.5, None]}},
     }
-    return {"step": 40, "images": 100, "config": {"run": "r", "without": [], "amp": True}} | weights
+    config = {"run": "r", "without": [], "amp": True}
+    return {"step": 40, "images": 100, "config": config, "backbone": asdict(INFO)} | weights
 
 
 def checkpoint_file(folder: Path) -> Path:

@@ -11,9 +11,9 @@ import tyro
 from pipeline.command import RUNS
 from pipeline.errors import UserError
 from train.cards import PRESETS
-from train.checkpoint import refuse_other_recipe
 from train.config import GONE, LATER, PretrainConfig, Recipe, Running, as_plain, projector_widths, recipe
 from train.flags import chosen_preset, lr_weights_for, resolved, run_folder
+from train.resuming import refuse_other_recipe
 from train.run_data import train_beton
 
 

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 def test_correlation_against_numpy(run):
     """The matrix of the fast loader's views is float64's Pearson correlation of the PIL loader's, to their rounding."""
     found = correlate(run)
-    method, config = load_method(newest_or_refuse(run).state)
+    method, config = load_method(newest_or_refuse(run))
     beton, views = open_beton(run.parent / "data" / "train.beton"), view_table(config)
     _, epoch, ids = next(shuffled_batches(config.seed, np.arange(IMAGES), 128, 0, 1, 0, 1))
     params = draw_views(config.seed, epoch, ids, beton.heights[ids], beton.widths[ids], views, 32)

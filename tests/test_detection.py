@@ -23,8 +23,10 @@ from torch import nn
 
 from eval import detection
 from eval.detection import PROTOCOLS, DetectionConfig, chosen_settings, main, open_splits
-from eval.detector.data import DetectionImages, Split, open_coco, open_voc, outline_mask
+from eval.detector.coco import open_coco
+from eval.detector.data import DetectionImages, Split, open_voc
 from eval.detector.model import detectron2_name, make_detector
+from eval.detector.outlines import outline_mask
 from eval.detector.scores import coco_scores, voc_scores
 from eval.detector.training import Schedule, Training, detect, make_optimizer, take_precise_statistics, train
 from eval.subject import read_results
@@ -180,7 +182,7 @@ def test_coco_is_trained_on_without_crowds_and_empty_images(coco):
     assert len(target["boxes"]) == len(target["masks"]) == (~train.records[0].ignored).sum()
 
 
-def test_bad_input_is_named(eight, coco, tmp_path):
+def test_bad_input_is_named(eight, coco, tmp_path, monkeypatch):
     voc07 = eight / "VOC2007"
     xml = voc07 / "Annotations" / "000262.xml"
 
@@ -209,6 +211,18 @@ def test_bad_input_is_named(eight, coco, tmp_path):
     assert "000404.jpg cannot be read" in str(
         DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)[0, 2]
     )
+    (voc07 / "JPEGImages" / "000404.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 40\n")
+    assert "000404.jpg cannot be read (cannot identify" in str(
+        DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)[0, 2]
+    )
+    Image.new("RGB", (50, 40)).save(voc07 / "JPEGImages" / "000404.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert "000404.jpg cannot be read (Image size (2000 pixels)" in str(
+        DetectionImages(split.records, masks=False, keep_ignored=True, seed=0)[0, 2]
+    )
+    xml.write_text(whole.replace("<difficult>0", "<difficult>1"))
+    (voc07 / "ImageSets" / "Main" / "test.txt").write_text("000262\n")
+    refused("VOC2007 test has no object that counts")
     (voc07 / "ImageSets" / "Main" / "test.txt").write_text("")
     refused("lists no image")
     with pytest.raises(UserError, match=r"--data expects the folder VOCdevkit with VOC2007 inside"):
@@ -223,7 +237,7 @@ def test_bad_input_is_named(eight, coco, tmp_path):
     for broken, message in (
         ("{", "is not a file of COCO instances"),
         (json.dumps({"images": []}), "is not a file of COCO instances"),
-        (json.dumps(content | {"annotations": []}), r"and 0 objects; unpack"),
+        (json.dumps(content | {"annotations": []}), r"annotations is missing or lists nothing"),
         (json.dumps(content), r"jpg is missing, one of \d+ of the"),
     ):
         path.write_text(broken)

@@ -30,6 +30,7 @@ from pipeline.errors import UserError
 from pipeline.storage.beton import open_beton
 from pipeline.storage.decode_pil import decode_pil
 from tests.evaluation import NORMALIZATION, coloured_images, write_run
+from tests.mutants import mutants, outcome
 from train.content import write_state
 
 
@@ -227,13 +228,13 @@ def test_every_changed_bit_is_noticed(tmp_path, dtype):
     random = np.random.default_rng(0)
     head = 8 + int.from_bytes(whole[:8], "little")
     places = [*range(0, head, 3), *random.integers(head, len(whole), 100)]
-    damaged = [(at, bytes([whole[at] ^ 1 << random.integers(8)])) for at in places]
-    damaged += [(int(at), bytes(300)) for at in random.integers(0, len(whole) - 300, 20)]
+    damaged = [whole[:at] + bytes([whole[at] ^ 1 << random.integers(8)]) + whole[at + 1 :] for at in places]
+    damaged += [whole[:-1], *mutants(whole, 0)]
     noticed = 0
-    for at, changed in [*damaged, (len(whole) - 1, b"")]:
-        path.write_bytes(whole[:at] + changed + whole[at + len(changed) :] if changed else whole[:at])
-        found = read_features(path, description), find_features(tmp_path)
-        assert all(f is None or torch.equal(f, features) for f in found), at
+    for number, changed in enumerate(damaged):
+        path.write_bytes(changed)
+        found = outcome(lambda: (read_features(path, description), find_features(tmp_path)))
+        assert all(f is None or torch.equal(f, features) for f in found), number
         noticed += found == (None, None)
     assert noticed > 0.95 * len(damaged), "padding and some of JSON's spaces do not count"
     path.write_bytes(whole)

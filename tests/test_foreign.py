@@ -10,8 +10,9 @@ import torchvision
 
 from pipeline.errors import UserError
 from pipeline.spec import Normalization
+from tests.evaluation import write_run
 from train.cards import PRESETS
-from train.checkpoint import BackboneInfo, export_backbone, load_backbone, save_checkpoint
+from train.checkpoint import BackboneInfo, export_backbone, load_backbone
 from train.foreign import find_encoder
 from train.update import initial_network
 
@@ -69,7 +70,7 @@ def test_where_the_rule_does_not_decide_the_file_is_refused(tmp_path):
     assert load_backbone(path)[1].key == "model", "equal weights are one network"
     torch.save({"teacher": ONE}, path)
     assert load_backbone(path)[1].key == "teacher", "the only one is no question"
-    save_checkpoint(tmp_path, {"step": 0})
+    write_run(tmp_path, tmp_path)
     with pytest.raises(UserError, match="--key x chooses among several networks"):
         load_backbone(tmp_path, "x")
 
@@ -145,3 +146,14 @@ def test_a_network_that_only_looks_like_a_resnet_is_refused(tmp_path):
     torch.save({"m": resnet18_of(1.0, **{"layer1.0.se.fc1.weight": torch.ones(2)})}, tmp_path / "se.pth")
     with pytest.raises(UserError, match=r"below m stands another network, with layer1\.0\.se\.fc1\.weight"):
         load_backbone(tmp_path / "se.pth")
+
+
+def test_dicts_without_end_and_an_architecture_that_timm_lacks(tmp_path):
+    """A pickle may hold a dict that holds itself; the name in config.json is not the flag's."""
+    content: dict = {"a": 1}
+    content |= {"b": content, "c": content}
+    with pytest.raises(UserError, match=r"x\.pth nests more than 50 dicts"):
+        find_encoder(content, tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text('{"architecture": "resnet_x"}')
+    with pytest.raises(UserError, match=r"x\.pth: the architecture in its config\.json, 'timm:resnet_x' is neither a"):
+        find_encoder({}, tmp_path / "x.pth")

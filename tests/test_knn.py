@@ -128,6 +128,8 @@ def write_resnet(path):
 def test_too_few_images_to_vote(run):
     with pytest.raises(UserError, match=r"offers 10 training images at --fraction 0\.05, at least 20"):
         main(KnnConfig(checkpoint=run, fraction=0.05))
+    with pytest.raises(UserError, match=r"offers 5 training images at --shots 1, at least 20"):
+        main(KnnConfig(checkpoint=run, shots=1))
     assert not (run / "results.jsonl").exists()
 
 

@@ -6,8 +6,10 @@ Each layout has the key pattern of the project's own code: which parts stand whe
 import argparse
 import itertools
 import json
+import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -416,9 +418,12 @@ def test_a_file_of_another_kind_than_its_name(tmp_path, resnets):
             load_backbone(tmp_path / name)
 
 
-def test_a_file_with_classes_is_not_called_damaged(tmp_path, resnets):
+@pytest.mark.parametrize("name", ["state_dict", "student", "classy_state_dict", "model"])
+def test_a_file_with_classes_is_not_called_damaged(tmp_path, resnets, name):
+    """What the message says to do leads to a file that is taken: DINO's and VISSL's weights have names of their own."""
     weights = resnets[0].state_dict()
-    torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1)}, tmp_path / "x.pth")
+    inside = {"base_model": {"model": {"trunk": weights}}} if name == "classy_state_dict" else weights
+    torch.save({name: inside, "args": argparse.Namespace(lr=0.1)}, tmp_path / "x.pth")
     with pytest.raises(UserError, match=r"holds an object of argparse\.Namespace besides its weights") as raised:
         load_backbone(tmp_path / "x.pth")
     assert "damaged" not in str(raised.value)
@@ -429,3 +434,10 @@ def test_a_file_with_classes_is_not_called_damaged(tmp_path, resnets):
         )
     )
     assert load_backbone(tmp_path / "weights.pth")[1].arch == "resnet18"
+
+
+def test_a_pickle_of_jax_is_not_called_a_file_of_torch(tmp_path):
+    """As DeepMind's BYOL, which torch.load does not read at all."""
+    (tmp_path / "res50x1.pkl").write_bytes(pickle.dumps({"experiment_state": np.ones(3)}))
+    with pytest.raises(UserError, match=r"a pickle that torch\.load does not take, .* convert its weights to a state"):
+        load_backbone(tmp_path / "res50x1.pkl")

@@ -14,6 +14,7 @@ from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
 from pipeline.storage.beton import open_beton
+from tests.evaluation import write_split
 from tests.test_resume import CPU, TINY, end_of
 from train import online_knn
 from train.checkpoint import load_backbone, read_checkpoint
@@ -95,6 +96,9 @@ def test_images_are_held_out_where_there_are_some(data, tmp_path):
     (one, votes), (other, asked) = alone[0]
     assert one == other and len(votes) and len(asked) and not set(votes) & set(asked)
     assert all(np.array_equal(a[1], b[1]) for a, b in zip(*alone, strict=True))
+    write_split(tmp_path / "val.beton", np.arange(4) % 2, ["class_0", "class_2"], 3)
+    with pytest.raises(UserError, match=r"--knn-every: .* lacks class_1\); .* the same class folders, or leave it out"):
+        choose_images(replace(config, data=tmp_path))
 
 
 def test_what_stops_it_does_not_stop_the_training(data, tmp_path, monkeypatch, capsys):

@@ -47,10 +47,13 @@ def test_the_published_lists(percent, images):
 
 
 def test_a_changed_list_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "imagenet_1percent.txt").write_bytes((LISTS / "imagenet_1percent.txt").read_bytes()[:-1])
+    whole = (LISTS / "imagenet_1percent.txt").read_bytes()
     monkeypatch.setattr(splits, "LISTS", tmp_path)
-    with pytest.raises(UserError, match=r"not the published list.*git checkout"):
-        imagenet_list.__wrapped__(1)
+    for content in (None, whole[:-1], whole.replace(b"n01440764", b"n0144\xff764", 1)):
+        if content:
+            (tmp_path / "imagenet_1percent.txt").write_bytes(content)
+        with pytest.raises(UserError, match=r"not the published list.*git checkout"):
+            imagenet_list.__wrapped__(1)
 
 
 def test_imagenet_gets_the_whole_list():

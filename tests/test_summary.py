@@ -7,15 +7,19 @@ import re
 import shutil
 import subprocess
 
+import markdown
 import pytest
 
 from eval import protocols
 from eval.protocols import Protocol
 from eval.report import ReportConfig, main
 from eval.reporting.comparison import comparisons
+from eval.reporting.page import as_markdown
 from eval.reporting.summary import as_latex
 from pipeline.disk import append_line
 from pipeline.errors import UserError
+from train.cards import PRESETS
+from train.config import as_plain
 
 
 def add(run, protocol, value, encoder="trained", fraction=1.0, arch="resnet18", **more):
@@ -276,12 +280,40 @@ def test_only_tables_with_ours_are_open(tmp_path):
         assert all(ours in part for part in re.split(heading, opened)[2::2]) and ours not in folded
 
 
-def test_names_of_results_are_text(tmp_path):
-    run = tmp_path / "<b>|x"
-    evil = "<script>alert(1)</script>"
-    add(run, f"knn{evil}", 50.0, dataset=evil, arch=evil, metric=evil, split=evil, changed={evil: evil})
-    main(ReportConfig((run,)))
-    page = (run / "report.html").read_text()
-    assert "<script" not in page and "<b>|" not in page and page.count("&lt;script&gt;") > 4
-    rows = [line for line in (run / "report.md").read_text().splitlines() if "50.00" in line]
-    assert rows and all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+def test_names_of_results_are_text(tmp_path, capsys):
+    """In the page, in report.md as another program renders it, and in a terminal."""
+    run, other = tmp_path / "<b>|x`", tmp_path / "a](javascript:alert(2))"
+    evil = "<script>alert(1)</script>|\n\n# x\n| y |`<img src=x>`` [z](javascript:alert(3)) &lt;u&gt; \\| \x1b[2J"
+    more = {name: evil for name in ("dataset", "arch", "metric", "split", "key", "device", "time")}
+    add(run, f"knn{evil}", 50.0, changed={evil: evil}, **more)
+    add(run, "knn-mmselfsup", 50.0, checkpoint_sha256="1" * 64, checkpoint=evil, **more)
+    add(other, f"linear-bt-modified{evil}", 60.0, changed={evil: evil})
+    (run / "env.json").write_text(json.dumps({"command": f"`{evil}`"}))
+    lines = {"step": 1, "epoch": 1, "images_per_s": 1.0, evil: 5.0}
+    (run / "metrics.jsonl").write_text(json.dumps(lines) + "\n")
+    (run / "config.json").write_text(json.dumps(as_plain(PRESETS["cifar10-demo"]) | {"projector": "8-4", "arch": evil}))
+    main(ReportConfig((other, run)))
+    page, text = ((run / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert not re.search(r"<script|<b>\||<img [^>]*src=(?!\"data:)|href=\"(?!#)|\x1b", page)
+    assert page.count("&lt;script&gt;") > 8
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    heads = [line for line in rows if line.startswith("|---")]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {line.count("|") for line in heads}
+    rendered = markdown.markdown(text, extensions=["tables"])
+    assert not re.search(r"<script|<img|<a |<h1|javascript:[^<]*\">", rendered) and rendered.count("<h2>") == 1
+    assert "\x1b" not in text + capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a_b <c> | d", "a_b &lt;c> \\| d"),
+        ("`knn|x` 5 % `", "`knn\\|x` 5 % \\`"),
+        ("``x``", "\\``x`\\`"),
+        ("a\\|b\n# c", "a\\\\\\|b # c"),
+        ("[1, 2] ![x](y) [z]: u", "[1, 2] ![x\\](y) [z\\]: u"),
+        ("a & b &amp; &#60;", "a & b &amp;amp; &amp;#60;"),
+    ],
+)
+def test_markdown_that_shows_a_text(text, shown):
+    assert as_markdown(text) == shown

@@ -19,10 +19,9 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import nn
@@ -30,14 +29,25 @@ from torch import nn
 from pipeline.command import shown
 from pipeline.disk import TEMPORARY, write_whole
 from pipeline.errors import UserError
-from pipeline.spec import Normalization, ViewSpec
-from train.config import recipe
-from train.content import DamagedFile, MissingFile, parsed_tensor_file, read_once, read_state, tensor_file, write_state
-from train.foreign import below, find_encoder, told_normalization
+from pipeline.spec import Normalization, is_whole
+from train.content import (
+    DamagedFile,
+    MissingFile,
+    is_dense,
+    is_plain,
+    parsed_tensor_file,
+    read_once,
+    read_state,
+    tensor_file,
+    write_state,
+)
+from train.foreign import COUNTER, below, find_encoder, told_normalization
 from train.model import make_backbone, own_side_px
 
 FORMAT, VERSION = "barlow-at-speed checkpoint", 1
 CHECKPOINT, BACKBONE = "checkpoint.pt", "backbone.safetensors"
+STEMS = ("imagenet", "small", "solo-learn")
+MOST_PX = 1 << 14  # of a view's side that a file may tell
 LOOKS = 5  # at a run folder whose files a training replaces meanwhile
 NO_ROOM = "make room there or put the run elsewhere with --name, then start the same command again"
 
@@ -153,7 +163,7 @@ def read_stored(path: Path) -> Stored:
     state, sha256 = read_state(path)
     if not _is_ours(state):
         raise UserError(f"{path} is not a checkpoint of this program; give a run folder or its {CHECKPOINT}")
-    _require_version(state, path)
+    _require_usable(state, path)
     return Stored(state, path, sha256)
 
 
@@ -161,70 +171,29 @@ def _is_ours(state: object) -> TypeGuard[dict]:
     return isinstance(state, dict) and state.get("format") == FORMAT
 
 
-def _require_version(state: dict, path: Path) -> None:
+def _require_usable(state: dict, path: Path) -> None:
+    """Raises UserError for another version, DamagedFile for a state that lacks what is read of it."""
     if state.get("version") != VERSION:
         raise UserError(
             f"{path} has checkpoint version {state.get('version')}, this program reads version {VERSION}; "
             "use the program version that wrote it"
         )
-
-
-def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> None:
-    """Raises UserError where a checkpoint belongs to another recipe than the run that would resume it."""
-    theirs, ours = recipe(state["config"]) | {"images": state["images"]}, recipe(config) | {"images": images}
-    other = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
-    if other:
-        found = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in other)
-        more = "epochs" in other and ours["epochs"] > theirs["epochs"] > 0
-        longer = f"; {longer_text(path.parent)}" if more else ""
-        raise UserError(
-            f"{path} is of another recipe ({found}); give this run its own folder with --name, "
-            f"make the flags equal, or start over with --resume never{longer}"
-        )
-
-
-def refuse_other_views(state: dict, views: Sequence[ViewSpec], path: Path) -> None:
-    """Raises UserError where a checkpoint was trained with other views than the method's `views` of today.
-
-    One without a table is from before SimSiam's crops for ImageNet became bilinear; all other views are as they were.
-    """
-    ours, config = [asdict(view) for view in views], state["config"]
-    changed = {"interpolation": "bicubic"} if (config["method"], config["views"]) == ("simsiam", "imagenet") else {}
-    theirs = state.get("views") or [view | changed for view in ours]
-    theirs = [asdict(ViewSpec()) | view for view in theirs]  # fields that there were not yet have their default
-    other = [
-        f"{name} {was} there, {view.get(name)} here"
-        for before, view in zip(theirs, ours, strict=True)
-        for name, was in before.items()
-        if was != view.get(name)
-    ]
-    if other:
-        raise UserError(
-            f"{path} was trained with other views than --method {config['method']} has in this version "
-            f"({', '.join(dict.fromkeys(other))}); finish it with the version that wrote it, give this run its own "
-            "folder with --name, or start over with --resume never"
-        )
+    config, model, views = state.get("config"), state.get("model"), state.get("views", [])
+    good = {
+        "config": isinstance(config, dict) and is_plain(config),
+        **{name: is_whole(state.get(name), 0) for name in ("step", "images")},
+        "views": isinstance(views, list) and all(isinstance(view, dict) for view in views) and is_plain(views),
+        "model": isinstance(model, dict) and all(isinstance(name, str) for name in model),
+    }
+    if wrong := [name for name, holds in good.items() if not holds]:
+        raise DamagedFile(f"{path} is damaged: its {', '.join(wrong)} cannot be used; choose another checkpoint")
+    _info(state.get("backbone"), path)
 
 
 def longer_text(folder: Path) -> str:
     """How a run is trained longer: its schedule ends where it ends, so the rest is a run of its own."""
     flags = shlex.join(["--init-from", shown(folder), "--name", f"{folder.name}-longer"])
     return f"to train longer, let a new run begin with its weights: the same command with {flags}"
-
-
-def refuse_other_images(state: dict, data: Path, dataset_sha256: str, path: Path) -> bool:
-    """Raises UserError where a checkpoint was trained on other images than those of `data`, which have that digest.
-
-    False where it does not tell, being older. The same images in another folder or format have the same digest.
-    """
-    theirs = state["backbone"].get("dataset_sha256", "")
-    if theirs and dataset_sha256 and theirs != dataset_sha256:
-        raise UserError(
-            f"{path} was trained on the images of {state['config']['data']} (digest {theirs[:12]}), and --data {data} "
-            f"holds other ones (digest {dataset_sha256[:12]}); point --data at the same images, give this run its own "
-            "folder with --name, or start over with --resume never"
-        )
-    return bool(theirs) or not dataset_sha256
 
 
 def export_backbone(folder: Path, backbone: nn.Module, info: BackboneInfo) -> None:
@@ -280,20 +249,34 @@ def read_network(path: str | Path, key: str = "", arch: str = "") -> Network:
             f"--key {key} chooses among several networks of a file, {path} is of a run and has one backbone"
         )
     if _is_ours(content):
-        _require_version(content, path)
-        weights, info = below(content["model"], "backbone."), _info(content["backbone"])
-        heads = {name: weight for name, weight in content["model"].items() if not name.startswith("backbone.")}
+        _require_usable(content, path)
+        weights, info = below(content["model"], "backbone."), _info(content["backbone"], path)
+        heads = {n: w for n, w in content["model"].items() if not n.startswith("backbone.") and is_dense(w)}
     elif "backbone" in about:
-        weights, info, heads = tensors, _info(json.loads(about["backbone"])), {}
+        weights, info, heads = tensors, _info(about["backbone"], path), {}
     else:
         place = find_encoder(content, path, key, arch)
         weights, info, heads = place.weights, BackboneInfo(place.arch, place.stem, key=place.name), place.heads
-    backbone, features = make_backbone(info.arch, info.stem)
+    backbone, features = _with_weights(info, weights, path)
+    return Network(backbone.eval(), replace(info, features=features, sha256=sha256), heads, of_a_run)
+
+
+def _with_weights(info: BackboneInfo, weights: dict, path: Path) -> tuple[nn.Module, int]:
+    """The network that a file names, with the weights that stand in it. Raises UserError where they do not fit."""
+    try:
+        backbone, features = make_backbone(info.arch, info.stem)
+    except UserError as error:
+        reason = str(error).removeprefix("--arch ")
+        raise UserError(f"{path} names a network that cannot be built: {reason}") from error
+    own = {name: weight.is_floating_point() for name, weight in backbone.state_dict().items()}
     try:
         backbone.load_state_dict(weights)
-    except RuntimeError as error:
+        for name, weight in weights.items():  # which takes numbers of any kind
+            if weight.is_floating_point() != own[name] and not name.endswith(COUNTER):
+                raise TypeError(f"{name} of {weight.dtype}")
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"{path} does not fit the architecture it names, {info.arch} ({info.stem} stem)") from error
-    return Network(backbone.eval(), replace(info, features=features, sha256=sha256), heads, of_a_run)
+    return backbone, features
 
 
 def newest_or_refuse(folder: Path) -> Stored:
@@ -307,7 +290,20 @@ def newest_or_refuse(folder: Path) -> Stored:
     return newest
 
 
-def _info(plain: dict) -> BackboneInfo:
-    known = {f.name: plain[f.name] for f in fields(BackboneInfo) if f.name in plain}
-    pixels = plain["normalization"]
-    return BackboneInfo(**known | {"normalization": Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))})
+def _info(told: object, path: Path) -> BackboneInfo:
+    """What a file of ours tells of its backbone: a dict, or JSON. Raises DamagedFile where that cannot be used."""
+    try:
+        plain: Any = json.loads(told) if isinstance(told, str) else told
+        known = {f.name: plain[f.name] for f in fields(BackboneInfo) if f.name in plain}
+        pixels = plain["normalization"]
+        info = BackboneInfo(**known | {"normalization": Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))})
+        wrong = [f.name for f in fields(info) if type(getattr(info, f.name)) is not f.type]  # a bool is no int
+        if wrong:
+            raise TypeError(f"{', '.join(wrong)} of another kind")
+        numbers = 0 < info.resolution_px <= MOST_PX and min(info.step, info.epochs, info.seed) >= 0
+        if not numbers or info.stem not in STEMS or "\0" in info.data:
+            raise ValueError("a value that no run has")
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
+        text = f"{path} is damaged: what it tells of its backbone cannot be used ({error}); choose another checkpoint"
+        raise DamagedFile(text) from error
+    return info

@@ -21,6 +21,7 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from typing import TypeGuard
 
 import safetensors
 import safetensors.torch
@@ -31,6 +32,14 @@ from pipeline.errors import UserError
 
 DIGEST = "content_sha256"
 SHA256 = "sha256:"  # how its value begins in a file's metadata
+PICKLE, TORCH_OLD = b"\x80", b"\x80\x02\x8a\x0a\x6c\xfc"  # how any pickle begins; what torch.save wrote up to 1.5
+# Where others keep their weights beside objects: a name in the pickle → the way to a state dict.
+WEIGHTS = {
+    "state_dict": '["state_dict"]',
+    "classy_state_dict": '["classy_state_dict"]["base_model"]["model"]',  # VISSL
+    "student": '["student"]',  # DINO
+    "model": '["model"]',
+}
 
 
 class MissingFile(UserError):
@@ -39,6 +48,22 @@ class MissingFile(UserError):
 
 class DamagedFile(UserError):
     """A file that is there and cannot be read: cut short, changed, or not what its name says."""
+
+
+def is_dense(value: object) -> TypeGuard[torch.Tensor]:
+    """Whether this is a tensor whose numbers are all in memory: not sparse, quantized or without any."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return value.layout == torch.strided and not value.is_meta and not value.is_quantized
+
+
+def is_plain(value: object) -> bool:
+    """Whether this could stand in a JSON file: no tensor, no class, not nested without end."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def content_sha256(value) -> str:
@@ -50,7 +75,7 @@ def content_sha256(value) -> str:
 
 def _add(value, digest) -> None:
     """Each part begins with what it is and how long, and plain values end with a line, so no two contents are alike."""
-    if isinstance(value, torch.Tensor):
+    if is_dense(value):
         digest.update(f"tensor {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, dict):
@@ -70,7 +95,11 @@ def _add(value, digest) -> None:
 
 def require_content(value, digest: str, path: Path) -> None:
     """Raises DamagedFile where a value that was read from `path` is not the one that its digest was made of."""
-    if content_sha256(value) != digest:
+    try:
+        whole = content_sha256(value) == digest
+    except (TypeError, RecursionError):  # what no digest was ever made of
+        whole = False
+    if not whole:
         raise DamagedFile(f"{path} is damaged: its content is not the one that its own digest names")
 
 
@@ -117,14 +146,13 @@ def read_state(path: Path) -> tuple[object, str]:
     except Exception as error:  # torch.load tells of a broken file in half a dozen types, zipfile in others
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # no word about the file
             raise _out_of_memory(path) from error
-        if pickled := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if data.startswith(PICKLE) and not data.startswith(TORCH_OLD):
             raise UserError(
-                f"{path} holds an object of {pickled[1]} besides its weights, which is not loaded: that would run "
-                "what its writer chose. If you trust the file, keep its weights alone, in Python that has that class: "
-                f'torch.save(torch.load("{path.name}", weights_only=False)["state_dict"], "weights.pth"); '
-                'the weights may have another name there than "state_dict", such as "model"; a whole network has them '
-                "as .state_dict()"
+                f"{path} is a pickle that torch.load does not take, such as a network of JAX; convert its weights to a "
+                "state dict by torchvision's or timm's names"
             ) from error
+        if pickled := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(_with_objects(data, path, pickled[1])) from error
         reason = str(error).split("\n")[0].split(". ")[0]
         if reason in ("", "Weights only load failed"):  # torch.load's words for bytes of another kind
             reason = "it is not what torch.save writes"
@@ -137,6 +165,17 @@ def read_state(path: Path) -> tuple[object, str]:
         digest = state.pop(DIGEST)
         require_content(state, digest, path)
     return state, hashlib.sha256(data).hexdigest()
+
+
+def _with_objects(data: bytes, path: Path, kind: str) -> str:
+    """What to do with a file that holds objects of a class besides its weights."""
+    named = (way for name, way in WEIGHTS.items() if b"X" + len(name).to_bytes(4, "little") + name.encode() in data)
+    return (
+        f"{path} holds an object of {kind} besides its weights, which is not loaded: that would run what its writer "
+        "chose. If you trust the file, keep its weights alone, in Python that has that class: "
+        f'torch.save(torch.load("{path.name}", weights_only=False){next(named, ".state_dict()")}, "weights.pth"); '
+        "the weights may have another name there; a whole network has them as .state_dict()"
+    )
 
 
 def _require_zip_checksums(data: bytes) -> None:

@@ -6,7 +6,7 @@ loss.png at the end of a run and the charts of eval/report.py both come from her
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 from pipeline.disk import read_lines, whole_file
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_POINTS = 400  # of a curve; more cannot be told apart at a chart's width
+LARGEST = 1e100  # of a number in a record; beyond it sums and axes overflow
 Points = list[tuple[float, float]]  # (epoch, value)
 
 
@@ -74,9 +75,9 @@ QUANTITIES = {name: quantity for group in GROUPS.values() for name, quantity in 
 IN_PICTURE = ("loss", *GROUPS["Collapse"], "knn_top1", "linear_top1")  # what loss.png shows of a run
 
 
-def is_number(value: object) -> bool:
-    """Whether a value of metrics.jsonl can be drawn."""
-    return isinstance(value, int | float) and math.isfinite(value)
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a JSON line is a number that can be drawn and calculated with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def read_curves(metrics: Path) -> dict[str, Points]:
@@ -88,7 +89,7 @@ def read_curves(metrics: Path) -> dict[str, Points]:
     names = dict.fromkeys(name for line in lines for name in line if name not in ("step", "epoch", "knn_images"))
     factors = {name: QUANTITIES.get(name, Quantity(name)).factor for name in names}
     return {
-        name: [(line["epoch"], factors[name] * line[name]) for line in lines if is_number(line.get(name))]
+        name: [(float(line["epoch"]), factors[name] * float(line[name])) for line in lines if is_number(line.get(name))]
         for name in names
     }
 

@@ -8,17 +8,11 @@ from pipeline.errors import UserError
 from pipeline.progress import duration_text
 from pipeline.storage.shards import SUFFIX as SHARDS
 from pipeline.storage.shards import open_stored
-from train.checkpoint import (
-    BACKBONE,
-    CHECKPOINT,
-    load_backbone,
-    newest_checkpoint,
-    refuse_other_images,
-    refuse_other_views,
-)
+from train.checkpoint import BACKBONE, CHECKPOINT, load_backbone, newest_checkpoint
 from train.config import PretrainConfig, as_plain, recipe
 from train.methods.choose import view_table
 from train.online_knn import held_out, labelled_file
+from train.resuming import refuse_other_images, refuse_other_views
 from train.run_data import train_beton
 
 

@@ -32,7 +32,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.spec import Normalization
-from train.content import content_sha256
+from train.content import content_sha256, is_dense
 from train.model import make_backbone, network_names, torchvision_resnets
 
 # resnetblur18, resnetblur50, resnetaa50: of timm 1.0's, the only ones with exactly the parameters of a plain ResNet.
@@ -45,6 +45,7 @@ HEADS = {
 }
 COUNTER = "num_batches_tracked"  # of batch norm; older files have none
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4", "9": "fc"}
+DEEPEST = 50  # nested dicts
 SAID = 6  # names of a file that a refusal lists
 
 
@@ -68,22 +69,31 @@ def find_encoder(content, path: Path, key: str = "", arch: str = "") -> Place:
     """The encoder that the rule above chooses. Raises UserError where there is none, or the rule does not decide."""
     about, places, rejected = timm_config(path), [], []
     archs = network_names(arch) if arch else sorted(torchvision_resnets(), key=lambda name: name != "resnet50")
-    for way, tensors in _dicts_of_tensors(content):
+    for way, tensors in _dicts_of_tensors(content, path):
         for prefix in _prefixes(tensors, archs, whole_resnets=not arch):
-            name = ".".join([*way, prefix]).strip(".")
+            name = _on_one_line(".".join([*way, prefix]).strip("."))
             for one in archs:
                 place, misfits = _compared(name, prefix, tensors, one)
                 if misfits:
-                    rejected.append((len(misfits), name, misfits[0]))
+                    rejected.append((len(misfits), name, _on_one_line(misfits[0])))
                     continue
                 places.append(place)
                 if not arch:
                     break  # a ResNet is one of them alone, and building the others takes seconds
     if not places and not arch and isinstance(about.get("architecture"), str):
-        return find_encoder(content, path, key, f"timm:{about['architecture']}")
+        return find_encoder(content, path, key, _told_arch(about["architecture"], path))
     chosen = _chosen(places, path, key, arch) if places else _refuse(content, path, arch, rejected)
     _refuse_what_parameters_do_not_tell(content, path, chosen)
     return chosen
+
+
+def _told_arch(architecture: str, path: Path) -> str:
+    """timm's network by the name in config.json. Raises UserError where timm has none of that name."""
+    try:
+        return network_names(f"timm:{architecture}")[0]
+    except UserError as error:
+        reason = str(error).removeprefix("--arch ")
+        raise UserError(f"{path}: the architecture in its config.json, {reason}; pass --arch, or correct it") from None
 
 
 def _refuse_what_parameters_do_not_tell(content, path: Path, chosen: Place) -> None:
@@ -126,13 +136,15 @@ def _is_moco_v3(content, place: str) -> bool:
     return bool(named) or (isinstance(content, dict) and content.get("arch") == "vit_small")
 
 
-def _dicts_of_tensors(value, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
+def _dicts_of_tensors(value, path: Path, way: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict]]:
     """Every dict in a nested one, with the keys that lead to it, and the tensors that it holds itself by name."""
+    if len(way) > DEEPEST:
+        raise UserError(f"{path} nests more than {DEEPEST} dicts; keep the weights alone in a file")
     if isinstance(value, dict):
-        tensors = {name: w for name, w in value.items() if isinstance(name, str) and isinstance(w, torch.Tensor)}
+        tensors = {name: w for name, w in value.items() if isinstance(name, str) and is_dense(w)}
         yield way, _with_names(tensors)
         for name, item in value.items():
-            yield from _dicts_of_tensors(item, (*way, str(name)))
+            yield from _dicts_of_tensors(item, path, (*way, str(name)))
 
 
 def _with_names(tensors: dict) -> dict:
@@ -224,6 +236,10 @@ def _chosen(places: list[Place], path: Path, key: str, arch: str) -> Place:
     return left[0]
 
 
+def _on_one_line(name: str) -> str:
+    return name if name.isprintable() else repr(name)
+
+
 def _kind(arch: str) -> str:
     return f"networks of {arch}" if arch else "ResNets"
 
@@ -234,7 +250,8 @@ def _refuse(content, path: Path, arch: str, rejected: list[tuple[int, str, str]]
     if rejected:
         _, name, misfit = min(rejected)
         why = f" (below {name or 'no prefix'} stands another network, with {misfit})"
-    names = [".".join([*way, *name.split(".")[:2]]) for way, found in _dicts_of_tensors(content) for name in found]
+    dicts = _dicts_of_tensors(content, path)
+    names = [_on_one_line(".".join([*way, *name.split(".")[:2]])) for way, found in dicts for name in found]
     parts = list(dict.fromkeys(names))
     found = ", ".join(parts[:SAID]) + ", …" * (len(parts) > SAID) or "no tensors by name"
     what = f"no {arch}, by torchvision's or timm's parameter names" if arch else "no ResNet known to torchvision"
@@ -246,7 +263,7 @@ def _refuse(content, path: Path, arch: str, rejected: list[tuple[int, str, str]]
 
 def timm_config(path: Path) -> dict:
     """timm's config.json beside a file, {} where there is none."""
-    with contextlib.suppress(OSError, ValueError):  # no such file, or no JSON in it
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # no such file, or no JSON in it
         about = json.loads((path.parent / "config.json").read_bytes())
         return about if isinstance(about, dict) else {}
     return {}

@@ -71,7 +71,10 @@ def choose_images(config: PretrainConfig) -> list[tuple[Path, np.ndarray]]:
     share = config.knn_images / len(train)
     if beside.is_file() and beside != path and (val := open_stored(beside)).labelled:
         if val.classes != train.classes[: len(val.classes)]:  # numbered classes may lack the last ones
-            require_same_classes(str(path), train.classes, str(beside), val.classes)
+            try:
+                require_same_classes(str(path), train.classes, str(beside), val.classes)
+            except UserError as error:
+                raise UserError(f"--knn-every: {error}, or leave it out") from None
         votes = balanced_subset(config.seed, train.labels, min(1.0, share))
         asked = balanced_subset(config.seed, val.labels, min(1.0, config.knn_images / len(val)))
         return [(path, votes), (beside, asked)]

@@ -26,9 +26,6 @@ from train.checkpoint import (
     NO_ROOM,
     BackboneInfo,
     newest_checkpoint,
-    refuse_other_images,
-    refuse_other_recipe,
-    refuse_other_views,
     remove_leftovers,
     remove_run_before,
     save_checkpoint,
@@ -36,10 +33,12 @@ from train.checkpoint import (
 from train.config import NORMALIZATIONS, PretrainConfig, as_plain
 from train.distributed import largest, say
 from train.methods.choose import view_table
+from train.resuming import load_part_, refuse_other_images, refuse_other_recipe, refuse_other_views
 from train.update import Update
 
 ENTRY_BYTES = 1024  # of a tensor's names and place in torch.save's file
 PLAIN_BYTES = 64 << 10  # of the configuration and all else that is no tensor
+START_OVER = "give this run its own folder with --name, or start over with --resume never"
 EPOCHS_APART_S = 60.0  # since the last checkpoint, for the end of an epoch to be worth another
 
 
@@ -116,11 +115,14 @@ class RunState:
             if not refuse_other_images(saved, self.config.data, self.dataset_sha256, path):
                 text = "is from before checkpoints named their images; it is taken on trust that they are those of"
                 say(self.ranks, f"note: {path} {text} {self.config.data}")
+            if saved["step"] > self.update.stop_step:
+                text = f"{path} is of step {saved['step']}, and this run has {self.update.stop_step} steps"
+                raise UserError(f"{text}; {START_OVER}")
             if path.name != CHECKPOINT:
                 say(self.ranks, f"note: {self.folder / CHECKPOINT} is damaged or missing; continuing from {path.name}")
             for name, part in self.update.state.items():
                 if name in saved or name != "online_linear":
-                    part.load_state_dict(saved[name])
+                    load_part_(part, saved.get(name), name, path, START_OVER)
                 else:  # the run had no --knn-every then, or is older
                     say(self.ranks, f"note: {path} has no linear layer for linear_top1; it begins at random weights")
             step, mark = saved["step"], int(sha256[:15], 16)

@@ -1,25 +1,35 @@
-"""Images with objects, PASCAL VOC's and COCO's → records, training samples, and ground truth in COCO's own form.
+"""Images with objects: records, PASCAL VOC's files, training samples, and ground truth in COCO's own form.
 
     VOCdevkit/VOC2007/{ImageSets/Main/{trainval,test}.txt, Annotations/*.xml, JPEGImages/*.jpg}, VOC2012 likewise
-    coco/{annotations/instances_{train,val}2017.json, train2017/*.jpg, val2017/*.jpg}
 
-VOC is trained on with its difficult objects and judged without them; COCO is trained on without its crowds and
-without images that have no object, and judged with all of its images, as Detectron2 does both.
+VOC is trained on with its difficult objects and judged without them; COCO (coco.py) is trained on without its crowds
+and without images that have no object, and judged with all of its images, as Detectron2 does both.
 """
 
 import hashlib
 import json
+import os
+import struct
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.data
 from PIL import Image
 
+from eval.detector.outlines import outline_mask
 from eval.voc import CLASSES as VOC_CLASSES
 from eval.voc import read_annotation
 from pipeline.errors import UserError
+from pipeline.spec import is_whole
+from pipeline.storage.any_image import FORMATS, MAX_PIXELS
+
+# What Pillow's parsers raise for a damaged file.
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -75,9 +85,20 @@ class Split:
         return hashlib.sha256(content.encode()).hexdigest()
 
 
+def is_side(value: Any) -> bool:
+    """Whether this can be an image's height or width, in px."""
+    return is_whole(value) and value <= MAX_PIXELS
+
+
+def box_fits(corners: Sequence[float], height: int, width: int) -> bool:
+    """Whether x1 y1 x2 y2, in px, are a box that at most by an image's side leaves it; it may have no area."""
+    x1, y1, x2, y2 = corners  # of NaN every comparison is false
+    return -width <= x1 <= x2 <= 2 * width and -height <= y1 <= y2 <= 2 * height
+
+
 def require_images(records: list[Record], where: Path) -> None:
     """Raises UserError where a record's image is not there; `where` is what lists them."""
-    missing = [r.path for r in records if not r.path.is_file()]
+    missing = [r.path for r in records if not os.path.isfile(r.path)]  # Path's raises an error for some names
     if missing:
         raise UserError(
             f"{missing[0]} is missing, one of {len(missing)} of the {len(records)} images that {where} lists; "
@@ -96,9 +117,13 @@ def open_voc(root: Path, years_and_sets: list[tuple[str, str]]) -> Split:
         listing = folder / "ImageSets" / "Main" / f"{part}.txt"
         if not listing.is_file():
             raise UserError(f"{listing} is missing; --data expects the folder VOCdevkit with {year} inside")
-        names = listing.read_text("utf-8", "surrogateescape").split()
-        if not names:
-            raise UserError(f"{listing} lists no image; unpack {year} again")
+        try:
+            names = listing.read_text("utf-8", "surrogateescape").split()
+        except OSError as error:
+            raise UserError(f"{listing} cannot be read ({error.strerror}); unpack {year} again") from None
+        if not names or len(set(names)) < len(names):
+            what = "an image twice" if names else "no image"
+            raise UserError(f"{listing} lists {what}; unpack {year} again")
         found = [_voc_record(folder, name, len(records) + i) for i, name in enumerate(names, 1)]
         require_images(found, listing)
         records += found
@@ -110,10 +135,9 @@ def _voc_record(folder: Path, name: str, image_id: int) -> Record:
     root, objects = read_annotation(path)
     try:
         height, width = (int(root.findtext(f"size/{side}", "")) for side in ("height", "width"))
-        corners = [
-            [float(found.element.findtext(f"bndbox/{end}", "")) for end in ("xmin", "ymin", "xmax", "ymax")]
-            for found in objects
-        ]
+        if not (is_side(height) and is_side(width)):
+            raise ValueError(f"an image of {width}×{height} px")
+        corners = [_voc_corners(found.element, height, width) for found in objects]
     except ValueError as error:
         raise UserError(f"{path} is not an annotation of PASCAL VOC ({error}); unpack {folder.name} again") from None
     return Record(
@@ -127,57 +151,15 @@ def _voc_record(folder: Path, name: str, image_id: int) -> Record:
     )
 
 
-# ---- COCO ----
-
-
-def open_coco(root: Path, part: str) -> Split:
-    """COCO's `part`, such as "train2017"; categories are renumbered from 1 in the order of their ids."""
-    path = root / "annotations" / f"instances_{part}.json"
-    try:
-        content = json.loads(path.read_bytes())
-        images, objects, categories = (content[key] for key in ("images", "annotations", "categories"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; --data expects COCO's folder with annotations/ and {part}/") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a file of COCO instances ({error!r}); unpack it again") from None
-    if not objects or not images:
-        raise UserError(f"{path} lists {len(images)} images and {len(objects)} objects; unpack the annotations again")
-    categories = sorted(categories, key=lambda c: c["id"])
-    label = {c["id"]: i for i, c in enumerate(categories, 1)}
-    by_image: dict[int, list[dict]] = {}
-    for entry in objects:
-        by_image.setdefault(entry["image_id"], []).append(entry)
-    records = [_coco_record(root / part, image, by_image.get(image["id"], []), label) for image in images]
-    require_images(records, path)
-    return Split(f"COCO {part}", [c["name"] for c in categories], records)
-
-
-def _coco_record(folder: Path, image: dict, objects: list[dict], label: dict[int, int]) -> Record:
-    boxes = np.array([o["bbox"] for o in objects], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    return Record(
-        folder / image["file_name"],
-        image["id"],
-        image["height"],
-        image["width"],
-        boxes,
-        np.array([label[o["category_id"]] for o in objects], np.int64),
-        np.array([o.get("iscrowd", 0) for o in objects], bool),
-        [o["segmentation"] for o in objects],
-    )
+def _voc_corners(element: ET.Element, height: int, width: int) -> list[float]:
+    """xmin ymin xmax ymax of an object. Raises ValueError."""
+    x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{end}", "")) for end in ("xmin", "ymin", "xmax", "ymax"))
+    if not box_fits((x1 - 1, y1 - 1, x2, y2), height, width):
+        raise ValueError(f"a box from {x1:g}, {y1:g} to {x2:g}, {y2:g} in an image of {width}×{height} px")
+    return [x1, y1, x2, y2]
 
 
 # ---- samples ----
-
-
-def outline_mask(outline, height: int, width: int) -> np.ndarray:
-    """COCO's polygons or run lengths → (H, W) uint8 of 0 and 1."""
-    from pycocotools import mask
-
-    if isinstance(outline, list):  # polygons
-        return mask.decode(mask.merge(mask.frPyObjects(outline, height, width)))
-    packed = isinstance(outline["counts"], str | bytes)
-    return mask.decode(outline if packed else mask.frPyObjects(outline, height, width))
 
 
 class DetectionImages(torch.utils.data.Dataset):
@@ -218,13 +200,14 @@ class DetectionImages(torch.utils.data.Dataset):
 def read_image(record: Record) -> np.ndarray:
     """(H, W, 3) uint8. Raises UserError where the file is damaged or not the image its annotation tells of."""
     try:
-        with Image.open(record.path) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
+        with Image.open(record.path, formats=FORMATS) as image:
+            side_px = image.width, image.height
+            pixels = np.array(image.convert("RGB")) if side_px == (record.width, record.height) else None
+    except (*DAMAGE, Image.DecompressionBombError) as error:
         raise UserError(f"{record.path} cannot be read ({error}); unpack the dataset's images again") from None
-    if pixels.shape[:2] != (record.height, record.width):
+    if pixels is None:
         raise UserError(
-            f"{record.path} has {pixels.shape[1]}×{pixels.shape[0]} px, its annotation says "
+            f"{record.path} has {side_px[0]}×{side_px[1]} px, its annotation says "
             f"{record.width}×{record.height}; unpack the dataset again"
         )
     return pixels

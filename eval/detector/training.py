@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ from pipeline.choices.order import shuffled_batches
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
 from pipeline.progress import progress
-from train.content import DamagedFile, read_state, write_state
+from pipeline.spec import is_whole
+from train.content import DamagedFile, is_plain, read_state, write_state
 from train.distributed import Ranks, StopRequest, averaging_gradients
+from train.resuming import load_part_
 
 FORMAT, VERSION = "barlow-at-speed detection", 1
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # of all but batch norm's weights, which have no decay
@@ -120,18 +123,22 @@ class Training:
         except DamagedFile as error:
             raise UserError(f"{error}; delete it to start over") from None
         state = state if isinstance(state, dict) else {}
-        ours = (state.get("format"), state.get("version")) == (FORMAT, VERSION)
+        about = state.get("about") if (state.get("format"), state.get("version")) == (FORMAT, VERSION) else None
         older = OLDER_SETTINGS[DETECTION[self.about["task"]].name]  # what older checkpoints do not say
-        found = older | state["about"] if ours else {}
+        found = older | about if isinstance(about, dict) and is_plain(about) else {}
         if found != self.about:
-            other = [name for name in self.about if found.get(name) != self.about[name]]
+            other = [str(name) for name in self.about | found if found.get(name) != self.about.get(name)]
             raise UserError(
                 f"{self.path} belongs to an evaluation with another {', '.join(other)}; make the flags equal, "
                 "or delete it to start over"
             )
-        self.detector.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration = state["iteration"]
+        for name, part in (("model", self.detector), ("optimizer", self.optimizer)):
+            load_part_(part, state.get(name), name, self.path, "delete it to start over")
+        done: Any = state.get("iteration")
+        if not is_whole(done, 0) or done > self.schedule.iterations:
+            text = f"{self.path} is of iteration {done!r:.60}, at most {self.schedule.iterations} was expected"
+            raise UserError(f"{text}; delete it to start over")
+        self.iteration = done
 
     def samples(self, images: DetectionImages, start: int, stop: int) -> Iterator[tuple[list, list]]:
         """This rank's (images, targets) of iterations start … stop − 1, and torch's seed set for each."""

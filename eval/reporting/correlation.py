@@ -22,13 +22,14 @@ from pipeline.spec import LoaderConfig, Normalization
 from pipeline.storage.decode_pil import decode_pil
 from pipeline.storage.shards import SUFFIX as SHARDS
 from pipeline.storage.shards import open_stored
-from train.checkpoint import newest_or_refuse, refuse_other_images
+from train.checkpoint import Stored, newest_or_refuse
 from train.config import PretrainConfig
 from train.distributed import Ranks
 from train.methods.barlow_twins import cross_correlation
 from train.methods.choose import make_method
 from train.methods.contract import Method
 from train.model import make_backbone
+from train.resuming import load_part_, refuse_other_images
 from train.run_data import dataset_sha256, loader_config, train_beton
 
 IMAGES, IMAGES_LARGE_ON_CPU = 1024, 128  # a ResNet-50 at 224 px takes a second for ten images on two cores
@@ -67,13 +68,14 @@ class Correlation:
         return float(np.sqrt(squares / max(1, d * (d - 1))))
 
 
-def load_method(state: dict) -> tuple[Method, PretrainConfig]:
-    """The whole pretrained network of a run's state, in evaluation mode on the CPU. Raises UserError."""
+def load_method(checkpoint: Stored) -> tuple[Method, PretrainConfig]:
+    """The whole pretrained network of a run's checkpoint, in evaluation mode on the CPU. Raises UserError."""
+    state, path, _ = checkpoint
     if not state["config"]:
         raise UserError("the checkpoint does not tell how it was trained, so its projector cannot be rebuilt")
-    config = config_from(state["config"])
+    config = config_from(state["config"], path)
     method = make_method(*make_backbone(config.arch, config.stem), config)
-    method.load_state_dict(state["model"])
+    load_part_(method, state["model"], "model", path, "choose another checkpoint")
     return method.eval(), config
 
 
@@ -103,8 +105,9 @@ def shown_pixels(view: torch.Tensor, normalization: Normalization) -> np.ndarray
 @torch.no_grad()
 def correlate(run: Path) -> Correlation:
     """Embeds the views of at most IMAGES images of the run's first batches. Raises UserError where that cannot be."""
-    state, path, sha256 = newest_or_refuse(run)
-    method, config = load_method(state)
+    checkpoint = newest_or_refuse(run)
+    state, path, sha256 = checkpoint
+    method, config = load_method(checkpoint)
     stored = open_stored(train_beton(config.data))
     refuse_other_images(state, config.data, dataset_sha256(stored), path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,8 +5,10 @@ else's file only its results tell.
 """
 
 import json
-from dataclasses import dataclass, fields
+import types
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from safetensors import SafetensorError, safe_open
 
@@ -22,6 +24,7 @@ from train.methods.barlow_ablations import is_ablated
 from train.run_data import dataset_sha256, train_beton
 from train.runlog import METRICS
 
+RESTORE = "restore the file, or move it away to see the page without it"
 # Settings that the facts say in words.
 IN_FACTS = set(
     "method fraction arch stem projector predictor resolution resolution_schedule views without epochs global_batch "
@@ -44,31 +47,50 @@ class Run:
     results: list[dict]
 
 
-def config_from(plain: dict) -> PretrainConfig:
-    """The configuration that checkpoints and config.json hold; values that this program does not know are dropped."""
-    known = {field.name for field in fields(PretrainConfig)}
+def config_from(plain: dict, path: Path) -> PretrainConfig:
+    """The configuration that checkpoints and config.json hold; values that this program does not know are dropped.
+
+    Raises UserError for a value that its flag cannot have; `path` is the file it stands in.
+    """
+    known = get_type_hints(PretrainConfig)
     if "loss" not in plain:  # from before the ablations, when every method's configuration had SimSiam's flag set
-        known -= {"stop_gradient"}
+        del known["stop_gradient"]
     plain = {name: value for name, value in plain.items() if name in known}
+    for name in {"data": None} | plain:
+        if not _is_of(known[name], value := plain.get(name)):
+            raise UserError(f"{path} holds a value that no run writes ({name}: {value!r:.80}); {RESTORE}")
     paths = {"data": Path(plain["data"]), "init_from": Path(plain["init_from"]) if plain.get("init_from") else None}
     return PretrainConfig(**plain | paths | {"without": tuple(plain.get("without", ()))})
 
 
+def _is_of(kind: Any, value: object) -> bool:
+    """Whether a flag of this type can have a value, in the form of JSON: paths and choices are text there."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(one, value) for one in get_args(kind))
+    if kind is Path or get_origin(kind) is Literal:
+        return isinstance(value, str) and "\0" not in value
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    if kind in (int, float):
+        return is_number(value) and (kind is float or isinstance(value, int))
+    return isinstance(value, kind)
+
+
 def read_json(path: Path) -> dict:
-    """{} where there is none that can be read."""
+    """The object in a JSON file; {} where there is no file. Raises UserError for one that holds none."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = json.loads(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__} in place of an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); {RESTORE}") from None
+    return found
 
 
 def read_config(folder: Path) -> PretrainConfig | None:
-    """What config.json says; None where it says nothing."""
-    try:
-        return config_from(read_json(folder / "config.json"))
-    except (KeyError, TypeError):
-        return None
+    """What config.json says; None where there is none, or it is not of a run. Raises UserError as `config_from`."""
+    plain = read_json(folder / "config.json")
+    return config_from(plain, folder / "config.json") if plain.keys() & {"arch", "data"} else None
 
 
 def method_of(folder: Path, otherwise: str) -> str:
@@ -108,8 +130,9 @@ def exported(folder: Path) -> dict:
     """What backbone.safetensors says of itself; {} where there is none yet."""
     try:
         with safe_open(folder / BACKBONE, "np") as file:
-            return json.loads(file.metadata()["backbone"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            about = json.loads(file.metadata()["backbone"])
+        return about if isinstance(about, dict) else {}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return {}
 
 
@@ -150,7 +173,7 @@ def facts(run: Run) -> dict[str, str]:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"config.json, env.json or metrics.jsonl of {run.folder} holds a value that no run writes "
-            f"({type(error).__name__}: {error}); restore the file, or move it away to see the page without it"
+            f"({type(error).__name__}: {error}); {RESTORE}"
         ) from None
     if newest:
         found["Evaluated on"] = (

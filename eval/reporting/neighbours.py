@@ -4,7 +4,6 @@ Nothing is extracted and no checkpoint opened here: the features are those that 
 the run folder, of the very checkpoint and dataset that a result of theirs names.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch.nn.functional import normalize
 
 from eval.kept import find_features
 from eval.reporting.charts import Charts, scatter
+from eval.reporting.facts import read_config
 from eval.reporting.page import PARTS, Section, left_out, or_sentence, picture, whose
 from eval.reporting.summary import newest_of_encoder
 from eval.splits import Dataset, open_dataset
@@ -79,10 +79,8 @@ def data_of(run: Path, result: dict) -> Path:
     """Where a result's images are; older results do not say, but the run's configuration does."""
     if "data" in result:
         return Path(result["data"])
-    try:
-        return Path(json.loads((run / "config.json").read_text("utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return DATA / "imagenet"
+    config = read_config(run)
+    return config.data if config else DATA / "imagenet"
 
 
 def _kept(run: Path, result: dict, beton: Stored) -> torch.Tensor | None:
@@ -147,7 +145,7 @@ def vote(kept: KeptFeatures) -> Vote:
     """The nearest-neighbour vote of as many val images, evenly spread, as a few seconds allow."""
     train, val = kept.train, kept.val
     if train is None:
-        raise UserError("features of the training images are not kept; `python eval/knn.py` without --fraction does so")
+        raise UserError("features of the training images are not kept; `python eval/knn.py` keeps them")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     most = max(QUERIES, int(MULTIPLICATIONS[device] / train.numel()))
     queries = np.unique(np.linspace(0, len(val) - 1, min(most, len(val))).round().astype(np.int64))

@@ -28,6 +28,18 @@ def with_code(text: str) -> Markup:
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # str: Markup would escape the tags
 
 
+def as_markdown(text: str) -> str:
+    """Text as Markdown that shows it, `marked` parts as code: no tag, no link, no further cell, row or paragraph."""
+    parts = re.split("(`[^`]+`)", " ".join(text.split()))
+    parts[::2] = [re.sub(r"[\\`<|]|\](?=[(\[:])|&(?=#?\w+;)", _escaped, part) for part in parts[::2]]
+    parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]  # all else is text in there
+    return "".join(parts)
+
+
+def _escaped(found: re.Match) -> str:
+    return {"<": "&lt;", "&": "&amp;"}.get(found[0], "\\" + found[0])
+
+
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.FileSystemLoader(HERE),
     autoescape=jinja2.select_autoescape(),
@@ -35,14 +47,14 @@ _TEMPLATES = jinja2.Environment(
     extensions=["jinja2.ext.do"],
 )
 _TEMPLATES.filters["code"] = with_code
-_TEMPLATES.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+_TEMPLATES.filters["md"] = as_markdown
 PARTS: Any = _TEMPLATES.get_template("parts.html").module
 TABLES: Any = _TEMPLATES.get_template("tables.md").module
 
 
 def readable(text: str) -> str:
-    """Text that can be written as UTF-8: what a name has of other bytes is shown as the replacement character."""
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+    """Text for UTF-8 files and terminals: what is no text, and control characters, become the replacement character."""
+    return re.sub("[\ud800-\udfff\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f]", "\ufffd", text)
 
 
 def or_sentence(title: str, make: Callable[[], str]) -> Section:

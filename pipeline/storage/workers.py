@@ -113,8 +113,12 @@ def out_of_memory(what: str) -> UserError:
     )
 
 
+class WorkerDiedError(UserError):
+    """A worker process was killed, or has crashed."""
+
+
 def _worker_died() -> UserError:
-    return UserError(
+    return WorkerDiedError(
         "a worker process was killed, most likely because memory ran out; run the same command again, with fewer"
         " --workers: it continues where it stopped"
     )

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from pipeline.storage.sources.source import Source, file_bytes
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
 _FILES = {"train": ["train"], "val": ["test"]}  # CIFAR-100's
 _LABELS = {"train": "train_lables.json", "val": "test_lables.json"}  # so spelt in the npm package
+
+_MOST_OBJECTS = 10**6  # in one pickle
 
 _Images = tuple[np.ndarray, np.ndarray, list[str]]  # pixels (N, 32, 32, 3) uint8, labels (N,), classes
 
@@ -140,6 +143,9 @@ def _unpickled(path: Path) -> dict:
     content = file_bytes(path)
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != constants.CIFAR_MD5[path.name]:
         raise ValueError(f"{path.name} is not the published file, its md5 differs")
+    for opcode, number, _ in pickletools.genops(content):  # pickle itself takes memory for as many objects
+        if "PUT" in opcode.name and number > _MOST_OBJECTS:
+            raise ValueError(f"{path.name} numbers an object {number}")
     return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from pipeline import constants
 from pipeline.errors import BAD_BYTES, UserError
 from pipeline.storage.sources.source import Source, file_bytes, open_file
+from pipeline.storage.workers import WorkerDiedError, Workers
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -117,17 +118,26 @@ def val_classes(devkit: Path) -> list[str]:
     `devkit` is the tar or the folder in which these lie. Raises UserError for a devkit that is not whole, or without
     these files.
     """
+    try:
+        files = _devkit_files(devkit)
+        with Workers(1) as worker:  # in a process of its own, as SciPy crashes at some damaged files
+            by_id = dict(next(worker.in_order(_ids_and_synsets, [(files["meta.mat"],)])))
+        return [by_id[int(line)] for line in files[TRUTH].decode().split()]
+    except (*BAD_BYTES, OSError, tarfile.TarError, zlib.error) as error:
+        found = "its meta.mat" if isinstance(error, WorkerDiedError) else " ".join(repr(error).split())
+        raise UserError(f"{devkit} is not the devkit, or not all of it ({found}); download it again") from None
+
+
+def _ids_and_synsets(meta: bytes) -> list[tuple[int, str]]:
+    """In a worker, what meta.mat says. Raises ValueError."""
     from scipy.io import loadmat  # only here: half a second
     from scipy.io.matlab import MatReadError
 
     try:
-        files = _devkit_files(devkit)
-        synsets = loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
-        by_id = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-        return [by_id[int(line)] for line in files[TRUTH].decode().split()]
-    except (*BAD_BYTES, OSError, tarfile.TarError, zlib.error, MatReadError) as error:
-        found = " ".join(repr(error).split())
-        raise UserError(f"{devkit} is not the devkit, or not all of it ({found}); download it again") from None
+        rows = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
+        return [(int(row["ILSVRC2012_ID"]), str(row["WNID"])) for row in rows]
+    except (*BAD_BYTES, OSError, zlib.error, MatReadError) as error:
+        raise ValueError(f"its meta.mat: {error!r}") from None
 
 
 def _devkit_files(devkit: Path) -> dict[str, bytes]:

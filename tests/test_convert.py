@@ -661,10 +661,10 @@ def test_a_killed_worker(images, out, forked, monkeypatch, capsys):
 def test_too_few_open_files(images, out, forked):
     """From none more to enough: a sentence or a whole file, and no process left that its parent would wait for."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = max(map(int, os.listdir("/proc/self/fd")))
     said = []
     for more in range(0, 40, 2):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used + more, hard))
+        free = [number for number in range(300) if not os.path.exists(f"/proc/self/fd/{number}")]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], hard))  # a number that no file may have
         try:
             found = outcome(lambda: convert.main(ConvertConfig(out, images, workers=2, fresh=True)))
         finally:

@@ -62,6 +62,7 @@ class Workers:
         except (OSError, EOFError, RuntimeError) as error:  # no fork, no pipe, no thread; no answer is an OSError, too
             for started in set(multiprocessing.active_children()) - set(others):
                 started.kill()  # at its end Python would wait for them
+                started.join()
             raise UserError(
                 f"{self.count} worker processes cannot be started ({str(error) or 'no answer'}); give fewer --workers,"
                 " or raise the limits of processes, open files and memory (ulimit -u, -n and -v, or the container's)"

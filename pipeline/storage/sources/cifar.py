@@ -144,7 +144,7 @@ def _unpickled(path: Path) -> dict:
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != constants.CIFAR_MD5[path.name]:
         raise ValueError(f"{path.name} is not the published file, its md5 differs")
     for opcode, number, _ in pickletools.genops(content):  # pickle itself takes memory for as many objects
-        if "PUT" in opcode.name and number > _MOST_OBJECTS:
+        if "PUT" in opcode.name and (number or 0) > _MOST_OBJECTS:
             raise ValueError(f"{path.name} numbers an object {number}")
     return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
 

@@ -205,7 +205,7 @@ def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
     return [(source, config.out if one_file else config.out / f"{source.split}.beton") for source in sources]
 
 
-@system_errors("the conversion", "repair that and run the same command again")
+@system_errors("the converter", "repair that and run the same command again")
 def main(config: ConvertConfig) -> None:
     """Converts, then verifies, what is asked for."""
     if config.source is None and (not config.verify or config.out is None):

@@ -18,12 +18,12 @@ class UserError(ValueError):
 def system_errors(what: str, advice: str) -> Iterator[None]:
     """Raises UserError for what the operating system refuses in a block, or in a function that this decorates.
 
-    The text names the file that could not be used, or else `what`, and ends in `advice`. Other errors pass.
+    The text names the file that could not be used, or else `what` needed it, and ends in `advice`. Other errors pass.
     """
     try:
         yield
     except OSError as error:
-        where = error.filename if isinstance(error.filename, str) else what
+        where = error.filename if isinstance(error.filename, str) else f"a file of {what}"
         raise UserError(f"{where} could not be used ({error.strerror or error}); {advice}") from error
     except MemoryError as error:
         raise UserError(f"memory was too short for {what}; {advice}") from error

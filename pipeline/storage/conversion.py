@@ -128,6 +128,8 @@ def open_writer(c: Conversion) -> Iterator[BetonWriter]:
             finally:
                 done = f"{writer.done} of {len(c.source)}"
     except OSError as error:
+        if error.errno is None:  # not of the disk's: numba's, where memory is short
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "is full" if full else f"could not be read or written ({error.strerror or error})"
         raise UserError(

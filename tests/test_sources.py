@@ -1,5 +1,6 @@
 """Datasets on disk: the right images, classes and order, and clear words where something is wrong."""
 
+import faulthandler
 import gzip
 import hashlib
 import io
@@ -337,10 +338,13 @@ def mend_checksums(path: Path) -> None:
 
 
 @pytest.fixture
-def forked(monkeypatch) -> None:
-    """Workers are forked, with SciPy in them."""
+def forked(monkeypatch):
+    """Workers are forked, with SciPy in them, and may crash without a word."""
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setattr(workers.threading, "active_count", lambda: 1)
+    faulthandler.disable()
+    yield
+    faulthandler.enable(sys.__stderr__)
 
 
 @pytest.mark.filterwarnings("ignore")  # SciPy's

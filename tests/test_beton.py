@@ -319,7 +319,7 @@ def test_mutated_tables(compact, part):
                 with Image.open(io.BytesIO(beton.jpeg_bytes(opened, sample).tobytes())) as image:
                     assert np.array_equal(out[: height * width * 3].reshape(height, width, 3), image.convert("RGB"))
     decode.free_handle(handle)
-    assert seen.count("refused") > 10 and seen.count("decoded") > 4
+    assert seen.count("refused") > 10 and "decoded" in seen
 
 
 def test_mutated_manifests(small, tmp_path, capsys):

@@ -6,6 +6,7 @@ root/ILSVRC2012_img_val.tar      images without classes; ILSVRC2012_devkit_t12.t
 
 import io
 import re
+import resource
 import tarfile
 import zlib
 from collections import Counter
@@ -23,6 +24,7 @@ DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 _VAL_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 _DEVKIT_FILE_BYTES = 64 << 20  # a hundred times the larger one of the two
+_DEVKIT_S, _DEVKIT_MEMORY_BYTES = 5, 16 << 30  # of a process; it needs about a second, and 1 GB with all of SciPy
 
 _ByClass = dict[str, list[tuple[str, int, int]]]  # class → (name, offset, size) of each image in the outer file
 
@@ -120,7 +122,7 @@ def val_classes(devkit: Path) -> list[str]:
     """
     try:
         files = _devkit_files(devkit)
-        with Workers(1) as worker:  # in a process of its own, as SciPy crashes at some damaged files
+        with Workers(1) as worker:  # in a process of its own: SciPy can crash at a damaged file
             by_id = dict(next(worker.in_order(_ids_and_synsets, [(files["meta.mat"],)])))
         return [by_id[int(line)] for line in files[TRUTH].decode().split()]
     except (*BAD_BYTES, OSError, tarfile.TarError, zlib.error) as error:
@@ -133,10 +135,12 @@ def _ids_and_synsets(meta: bytes) -> list[tuple[int, str]]:
     from scipy.io import loadmat  # only here: half a second
     from scipy.io.matlab import MatReadError
 
+    resource.setrlimit(resource.RLIMIT_CPU, (_DEVKIT_S, _DEVKIT_S))  # and it can read for ever
+    resource.setrlimit(resource.RLIMIT_AS, (_DEVKIT_MEMORY_BYTES, _DEVKIT_MEMORY_BYTES))
     try:
         rows = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         return [(int(row["ILSVRC2012_ID"]), str(row["WNID"])) for row in rows]
-    except (*BAD_BYTES, OSError, zlib.error, MatReadError) as error:
+    except (*BAD_BYTES, OSError, zlib.error, MatReadError, UnboundLocalError) as error:  # the last is SciPy's slip
         raise ValueError(f"its meta.mat: {error!r}") from None
 
 

@@ -36,7 +36,7 @@ from typing import Literal
 import PIL
 
 from pipeline.command import run_command
-from pipeline.errors import UserError
+from pipeline.errors import UserError, system_errors
 from pipeline.one_writer import BusyError
 from pipeline.storage import beton, parts, shards, store
 from pipeline.storage.adopt import Asked, adopt
@@ -163,10 +163,8 @@ def convert(source: Source, out: Path, config: ConvertConfig) -> bool:
     if config.max_side is None and of_imagenet(source) and "val" in (source.split, out.stem, source.where.name):
         config = replace(config, max_side=store.ANY_SIDE_PX)
     part, identity = parts.chosen_part(config.part, os.environ), _identity(source, config)
-    try:
+    with system_errors(str(out.parent), "give another folder with --out"):
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out.parent} cannot be made ({error.strerror}); give another folder with --out") from None
     if not config.fresh and _already_there(out, identity, source):
         return True
     conversion = Conversion(
@@ -207,6 +205,7 @@ def _jobs(config: ConvertConfig) -> list[tuple[Source, Path]]:
     return [(source, config.out if one_file else config.out / f"{source.split}.beton") for source in sources]
 
 
+@system_errors("the converter", "repair that and run the same command again")
 def main(config: ConvertConfig) -> None:
     """Converts, then verifies, what is asked for."""
     if config.source is None and (not config.verify or config.out is None):

@@ -27,10 +27,10 @@ LEFTOVER_S = 3600.0  # a temporary file that nobody wrote to for so long is what
 REFUSED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM)
 
 
-def flush(fd: int) -> None:
-    """`os.fsync`, if the file system knows it: some refuse it, mostly of folders."""
+def flush(fd: int, *, only_data: bool = False) -> None:
+    """`os.fsync`, or `os.fdatasync`, if the file system knows it: some refuse it, mostly of folders."""
     try:
-        os.fsync(fd)
+        (os.fdatasync if only_data else os.fsync)(fd)
     except OSError as error:
         if error.errno not in REFUSED:
             raise

@@ -1,5 +1,36 @@
-"""The one kind of error that a user can fix."""
+"""The one kind of error that a user can fix, and what else becomes one."""
+
+import contextlib
+from collections.abc import Iterator
+
+# What the parsers of others raise at bytes that are not what they should be, besides errors of their own kinds.
+BAD_BYTES = (
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError),
+    *(RecursionError, NotImplementedError, MemoryError),  # nested too deep, of another version, of absurd size
+)
 
 
 class UserError(ValueError):
     """The text is one sentence: what was found, what was expected, what to do. Commands end with exit code 2."""
+
+
+@contextlib.contextmanager
+def system_errors(what: str, advice: str) -> Iterator[None]:
+    """Raises UserError for what the operating system refuses in a block, or in a function that this decorates.
+
+    The text names the file that could not be used, or else `what` needed it, and ends in `advice`. Other errors pass.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename if isinstance(error.filename, str) else f"a file of {what}"
+        raise UserError(f"{where} could not be used ({error.strerror or error}); {advice}") from error
+    except MemoryError as error:
+        raise UserError(f"memory was too short for {what}; {advice}") from error
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        raise UserError(
+            f"no further thread can be started for {what}; raise the limit of processes (ulimit -u, or the container's)"
+            " or give fewer --workers"
+        ) from error

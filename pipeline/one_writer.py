@@ -39,11 +39,18 @@ class OneWriter:
         about = {"host": os.uname().nodename, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         about |= {"machine": _machine(), "started": _process_start(os.getpid()), "token": uuid.uuid4().hex}
         self._pid, self._content = os.getpid(), json.dumps(about).encode()
-        while not self._create(path):
-            if self._took_over():
-                break
+        try:
+            while not self._create(path):
+                if self._took_over():
+                    break
+        except OSError as error:
+            raise UserError(f"could not write {path}: {error.strerror}; make room, or choose another place") from error
         self._thread = threading.Thread(target=self._beat, name="one writer", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # no more threads are allowed
+            path.unlink(missing_ok=True)
+            raise
 
     def __enter__(self) -> "OneWriter":
         return self
@@ -72,7 +79,10 @@ class OneWriter:
                 self.path.unlink()
 
     def _create(self, path: Path) -> bool:
-        """Whether a file `path` of ours is new there; False if there is one. With hard links it appears whole."""
+        """Whether a file `path` of ours is new there; False if there is one. With hard links it appears whole.
+
+        Raises OSError.
+        """
         own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
         try:
             _write_new(own, self._content)
@@ -84,8 +94,6 @@ class OneWriter:
                 _write_new(path, self._content)
         except FileExistsError:
             return False
-        except OSError as error:
-            raise UserError(f"could not write {path}: {error.strerror}; make room, or choose another place") from error
         finally:
             with contextlib.suppress(OSError):
                 own.unlink()
@@ -147,7 +155,7 @@ class OneWriter:
 
     def _look(self) -> None:
         """Shows that this process lives, if the file is still its own."""
-        with contextlib.suppress(OSError, UserError):  # a disk that does not answer now will at another beat
+        with contextlib.suppress(OSError):  # a disk that does not answer now will at another beat
             now_s, found = _clock_s(), _content_and_time(self.path)
             if found is not None and found[0] != self._content:
                 self.lost = True
@@ -176,7 +184,9 @@ def _content_and_time(path: Path) -> tuple[bytes, int] | None:
     try:
         with open(path, "rb") as file:
             return file.read(), os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESTALE):  # the latter: removed on another machine meanwhile
+            raise
         return None
 
 
@@ -185,7 +195,7 @@ def _parsed(content: bytes) -> dict:
     try:
         about = json.loads(content)
         return about if isinstance(about, dict) and {"pid", "host", "since"} <= about.keys() else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 
@@ -207,5 +217,5 @@ def _process_start(pid) -> int | None:
     try:
         state, *rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else int(rest[18])
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError):
         return None

@@ -34,7 +34,7 @@ def progress(
     follows each multiple of `line_every` units.
     """
     hidden = os.environ.get("LOCAL_RANK", "0") != "0"
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():  # None: it is closed
         hidden = hidden or bool(os.environ.get("TQDM_DISABLE"))
         return Lines(items, what, total, unit=unit, done=done, line_every=line_every, hidden=hidden)
     how = {"unit": unit, "initial": done, "delay": delay_s, "dynamic_ncols": True, "mininterval": 0.5, "miniters": 1}

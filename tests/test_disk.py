@@ -12,7 +12,7 @@ import pytest
 
 from pipeline import disk, one_writer
 from pipeline.disk import append_line, followed_once, read_lines, require_room, whole_file, write_whole
-from pipeline.errors import UserError
+from pipeline.errors import UserError, system_errors
 from pipeline.one_writer import OneWriter
 
 
@@ -289,11 +289,51 @@ def test_a_writer_that_stood_still_looks_before_it_writes(tmp_path, monkeypatch)
             writer.require()
 
 
-def test_an_unfinished_file_is_watched_and_replaced(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"host": "no',
+        b"",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"host": 1, "since": [], "pid": Infinity, "machine": ""}',
+        "ours",
+    ],
+)
+def test_an_unfinished_or_damaged_file_is_watched_and_replaced(tmp_path, monkeypatch, content):
     monkeypatch.setattr(one_writer, "WATCH_S", 0.1)
-    (tmp_path / "lock").write_bytes(b'{"host": "no')
+    about = {"host": "", "since": "", "pid": float("inf"), "machine": one_writer._machine(), "started": 1}
+    (tmp_path / "lock").write_bytes(json.dumps(about).encode() if content == "ours" else content)
     OneWriter(tmp_path / "lock", "the run r").close()
     assert names(tmp_path) == []
+
+
+def test_a_lock_that_cannot_be_read(tmp_path):
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(UserError, match=r"could not write .*lock: Is a directory"):
+        OneWriter(tmp_path / "lock", "the run r")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file", "x.jpg"), r"^x.jpg could not be used .No such file.; do y$"),
+        (OSError(errno.EIO, "I/O error"), r"^a file of the work could not be used .I/O error.; do y$"),
+        (OSError("broken"), r"^a file of the work could not be used .broken.; do y$"),
+        (MemoryError(), "^memory was too short for the work; do y$"),
+        (RuntimeError("can't start new thread"), "^no further thread can be started for the work; .*ulimit -u"),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence(error, said):
+    @system_errors("the work", "do y")
+    def work(error):
+        raise error
+
+    with pytest.raises(UserError, match=said):
+        work(error)
+    for fault in (ValueError("a fault of ours"), RuntimeError("another")):
+        with pytest.raises(type(fault), match=str(fault)):
+            work(fault)
 
 
 def test_without_hard_links_too(tmp_path, no_links):

@@ -7,6 +7,7 @@ import pytest
 from pipeline import constants
 from pipeline.errors import UserError
 from pipeline.storage.sources.open import open_source, split_names
+from tests.mutants import COUNT, json_mutants, mutants, outcome
 
 
 @pytest.fixture
@@ -74,6 +75,24 @@ def test_lists_that_are_not_the_published_ones(places, monkeypatch):
     csv.write_text(csv.read_text().replace("a/abbey/2.jpg 0", "a/abbey/2.jpg"))
     with pytest.raises(UserError, match="cannot be read as the list of a dataset"):
         open_source(places, "train")
+
+
+@pytest.mark.parametrize("kind", ["places", "inat"])
+def test_mutated_lists(kind, request):
+    """Refused, or a list of as many images and classes as the published one, with labels that are classes."""
+    root = request.getfixturevalue(kind)
+    path = root / ("train2018.json" if kind == "inat" else "trainvalsplit_places205/train_places205.csv")
+    content, sound, refused = path.read_bytes(), open_source(root, "train"), 0
+    for mutant in (json_mutants if kind == "inat" else mutants)(content, seed=0):
+        path.write_bytes(mutant)
+        source = outcome(lambda: open_source(root, "train"))
+        if isinstance(source, UserError):
+            refused += 1
+        else:
+            assert len(source) == len(sound) and len(source.classes) == len(sound.classes)
+            assert all(isinstance(name, str) for name in source.names)
+            assert set(source.labels.tolist()) <= set(range(len(source.classes)))
+    assert 100 < refused < COUNT
 
 
 def test_images_that_are_not_there(inat):

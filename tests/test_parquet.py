@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.storage.beton import jpeg_bytes, open_beton
 from pipeline.storage.sources.open import open_source, split_names
 from pipeline.storage.sources.source import image_places, read_stamps
+from tests.mutants import COUNT, mutants, outcome
 
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -307,6 +308,46 @@ def test_files_that_are_not_whole(tmp_path, images, content):
     path = write(tmp_path / "a.parquet", images[:5], label=[0] * 5)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content == "half" else content)
     with pytest.raises(UserError, match="a.parquet cannot be read .* git lfs pull"):
+        open_source(tmp_path, "train")
+
+
+def test_mutated_files(tmp_path):
+    """Refused, in the listing or where a row is read, or read: the file has no checksum."""
+    rows = [(b"\xff\xd8 image %d" % i, f"{i}.jpg") for i in range(6)]
+    path = write(tmp_path / "a.parquet", rows, features(image=None, label=["x", "y"]), label=[0, 1] * 3)
+    content, refused = path.read_bytes(), 0
+    for mutant in mutants(content, seed=0):
+        path.write_bytes(mutant)
+        source = outcome(lambda: open_source(path, "train"))
+        if isinstance(source, UserError):
+            refused += 1
+            continue
+        for place in image_places(source, 0, len(source)):
+            found = outcome(lambda source=source, place=place: source.read(place))
+            assert isinstance(found, UserError) or isinstance(found[0], bytes)
+    assert 100 < refused < COUNT
+
+
+@pytest.mark.parametrize(
+    ("columns", "metadata", "said"),
+    [
+        ({"label": [0]}, features(label=[None]), "description of its columns"),
+        ({"label": [0]}, {"huggingface": "[" * 100_000}, "description of its columns"),
+        ({"label": [[0]]}, features(label=["x"]), ""),
+        ({"image": pa.array([{"bytes": "x", "path": "1.jpg"}])}, None, "no column of image bytes"),
+        ({"image": pa.array([{"bytes": b"x", "path": 1}])}, None, ""),
+    ],
+)
+def test_columns_of_odd_types(tmp_path, columns, metadata, said):
+    path = write(tmp_path / "a.parquet", [] if "image" in columns else [(b"x", "1.jpg")], metadata, **columns)
+    found = outcome(lambda: open_source(path, "train"))
+    assert said in str(found) if said else found.classes == ["unlabelled"]
+
+
+def test_labels_that_are_numbers_and_texts(tmp_path):
+    write(tmp_path / "train.parquet", [(b"x", "1.jpg")], label=[1])
+    write(tmp_path / "val.parquet", [(b"x", "1.jpg")], label=["1"])
+    with pytest.raises(UserError, match="numbers in one file and texts in another"):
         open_source(tmp_path, "train")
 
 

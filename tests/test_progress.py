@@ -74,6 +74,15 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "\rfeatures: 100%" in sys.stderr.getvalue() and sys.stderr.getvalue().count("\ra note\n") == 4
 
 
+def test_a_clock_that_stands_still_and_no_place_to_write_to(clock, capsys, monkeypatch):
+    watched(clock, 10, 0.0, line_every=5)
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"features: batch {n} of 10" for n in (5, 10)
+    ]
+    monkeypatch.setattr(sys, "stderr", None)  # as with 2>&-
+    watched(clock, 10, 50.0)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (12, "12 s"), (60, "1 min"), (185, "3 min 5 s"), (138_000, "38 h 20 min")],

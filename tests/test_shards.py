@@ -1,5 +1,6 @@
 """WebDataset shards: what the standard library's tarfile reads from them, and that they are the .beton's samples."""
 
+import hashlib
 import json
 import tarfile
 
@@ -13,6 +14,7 @@ from pipeline.one_writer import OneWriter
 from pipeline.storage.beton import files_path, jpeg_bytes, open_beton
 from pipeline.storage.shards import open_shards, pack_shards
 from pipeline.storage.verify import verify
+from tests.mutants import COUNT, json_mutants, mutants, outcome
 
 PER_SHARD = 7  # 48 images: six full shards and one of six images
 
@@ -136,6 +138,45 @@ def test_damage_is_named(beton):
     (folder / "train.shards.npy").write_bytes(index)
     with pytest.raises(UserError, match="does not belong to train.shards.json"):
         open_shards(path)
+
+
+@pytest.mark.filterwarnings("ignore")  # NumPy's, about headers of Python 2
+def test_mutated_indexes(beton):
+    """The digest tells; where it fits, as a faulty writer's would, every image lies in its tar and has a class."""
+    path = pack_shards(beton, PER_SHARD)
+    index, sound, refused = path.with_name("train.shards.npy"), open_shards(path), 0
+    content, about = index.read_bytes(), json.loads(path.read_text())
+    for mutant in mutants(content, seed=0):
+        index.write_bytes(mutant)
+        path.write_text(json.dumps(about))
+        assert isinstance(outcome(lambda: open_shards(path)), UserError) or mutant == content
+        path.write_text(json.dumps(about | {"index_sha256": hashlib.sha256(mutant).hexdigest()}))
+        opened = outcome(lambda: open_shards(path))
+        if isinstance(opened, UserError):
+            refused += 1
+            continue
+        assert len(opened) == len(sound) and set(opened.labels) <= set(range(len(opened.classes)))
+        assert all(len(jpeg_bytes(opened, i)) == opened.sizes_bytes[i] > 0 for i in range(len(opened)))
+    assert 150 < refused < COUNT
+
+
+@pytest.mark.parametrize("with_tars", [False, True])  # as a manifest of other programs' tars has them
+def test_mutated_manifests(beton, with_tars):
+    path = pack_shards(beton, PER_SHARD)
+    sound, about, refused = open_shards(path), json.loads(path.read_text()), 0
+    if with_tars:
+        about["tars"] = sorted(tar.name for tar in path.parent.glob("*.tar"))
+    for mutant in json_mutants(json.dumps(about).encode(), seed=0):
+        path.write_bytes(mutant)
+        opened = outcome(lambda: open_shards(path))
+        if isinstance(opened, UserError):
+            refused += 1
+            continue
+        assert opened.labels.tolist() == sound.labels.tolist() and opened.classes == json.loads(mutant)["classes"]
+        assert all(jpeg_bytes(opened, i).tobytes() == jpeg_bytes(sound, i).tobytes() for i in (0, 20, 47))
+        names = outcome(opened.file_names)
+        assert isinstance(names, UserError) or names == sound.file_names()
+    assert 150 < refused < COUNT
 
 
 def test_verify_names_the_changed_image(beton):

@@ -1,5 +1,6 @@
 """Datasets on disk: the right images, classes and order, and clear words where something is wrong."""
 
+import faulthandler
 import gzip
 import hashlib
 import io
@@ -7,23 +8,29 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.io
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from pipeline import constants
 from pipeline.command import DATA
 from pipeline.errors import UserError
-from pipeline.storage import any_image
-from pipeline.storage.sources import folders
+from pipeline.storage import any_image, workers
+from pipeline.storage.sources import folders, imagenet_tars
 from pipeline.storage.sources import open as sources
 from pipeline.storage.sources.open import KINDS, open_source, split_names
+from pipeline.storage.sources.selection import open_splits
 from pipeline.storage.sources.source import SPLITS, Source, image_places, read_image, read_stamps
+from tests.mutants import COUNT, json_mutants, mutants, outcome
 
 
 def write(path: Path, content: bytes = b"x") -> None:
@@ -151,11 +158,51 @@ def test_a_class_without_images(tmp_path):
         open_source(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["a\tb.jpg", "a\nb.jpg"])
-def test_names_that_break_the_file_list(tmp_path, name):
+@pytest.mark.parametrize("name", ["a\tb.jpg", "a\nb.jpg", "a\nb/c.jpg"])
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_names_that_break_the_file_list(tmp_path, name, unlabelled):
     write(tmp_path / "cat" / name)
     with pytest.raises(UserError, match="rename it"):
-        open_source(tmp_path)
+        open_splits(tmp_path, "", one_file=False, unlabelled=unlabelled)
+
+
+def test_a_thousand_folders_in_each_other(tmp_path):
+    """Deeper than functions may call each other."""
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(1000):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("1.jpg").write_bytes(b"x")
+    finally:
+        os.chdir(here)
+    found = outcome(lambda: open_source(tmp_path))
+    assert found.names == ["d/" * 1000 + "1.jpg"] and found.classes == ["d"]
+    assert read_image(image_places(found, 0, 1)[0])[0] == b"x"
+    subprocess.run(["rm", "-r", tmp_path / "d"], check=True)  # which pytest could not
+
+
+@pytest.mark.parametrize(
+    "change", [{"names": ["a/\ud800"]}, {"classes": ["\ud800"]}, {"labels": np.array([1])}, {"labels": np.array([-1])}]
+)
+def test_names_and_labels_that_cannot_be(tmp_path, change):
+    """Whatever kind of dataset they come from."""
+    about = {"names": ["a/1"], "classes": ["a"], "labels": np.array([0])} | change
+    with pytest.raises(UserError, match=r"ud800.* in a name|labels from -?1 to -?1 for 1 classes"):
+        sources.check_names(Source("any", "train", where=tmp_path, **about))
+
+
+def test_files_that_are_gone_have_no_stamp(tmp_path):
+    """Nor those of a folder that is a file now, or of a tar that is gone."""
+    write(tmp_path / "a" / "1.jpg")
+    source = open_source(tmp_path)
+    shutil.rmtree(tmp_path / "a")
+    assert read_stamps(source, 1).tolist() == [[-1, -1]]
+    write(tmp_path / "a")
+    assert read_stamps(source, 1).tolist() == [[-1, -1]]
+    tar = replace(source, files=[tmp_path / "no.tar"], extents=np.array([[0, 512, 7]]))
+    assert read_stamps(tar, 1).tolist() == [[7, -1]]
 
 
 def test_names_that_are_no_utf8(tmp_path):
@@ -267,6 +314,87 @@ def test_a_truncated_tar(tars, split, share):
         open_source(tars, split)
 
 
+def test_files_beside_the_images_in_the_tars(tars):
+    """A README in each, in the first place, and a class folder's name; they are counted."""
+    for split, where in (("train", "beside the classes"), ("val", "beside the images")):
+        path, before = tars / f"ILSVRC2012_img_{split}.tar", open_source(tars, split)
+        path.write_bytes(tar_of({"README": b"x"})[:1024] + path.read_bytes())
+        source = open_source(tars, split)
+        assert source.names == before.names and source.left_out == {where: 1}
+    with pytest.raises(UserError, match="5 images of 3 classes, ImageNet's val split has 6"):  # none of its number
+        path.write_bytes(path.read_bytes().replace(b"val_00000003", b"val_00000030", 1))
+        mend_checksums(path)
+        open_source(tars, "val")
+
+
+def mend_checksums(path: Path) -> None:
+    """Makes the headers of a tar valid again after a change of names."""
+    content = bytearray(path.read_bytes())
+    for at in range(0, len(content), 512):
+        if content[at + 257 : at + 262] == b"ustar":
+            content[at + 148 : at + 156] = b" " * 8
+            content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers are forked, with SciPy in them, and may crash without a word."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(workers.threading, "active_count", lambda: 1)
+    faulthandler.disable()
+    yield
+    faulthandler.enable(sys.__stderr__)
+
+
+@pytest.mark.filterwarnings("ignore")  # SciPy's
+@pytest.mark.parametrize("name", ["ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", imagenet_tars.DEVKIT])
+def test_mutated_tars(tars, forked, name, monkeypatch):
+    path, split, refused = tars / name, "train" if "train" in name else "val", 0
+    content, sound, count = path.read_bytes(), open_source(tars, split), COUNT
+    if name == imagenet_tars.DEVKIT:
+        count //= 3  # many have a process
+    else:
+        classes = imagenet_tars.val_classes(tars / imagenet_tars.DEVKIT)
+        monkeypatch.setattr(imagenet_tars, "val_classes", lambda _: classes)
+    for mutant in mutants(content, seed=0, count=count):
+        path.write_bytes(mutant)
+        source = outcome(lambda: open_source(tars, split))
+        if isinstance(source, UserError):
+            refused += 1
+        else:
+            assert source.names == sound.names and np.array_equal(source.labels, sound.labels)
+    assert count // 6 < refused <= count
+
+
+@pytest.mark.filterwarnings("ignore")  # SciPy's
+@pytest.mark.parametrize("name", ["meta.mat", imagenet_tars.TRUTH])
+def test_mutated_devkits(tars, forked, name, monkeypatch):
+    """Unpacked, without a checksum: it is refused, or each image has a class of its list. SciPy crashes at some."""
+    folder, refused = tars / "unpacked", 0
+    for known, content in imagenet_tars._devkit_files(tars / imagenet_tars.DEVKIT).items():
+        write(folder / known, content)
+    content, sound = (folder / name).read_bytes(), imagenet_tars.val_classes(folder)
+    count = COUNT // (5 if name == "meta.mat" else 10)  # each has a process
+    for mutant in mutants(content, seed=0, count=count):
+        (folder / name).write_bytes(mutant)
+        classes = outcome(lambda: imagenet_tars.val_classes(folder))
+        refused += isinstance(classes, UserError)
+        if name == imagenet_tars.TRUTH and not isinstance(classes, UserError):
+            assert set(classes) <= {*sound, "n09"}
+    assert count // 6 < refused < count
+    monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    assert "not all of it (its meta.mat); download it" in str(outcome(lambda: imagenet_tars.val_classes(folder)))
+
+
+def test_a_devkit_of_absurd_size(tars):
+    with gzip.open(tars / imagenet_tars.DEVKIT, "wb") as file:
+        member = tarfile.TarInfo("meta.mat")
+        member.size = 2**40
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+    assert "'meta.mat' has 1099511627776 bytes" in str(outcome(lambda: open_source(tars, "val")))
+
+
 def test_something_else_named_tar(tars):
     write(tars / "ILSVRC2012_img_train.tar", np.random.default_rng(0).bytes(20000))
     with pytest.raises(UserError, match="not a tar file"):
@@ -343,6 +471,57 @@ def test_damaged_batches_are_refused(cifar, content, accepted, monkeypatch):
         accept(path, monkeypatch)
     with pytest.raises(UserError, match="cannot be read .data_batch_2 is not" if not accepted else "cannot be read"):
         open_source(cifar["pickles"], "train")
+
+
+@pytest.mark.filterwarnings("ignore")  # of Python's own look at a pickle
+@pytest.mark.parametrize("accepted", [False, True])
+def test_mutated_batches(tmp_path, monkeypatch, accepted):
+    """Of one image, so that what is changed is mostly the pickle's own. Whatever their checksum."""
+    data, refused = np.random.default_rng(0).integers(0, 256, (1, 3072), np.uint8), 0
+    path, names = tmp_path / "cifar-10-batches-py" / "test_batch", [b"image_%d.png" % i for i in range(300)]
+    content = pickle.dumps({b"batch_label": b"1 of 1", b"labels": [7], b"data": data, b"filenames": names}, 2)
+    write(path, content)
+    write(path.with_name("data_batch_1"))
+    pixels = data.reshape(1, 3, 32, 32).transpose(0, 2, 3, 1)
+    monkeypatch.setattr(constants, "CIFAR10_TEST_SHA256", hashlib.sha256(pixels.tobytes()).hexdigest())
+    monkeypatch.setattr(constants, "CIFAR10_TEST_LABELS_SHA256", hashlib.sha256(b"\7").hexdigest())
+    accept(path, monkeypatch)
+    for mutant in mutants(content, seed=0):
+        path.write_bytes(mutant)
+        if accepted:
+            accept(path, monkeypatch)
+        source = outcome(lambda: open_source(tmp_path, "val"))
+        if isinstance(source, UserError):
+            refused += 1
+        else:
+            assert np.array_equal(source.pixels, pixels) and source.labels.tolist() == [7]
+    assert refused == COUNT if not accepted else 100 < refused < COUNT
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's
+@pytest.mark.parametrize("name", ["test_batch.png", "test_lables.json"])
+def test_mutated_sheets_and_labels(cifar, name):
+    path, sound = cifar["sheets"] / name, open_source(cifar["sheets"], "val")
+    content = path.read_bytes()
+    for mutant in (json_mutants if name.endswith("json") else mutants)(content, seed=0):
+        path.write_bytes(mutant)
+        source = outcome(lambda: open_source(cifar["sheets"], "val"))
+        assert isinstance(source, UserError) or np.array_equal(source.labels, sound.labels)
+
+
+@pytest.mark.parametrize("content", [b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", None])
+def test_a_sheet_that_is_another_kind_of_file(cifar, content, monkeypatch):
+    """PostScript that is called .png starts no other program, and a pipe is not waited for."""
+    path = cifar["sheets"] / "test_batch.png"
+    path.unlink()
+    if content:
+        write(path, content)
+    else:
+        os.mkfifo(path)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    assert ("no known image format" if content else "is not a file") in str(
+        outcome(lambda: open_source(cifar["sheets"], "val"))
+    )
 
 
 def test_other_bytes_for_c_are_refused(cifar):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from pipeline.storage import store
 from pipeline.storage.decode import STATUS_TEXT, decode_rgb, free_handle, make_handle
@@ -65,6 +65,14 @@ def test_real_jpegs_are_kept_byte_for_byte(imagenet_sample):
         with Image.open(path) as image:
             assert (stored.width, stored.height) == image.size
         assert stored.how == KEPT and stored.data == data, path
+
+
+def test_postscript_starts_no_other_program(monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript was started"))
+    eps = encoded(Image.new("RGB", (8, 8)), "EPS")
+    assert Image.open(io.BytesIO(eps)).format == "EPS"
+    with pytest.raises(Unreadable, match="no known image format"):
+        store_image(eps, How(500, QUALITY, False))
 
 
 def test_of_a_jpeg_without_its_end_marker_pillow_decides(imagenet_sample):

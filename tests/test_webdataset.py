@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import shutil
 import tarfile
@@ -21,16 +22,19 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 from pipeline.storage import adopt
 from pipeline.storage.beton import jpeg_bytes, open_beton
 from pipeline.storage.shards import open_shards, pack_shards
+from pipeline.storage.sources import webdataset
 from pipeline.storage.sources.open import open_source, split_names
+from pipeline.storage.sources.source import image_places
 from pipeline.storage.verify import verify
+from tests.mutants import COUNT, mutants, outcome
 from tests.support import assert_same_batches
 
 JPEGS = [b"\xff\xd8 one", b"\xff\xd8 two", b"\xff\xd8 three"]  # listing opens no image
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes | str]]) -> Path:
+def write_tar(path: Path, members: list[tuple[str, bytes | str]], format_: int = tarfile.DEFAULT_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=format_) as tar:
         for name, content in members:
             member = tarfile.TarInfo(name)
             data = content.encode() if isinstance(content, str) else content
@@ -302,6 +306,85 @@ def test_a_tar_that_is_cut_short(tmp_path, cut):
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(UserError, match="is not a tar file, or not all of it"):
         open_source(path)
+
+
+@pytest.mark.parametrize("format_", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_mutated_tars(tmp_path, format_):
+    """Each is refused, or what is listed is what tarfile reads at these names. Long names have headers of their own."""
+    path, rows, refused = tmp_path / "0.tar", [], 0
+    label = (".cls", "1") if format_ == tarfile.GNU_FORMAT else (".json", '{"label": 1}')
+    for i in range(4):
+        key = f"é/{'long' * 30}/{i}" if i % 2 else f"{i}"
+        rows += [(f"{key}.jpg", JPEGS[i % 3]), (key + label[0], label[1])]
+    content = write_tar(path, rows, format_).read_bytes().rstrip(b"\0")
+    content += bytes(-len(content) % tarfile.BLOCKSIZE + 2 * tarfile.BLOCKSIZE)
+    for mutant in mutants(content, seed=format_):
+        path.write_bytes(mutant)
+        webdataset._read_tar.cache_clear()  # its files differ in size or time
+        source = outcome(lambda: open_source(path))
+        if isinstance(source, UserError):
+            refused += 1
+            continue
+        with tarfile.open(path) as tar:
+            expected = {f"0.tar/{member.name}": tar.extractfile(member).read() for member in tar if member.isfile()}
+        for name, place in zip(source.names, image_places(source, 0, len(source)), strict=True):
+            assert source.read(place)[0] == expected[name]
+    assert 100 < refused < COUNT
+
+
+def header(name: str, **about) -> bytes:
+    """That of a member without content."""
+    member = tarfile.TarInfo(name)
+    for key, value in about.items():
+        setattr(member, key, value)
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("hostile", "message"),
+    [
+        (header("1.jpg", size=-1024), "not a tar file, or not all of it"),  # after which one reads the same for ever
+        (header("1.jpg", size=2**62), "a member reaches past the end"),
+        (header("x", size=-1024, type=tarfile.XHDTYPE), "not a tar file, or not all of it"),
+        (header("x", size=2**62, type=tarfile.GNUTYPE_LONGNAME), "not a tar file, or not all of it"),
+        (header("x", size=1, type=tarfile.GNUTYPE_LONGNAME) + b"y" + bytes(511), "not a tar file, or not all of it"),
+        ((header("x", size=1, type=tarfile.GNUTYPE_LONGNAME) + b"y" + bytes(511)) * 3000, "not a tar file, or not"),
+        (header("1.jpg", type=tarfile.GNUTYPE_SPARSE), "'1.jpg' is packed without its zeros, as a sparse file"),
+        (header("a\nb/1.jpg"), "a tab or a line break in the name"),
+        (header("1.jpg\n"), "a tab or a line break in the name"),
+        (header("1.jpg", type=tarfile.SYMTYPE, linkname="/etc/passwd"), ""),
+        (header("1.jpg", type=tarfile.LNKTYPE, linkname="../../0.jpg"), ""),
+        (header("1.jpg", type=tarfile.CHRTYPE), ""),
+    ],
+    ids=itertools.count(),
+)
+def test_hostile_members(tmp_path, hostile, message):
+    """Refused, or counted: no link is followed."""
+    path = tmp_path / "0.tar"
+    path.write_bytes(write_tar(path, [("0.jpg", b"x")]).read_bytes()[:1024] + hostile + bytes(1024))
+    found = outcome(lambda: open_source(path))
+    if message:
+        assert message in str(found)
+    else:
+        assert found.names == ["0.tar/0.jpg"] and found.left_out == {"links in tars": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("0.json", "[" * 100_000),
+        ("0.json", '{"label": "\\ud800"}'),
+        ("0.json", '{"label": NaN}'),
+        ("0.cls", "9" * 5000),
+    ],
+    ids=itertools.count(),
+)
+def test_hostile_labels(tmp_path, name, content):
+    found = outcome(lambda: open_source(write_tar(tmp_path / "0.tar", [("0.jpg", b"x"), (name, content)])))
+    if "[" in content or "ud800" in content:
+        assert "cannot be" in str(found)
+    else:
+        assert found.classes == (["unlabelled"] if "NaN" in content else [content])
 
 
 @pytest.mark.parametrize("name", ["0.tar", "0.tar.gz", "train-0.tgz"])

@@ -38,6 +38,8 @@ SAMPLE = np.dtype(
     }
 )
 FIELDS = (("image", TYPE_IMAGE), ("label", TYPE_LABEL))
+# Entries of some manifests.
+_NOT_IN_ALL = {"labelled": bool, "source": dict, "identity": dict, "fields": list, "tars": list}
 
 SAMPLES_AT = HEADER.itemsize + len(FIELDS) * DESCRIPTOR.itemsize
 
@@ -135,8 +137,12 @@ def file_rows(stored: Stored) -> list[list[str]]:
 
 
 def _file_lines(stored: Stored) -> list[str]:
-    content = checked_bytes(files_path(stored.path), stored.path, stored.manifest["files_sha256"])
-    return content.decode("utf-8", "surrogateescape").split("\n")[1:-1]
+    path = files_path(stored.path)
+    content = checked_bytes(path, stored.path, stored.manifest["files_sha256"])
+    lines = content.decode("utf-8", "surrogateescape").split("\n")[1:-1]
+    if len(lines) != len(stored) or any(line.count("\t") != 4 for line in lines):
+        raise UserError(f"{path} has {len(lines)} lines, or not 5 columns; {len(stored)} are expected, convert again")
+    return lines
 
 
 def checked_bytes(path: Path, belongs_to: Path, sha256: str) -> bytes:
@@ -166,11 +172,14 @@ def read_manifest(path: Path, version: int, expected: dict[str, type]) -> dict:
     try:
         manifest = json.loads(path.read_bytes())
         found = manifest["format_version"]
-        complete = all(isinstance(manifest[key], kind) for key, kind in expected.items())
-    except (ValueError, KeyError, TypeError) as error:
+        kinds = expected | {key: kind for key, kind in _NOT_IN_ALL.items() if key in manifest}
+        complete = all(isinstance(manifest[key], kind) for key, kind in kinds.items())
+        lists = [manifest[key] for key in ("classes", "fields", "tars") if key in kinds]
+        complete = complete and all(isinstance(text, str) for texts in lists for text in texts)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not a manifest of pipeline/convert.py ({error!r}); convert again") from None
     if found != version:
-        raise UserError(f"{path} has format version {found}, this code reads {version}; convert again")
+        raise UserError(f"{path} has format version {found!r}, this code reads {version}; convert again")
     if not complete:
         raise UserError(f"{path} is not a manifest of pipeline/convert.py (an entry has a wrong type); convert again")
     return manifest

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.disk import flush_folder, write_whole
+from pipeline.disk import flush, flush_folder, write_whole
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
 from pipeline.storage import beton
@@ -138,7 +138,7 @@ class BetonWriter:
         end = self._end_of(count)
         self._one.require()
         os.ftruncate(self._journal, len(self._header) + count * ROW.itemsize)
-        os.fdatasync(self._journal)  # before the images that its rows name are overwritten
+        flush(self._journal, only_data=True)  # before the images that its rows name are overwritten
         os.ftruncate(self._partial, end)
         self._rows[count:] = 0
         self.done, self._journaled, self._end, self._room_end = count, count, end, end
@@ -197,10 +197,10 @@ class BetonWriter:
     def _flush(self, done: int) -> None:
         """Runs beside the appending, which continues: the disk never waits for images."""
         self._one.require()
-        os.fdatasync(self._partial)
+        flush(self._partial, only_data=True)
         at = len(self._header) + self._journaled * ROW.itemsize
         _write_all(self._journal, self._rows[self._journaled : done].tobytes(), at)
-        os.fdatasync(self._journal)
+        flush(self._journal, only_data=True)
         self._journaled = done
         self._checkpoint_at = time.monotonic() + CHECKPOINT_S
 
@@ -227,7 +227,7 @@ class BetonWriter:
         _write_all(self._partial, head + samples.tobytes(), 0)
         _write_all(self._partial, allocations.tobytes(), self._end)
         os.ftruncate(self._partial, self._end + allocations.nbytes)
-        os.fsync(self._partial)
+        flush(self._partial)
         files = _file_list(source, kept, rows)
         manifest = {
             "format_version": beton.FORMAT_VERSION,
@@ -272,9 +272,11 @@ class BetonWriter:
     def close(self) -> None:
         """Closes the files; what was appended and not yet flushed is flushed by `checkpoint`, not here."""
         self._flusher.shutdown()
-        os.close(self._partial)
-        os.close(self._journal)
-        self._one.close()
+        try:
+            os.close(self._partial)
+            os.close(self._journal)
+        finally:
+            self._one.close()
 
 
 def _file_list(source: Source, kept: np.ndarray, rows: np.ndarray) -> bytes:

@@ -108,28 +108,36 @@ def fill(c: Conversion, writer: BetonWriter, images: Images, left: int | None = 
         _append_all(c, writer, images)
         if go_back_to_unchanged(source, writer):
             raise UserError(f"{source.where} changed while it was converted; run again when that is over")
-    except (KeyboardInterrupt, UserError, MemoryError):
-        writer.checkpoint()
-        again = "the same command without --fresh" if c.fresh else "the same command"
-        print(f"{out.name}: stopped after {writer.done} of {len(source)} images; {again} continues", file=sys.stderr)
+    except (KeyboardInterrupt, UserError, MemoryError, OSError):
+        with contextlib.suppress(OSError):  # the disk may still take the rows of the images that it has
+            writer.checkpoint()
+            again = "the same command without --fresh" if c.fresh else "the same command"
+            done = f"{writer.done} of {len(source)} images"
+            print(f"{out.name}: stopped after {done}; {again} continues", file=sys.stderr)
         raise
 
 
 @contextlib.contextmanager
 def open_writer(c: Conversion) -> Iterator[BetonWriter]:
-    """The half-finished file. Raises UserError in place of the errors of a full disk and of short memory."""
-    with BetonWriter(c.out, len(c.source), c.identity, fresh=c.fresh) as writer:
-        try:
-            yield writer
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise UserError(
-                f"{c.out.parent} is full after {writer.done} of {len(c.source)} images; make room and run the same"
-                " command again, it continues there"
-            ) from None
-        except MemoryError:
-            raise out_of_memory(f"after {writer.done} of {len(c.source)} images") from None
+    """The half-finished file. Raises UserError in place of the errors of a disk and of short memory."""
+    done = f"0 of {len(c.source)}"
+    try:
+        with BetonWriter(c.out, len(c.source), c.identity, fresh=c.fresh) as writer:
+            try:
+                yield writer
+            finally:
+                done = f"{writer.done} of {len(c.source)}"
+    except OSError as error:
+        if error.errno is None:  # not of the disk's: numba's, where memory is short
+            raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "is full" if full else f"could not be read or written ({error.strerror or error})"
+        raise UserError(
+            f"{c.out.parent if full else error.filename or c.out.parent} {what} after {done} images;"
+            f" {'make room' if full else 'repair that'} and run the same command again, it continues there"
+        ) from error
+    except MemoryError:
+        raise out_of_memory(f"after {done} images") from None
 
 
 @contextlib.contextmanager

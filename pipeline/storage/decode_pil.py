@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from pipeline.errors import UserError
+from pipeline.errors import BAD_BYTES, UserError
 from pipeline.storage.beton import MODE_RAW, Stored, jpeg_bytes
 
 
@@ -16,10 +16,10 @@ def decode_pil(beton: Stored, sample: int) -> Image.Image:
     try:
         if beton.modes[sample] == MODE_RAW:
             return Image.fromarray(np.asarray(stored).reshape(height, width, 3))
-        image = Image.open(io.BytesIO(stored.tobytes())).convert("RGB")
+        image = Image.open(io.BytesIO(stored.tobytes()), formats=("JPEG",)).convert("RGB")
         if image.size != (width, height):
             raise ValueError(f"it is {image.size} px, the table says {(width, height)}")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (*BAD_BYTES, OSError, SyntaxError) as error:
         raise UserError(
             f"image {sample} of {beton.path} ({beton.file_names()[sample]}) cannot be decoded: {error};"
             " convert the dataset again"

@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 
+from pipeline.errors import UserError
 from pipeline.storage.beton import Stored, checked_bytes, files_path, jpeg_bytes
 
 
@@ -14,13 +15,16 @@ class Digests:
     """
 
     def __init__(self, stored: Stored) -> None:
-        path = files_path(stored.path)
-        checked_bytes(path, stored.path, stored.manifest["files_sha256"])
-        self._stored, self._text = stored, np.memmap(path, np.uint8, "r")
+        self._stored, self._path = stored, files_path(stored.path)
+        content = checked_bytes(self._path, stored.path, stored.manifest["files_sha256"])
+        if content.count(b"\n") != len(stored) + 1:
+            raise UserError(f"{self._path} lists other images than {stored.path.name} has; convert again")
+        self._text = np.memmap(self._path, np.uint8, "r")
         self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
 
     def match(self, sample: int) -> bool:
-        """Whether a sample's bytes have its digest."""
-        line = self._text[self._ends[sample] + 1 : self._ends[sample + 1]].tobytes()
-        noted = line.split(b"\t", 4)[3]
-        return hashlib.sha256(jpeg_bytes(self._stored, sample).data).hexdigest().encode() == noted
+        """Whether a sample's bytes have its digest. Raises UserError where the file has none for it."""
+        columns = self._text[self._ends[sample] + 1 : self._ends[sample + 1]].tobytes().split(b"\t")
+        if len(columns) != 5:
+            raise UserError(f"{self._path}, line {sample + 2} is not one of an image; convert again")
+        return hashlib.sha256(jpeg_bytes(self._stored, sample).data).hexdigest().encode() == columns[3]

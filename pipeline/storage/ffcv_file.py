@@ -11,6 +11,7 @@ Whatever the names and order of the fields, the image and the label are found by
 Source of the layout: ffcv 1.0.2, `types.py`, `writer.py`, `memory_allocator.py`, `fields/`.
 """
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ def read_tables(path: Path) -> Tables:
             " damaged, or another program's; write it again with FFCV 1.0"
         )
     descriptors = _rows(path, DESCRIPTOR, int(header["fields"]), HEADER.itemsize)
-    names = [row.tobytes().split(b"\0")[0].decode("ascii", "replace") for row in descriptors["name"]]
+    names = [re.sub(rb"[^ -~]", b"?", row.tobytes().split(b"\0")[0]).decode() for row in descriptors["name"]]
     types = descriptors["type"].tolist()
     for name, number in zip(names, types, strict=True):
         if number >= len(ENTRIES):

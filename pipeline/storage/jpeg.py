@@ -220,10 +220,12 @@ def _encode(lib: ctypes.CDLL, planes: list[np.ndarray], height: int, width: int,
     places = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in planes))
     strides = (ctypes.c_int * 3)(*(plane.shape[1] for plane in planes))
     handle = lib.tjInitCompress()
-    status = lib.tjCompressFromYUVPlanes(
+    failed = lib.tjCompressFromYUVPlanes(
         *(handle, places, width, strides, height, samples, ctypes.byref(address), ctypes.byref(size)),
         *(quality, _NO_REALLOC | _ACCURATE_DCT),
     )
+    complaint = lib.tjGetErrorStr2(handle) if failed else b""
     lib.tjDestroy(handle)
-    assert status == 0, "encoding our own planes failed"
+    if failed:
+        raise MemoryError(complaint)  # nothing else can be wrong with planes of our own
     return buffer[: size.value].tobytes()

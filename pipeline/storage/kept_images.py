@@ -16,7 +16,7 @@ def keep_image(place: Place, read: Read, how: store.How) -> Kept:
         data, stamp = read(place)
     except OSError as error:
         raise UserError(
-            f"{place[0]} cannot be read from the disk ({error.strerror}); repair that and run again"
+            f"{place[0]} cannot be read from the disk ({error.strerror or error}); repair that and run again"
         ) from None
     except MemoryError:
         raise out_of_memory(f"for {place[0]}") from None

@@ -21,11 +21,12 @@ import shutil
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
 from pipeline.disk import whole_file, write_whole
-from pipeline.errors import UserError
+from pipeline.errors import BAD_BYTES, UserError
 from pipeline.one_writer import OneWriter
 from pipeline.progress import progress
 from pipeline.storage import beton
@@ -163,21 +164,48 @@ def _pack(source: Beton, shard_images: int, path: Path) -> None:
 # ---- reading ----
 
 
+def _read_index(path: Path, manifest: dict, tar_bytes: list[int]) -> np.ndarray:
+    """(N,) ROW. Raises UserError for another file, and for images that do not lie in the tars or have no class."""
+    index_path = _beside(path, ".shards.npy")
+    content = beton.checked_bytes(index_path, path, manifest["index_sha256"])
+    try:
+        index = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+    except (*BAD_BYTES, SyntaxError, TokenError) as error:
+        raise UserError(f"{index_path} is not an index of shards ({type(error).__name__}); convert again") from None
+    sound = index.dtype == ROW and index.shape == (manifest["images"],) and (index["shard"] < len(tar_bytes)).all()
+    if sound and len(index):
+        ends = np.array(tar_bytes, np.uint64)[index["shard"]]
+        sound = (
+            (index["offset"] <= ends).all()
+            and (index["bytes"] <= ends - index["offset"]).all()
+            and min(index[name].min() for name in ("bytes", "height", "width")) > 0
+            and (index["label"] >= 0).all()
+            and (index["label"] < len(manifest["classes"])).all()
+        )
+    if not (sound and len(index)):
+        raise UserError(f"{index_path} does not fit {path.name} and its tars; copy all again or convert again")
+    return index
+
+
 def open_shards(path: Path) -> Shards:
     """Opens a finished set of shards by its manifest. Raises UserError for one with missing or damaged parts."""
     if not path.is_file():
         raise UserError(f"{path} is missing; make it with pipeline/convert.py --format webdataset")
-    expected = {"classes": list, "images": int, "shard_bytes": list, "index_sha256": str, "files_sha256": str}
-    manifest = beton.read_manifest(path, FORMAT_VERSION, expected)
-    content = beton.checked_bytes(_beside(path, ".shards.npy"), path, manifest["index_sha256"])
-    index = np.load(io.BytesIO(content), allow_pickle=False)
+    expected = {"classes": list, "images": int, "shard_bytes": list}
+    manifest = beton.read_manifest(
+        path, FORMAT_VERSION, expected | dict.fromkeys(("tables_sha256", "index_sha256", "files_sha256"), str)
+    )
+    tars = manifest.get("tars", [_shard_path(path, shard).name for shard in range(len(manifest["shard_bytes"]))])
+    if len(tars) != len(manifest["shard_bytes"]):
+        raise UserError(f"{path} has {len(tars)} tars and {len(manifest['shard_bytes'])} sizes; convert again")
     maps = []
-    for shard, size in enumerate(manifest["shard_bytes"]):
-        tar = path.with_name(manifest["tars"][shard]) if "tars" in manifest else _shard_path(path, shard)
-        if not tar.is_file() or tar.stat().st_size != size:
-            found = f"has {tar.stat().st_size} bytes" if tar.is_file() else "is missing"
+    for name, size in zip(tars, manifest["shard_bytes"], strict=True):
+        tar = path.parent / Path(name).name
+        if not os.path.isfile(tar) or tar.stat().st_size != size:
+            found = f"has {tar.stat().st_size} bytes" if os.path.isfile(tar) else "is missing"
             raise UserError(f"{tar} {found}, the manifest says {size} bytes; copy it again or convert again")
         maps.append(np.memmap(tar, np.uint8, "r"))
+    index = _read_index(path, manifest, [len(mapped) for mapped in maps])
     return Shards(
         path=path,
         manifest=manifest,

@@ -18,7 +18,7 @@ DAMAGED = "damaged"  # in `x.files.tsv`: known to be so when the file was adopte
 def verify(stored: Stored, workers: int = 0) -> None:
     """Checks all images in `workers` processes. Raises UserError that names the first bad ones."""
     rows, path = file_rows(stored), stored.path
-    if len(rows) != len(stored) or [row[1] for row in rows] != stored.labels.astype(str).tolist():
+    if [row[1] for row in rows] != stored.labels.astype(str).tolist():
         raise UserError(f"{files_path(path)} lists other images than {path.name} has; convert again")
     bad, known = [], 0
     checked = check_images(stored, np.arange(len(stored)), workers)

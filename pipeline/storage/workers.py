@@ -25,6 +25,7 @@ from pipeline.errors import UserError
 CHUNK_IMAGES = 32  # a worker's task
 AHEAD_CHUNKS = 4  # a worker, made before they are asked for
 SLOT_BYTES = 4 << 20  # for the images of one chunk
+START_S = 120.0  # for the first worker to answer
 _PR_SET_PDEATHSIG = 1  # prctl: the signal this process gets when its parent ends
 
 _shared: memoryview | None = None  # in a forked worker, all slots
@@ -51,13 +52,21 @@ class Workers:
         if not forked:
             context.set_forkserver_preload(["__main__", "pipeline.convert"])
         # Ctrl-C waits until the workers, who inherit that it is blocked, are there; it is not lost meanwhile.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        mask, others = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}), multiprocessing.active_children()
         try:
             given = (os.getpid(), self._shared) if forked else (0, None)
             self._pool = ProcessPoolExecutor(self.count, context, _start_worker, given)
-            self._pool.submit(os.getpid).result()
+            self._pool.submit(os.getpid).result(START_S)
         except BrokenProcessPool:
             raise _worker_died() from None
+        except (OSError, EOFError, RuntimeError) as error:  # no fork, no pipe, no thread; no answer is an OSError, too
+            for started in set(multiprocessing.active_children()) - set(others):
+                started.kill()  # at its end Python would wait for them
+                started.join()
+            raise UserError(
+                f"{self.count} worker processes cannot be started ({str(error) or 'no answer'}); give fewer --workers,"
+                " or raise the limits of processes, open files and memory (ulimit -u, -n and -v, or the container's)"
+            ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return self
@@ -80,6 +89,8 @@ class Workers:
                 yield ahead.popleft().result()
         except BrokenProcessPool:
             raise _worker_died() from None
+        except MemoryError:
+            raise out_of_memory("for some of the images") from None
 
     def read_slot(self, slot: int, at: int, size_bytes: int) -> memoryview:
         """What a worker put there; it stays until the slot's chunk is done with."""
@@ -103,10 +114,14 @@ def out_of_memory(what: str) -> UserError:
     )
 
 
+class WorkerDiedError(UserError):
+    """A worker process was killed, or has crashed."""
+
+
 def _worker_died() -> UserError:
-    return UserError(
-        "a worker process died, of too little memory perhaps; run the same command again, with fewer --workers:"
-        " it continues where it stopped"
+    return WorkerDiedError(
+        "a worker process was killed, most likely because memory ran out; run the same command again, with fewer"
+        " --workers: it continues where it stopped"
     )
 
 

@@ -6,27 +6,30 @@
     root[/cifar-100-python]/train, test, meta                 pickles; the classes are the 100 fine ones
     root[/cifar-100-binary]/train.bin, test.bin, fine_label_names.txt     bytes of the coarse and the fine label first
 
-A pickle is opened only if its md5 is the owners'; it is read as arrays, lists and strings, whatever it holds.
+A pickle is opened only if its md5 is the owners'; it is read as bytes, lists and strings, whatever it holds.
 """
 
 import hashlib
 import io
 import json
 import pickle
+import pickletools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from pipeline import constants
-from pipeline.errors import UserError
-from pipeline.storage.sources.source import Source
+from pipeline.errors import BAD_BYTES, UserError
+from pipeline.storage.any_image import Unreadable, upright_pixels
+from pipeline.storage.sources.source import Source, file_bytes
 
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "val": ["test_batch"]}
 _FILES = {"train": ["train"], "val": ["test"]}  # CIFAR-100's
 _LABELS = {"train": "train_lables.json", "val": "test_lables.json"}  # so spelt in the npm package
+
+_MOST_OBJECTS = 10**6  # in one pickle
 
 _Images = tuple[np.ndarray, np.ndarray, list[str]]  # pixels (N, 32, 32, 3) uint8, labels (N,), classes
 
@@ -36,7 +39,7 @@ def _read_pickles(folder: Path, split: str) -> _Images:
     hundred = (folder / "meta").is_file()
     for name in (_FILES if hundred else _BATCHES)[split]:
         batch = _unpickled(folder / name)
-        pixels.append(batch[b"data"])
+        pixels.append(batch[b"data"].values)
         labels += batch[b"fine_labels" if hundred else b"labels"]
     if hundred:
         names = [name.decode() for name in _unpickled(folder / "meta")[b"fine_label_names"]]
@@ -46,20 +49,17 @@ def _read_pickles(folder: Path, split: str) -> _Images:
 def _read_binary(folder: Path, split: str) -> _Images:
     hundred = (folder / "fine_label_names.txt").is_file()
     files, before = (_FILES, 2) if hundred else (_BATCHES, 1)  # bytes before the pixels, the last is the label
-    rows = np.concatenate([np.fromfile(folder / f"{name}.bin", np.uint8) for name in files[split]])
-    rows = rows.reshape(-1, before + 3072)
-    names = (folder / "fine_label_names.txt").read_text().split() if hundred else list(constants.CIFAR10_CLASSES)
+    content = b"".join(file_bytes(folder / f"{name}.bin") for name in files[split])
+    rows = np.frombuffer(content, np.uint8).reshape(-1, before + 3072)
+    names = file_bytes(folder / "fine_label_names.txt").decode().split() if hundred else list(constants.CIFAR10_CLASSES)
     return _by_image(rows[:, before:]), rows[:, before - 1].astype(np.int64), names
 
 
 def _read_sheets(folder: Path, split: str) -> _Images:
     """1024 × 10,000 px are (10000, 32, 32, 3)."""
-    sheets = []
-    for name in _BATCHES[split]:
-        with Image.open(folder / f"{name}.png") as sheet:
-            sheets.append(np.asarray(sheet.convert("RGB")).reshape(-1, 32, 32, 3))
-    labels = np.array(json.loads((folder / _LABELS[split]).read_text()))
-    return np.concatenate(sheets), labels, list(constants.CIFAR10_CLASSES)
+    sheets = [upright_pixels(file_bytes(folder / f"{name}.png")).convert("RGB") for name in _BATCHES[split]]
+    pixels = np.concatenate([np.asarray(sheet).reshape(-1, 32, 32, 3) for sheet in sheets])
+    return pixels, np.array(json.loads(file_bytes(folder / _LABELS[split]))), list(constants.CIFAR10_CLASSES)
 
 
 def _by_image(planes: np.ndarray) -> np.ndarray:
@@ -105,8 +105,13 @@ def read(root: Path, split: str, folder: Path) -> Source:
     what = form.kind.upper()
     try:
         pixels, labels, classes = form.read(folder, split)
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{what} in {folder} cannot be read ({error}); fetch it again") from None
+        if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(pixels):
+            raise ValueError(f"{labels.size} labels for {len(pixels)} images, a class number for each is expected")
+        if labels.min() < 0 or labels.max() > 99:
+            raise ValueError(f"labels from {labels.min()} to {labels.max()}")
+    except (*BAD_BYTES, OSError, Unreadable, pickle.UnpicklingError) as error:
+        found = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what} in {folder} cannot be read ({found}); fetch it again") from None
     if form.kind == "cifar-10":
         _require_cifar10(pixels, labels, split, folder)
     else:
@@ -135,25 +140,47 @@ def _require_cifar10(pixels: np.ndarray, labels: np.ndarray, split: str, folder:
 
 def _unpickled(path: Path) -> dict:
     """What one of the owners' pickles holds. Raises ValueError for another file, UnpicklingError for odd content."""
-    content = path.read_bytes()
+    content = file_bytes(path)
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != constants.CIFAR_MD5[path.name]:
         raise ValueError(f"{path.name} is not the published file, its md5 differs")
+    for opcode, number, _ in pickletools.genops(content):  # pickle itself takes memory for as many objects
+        if "PUT" in opcode.name and (number or 0) > _MOST_OBJECTS:
+            raise ValueError(f"{path.name} numbers an object {number}")
     return _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
 
 
-def _new_array(*_: object) -> np.ndarray:
-    """What a pickled array begins as; its state, which follows, is checked by NumPy."""
-    return np.empty(0, np.uint8)
+class _Bytes:
+    """What stands for an array of NumPy's in a pickle: NumPy itself could be made to read or write anywhere."""
+
+    def __init__(self, *_: object) -> None:
+        self.values = np.zeros(0, np.uint8)
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, by_columns, content = state  # the first is the version
+        if not isinstance(dtype, _ByteType):
+            raise pickle.UnpicklingError("an array without a dtype is not expected in it")
+        self.values = np.frombuffer(content, np.uint8).reshape(shape, order="F" if by_columns else "C")
 
 
-def _new_dtype(*arguments: Any) -> np.dtype:
-    dtype: np.dtype = np.dtype(*arguments)
-    if dtype.kind not in "biu":  # others could hold objects, or point elsewhere
-        raise pickle.UnpicklingError(f"an array of {dtype} is not expected in it")
-    return dtype
+class _ByteType:
+    """What stands for a dtype of NumPy's: that of bytes, all others are refused."""
+
+    def __init__(self, code: Any, *_: object) -> None:
+        if code not in ("u1", b"u1"):
+            raise pickle.UnpicklingError(f"an array of {code!r} is not expected in it")
+
+    def __setstate__(self, _: object) -> None:
+        """Order of bytes, alignment: nothing that matters."""
 
 
-_MAY_CALL = {"_reconstruct": _new_array, "ndarray": _new_array, "dtype": _new_dtype}  # of NumPy's
+def _encoded(text: str, encoding: str) -> bytes:
+    """How Python 3 writes bytes for Python 2."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"text as {encoding!r} is not expected in it")
+    return text.encode("latin1")
+
+
+_NUMPY = {"_reconstruct": _Bytes, "ndarray": _Bytes, "dtype": _ByteType}
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -161,8 +188,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         """What a pickle may call, by its name. Raises UnpicklingError for anything else."""
-        if module.split(".")[0] == "numpy" and name in _MAY_CALL:
-            return _MAY_CALL[name]
+        if module.split(".")[0] == "numpy" and name in _NUMPY:
+            return _NUMPY[name]
         if (module, name) == ("_codecs", "encode"):
-            return super().find_class(module, name)
+            return _encoded
         raise pickle.UnpicklingError(f"{module}.{name} is not expected in it")

@@ -69,7 +69,7 @@ def class_folders(root: Path, split: str) -> Source:
     loose, left_out, by_class = 0, Counter[str](), {}
     for entry in _entries(root):
         if _is_data_folder(entry):
-            by_class[entry.name] = sorted(_images_under(entry.path, f"{entry.name}/", left_out))
+            by_class[entry.name] = [f"{entry.name}/{name}" for name in _images_under(entry.path, left_out)]
         else:
             loose += not entry.is_dir() and _is_image(entry.name)
             left_out[f"{_kind(entry)} beside the class folders"] += 1
@@ -103,7 +103,7 @@ def class_folders(root: Path, split: str) -> Source:
 def unlabelled_images(root: Path, split: str) -> Source:
     """Lists every image below a folder, without labels. Raises UserError if there is none."""
     left_out = Counter[str]()
-    names = sorted(_images_under(str(root), "", left_out))
+    names = _images_under(str(root), left_out)
     if not names:
         raise UserError(f"{root} and the folders below it have no images ({' '.join(SUFFIXES)}); give --source others")
     labels = np.zeros(len(names), np.int64)
@@ -147,13 +147,16 @@ def _kind(entry: os.DirEntry) -> str:
     return suffix if _SUFFIX.fullmatch(suffix) else "without suffix"
 
 
-def _images_under(folder: str, prefix: str, left_out: Counter[str]) -> list[str]:
-    names = []
-    for entry in _entries(folder):
-        if _is_data_folder(entry):
-            names += _images_under(entry.path, f"{prefix}{entry.name}/", left_out)
-        elif _is_image(entry.name) and not entry.is_dir():
-            names.append(prefix + entry.name)
-        else:
-            left_out[_kind(entry)] += 1
-    return names
+def _images_under(root: str, left_out: Counter[str]) -> list[str]:
+    """The names of all images below a folder, relative to it and sorted, however deep it is."""
+    names, folders = [], [(root, "")]
+    while folders:
+        folder, prefix = folders.pop()
+        for entry in _entries(folder):
+            if _is_data_folder(entry):
+                folders.append((entry.path, f"{prefix}{entry.name}/"))
+            elif _is_image(entry.name) and not entry.is_dir():
+                names.append(prefix + entry.name)
+            else:
+                left_out[_kind(entry)] += 1
+    return sorted(names)

@@ -15,7 +15,6 @@ The classes of such images stand in the first of these that is found in their fo
 The order is that of class folders, by class and then by name: so the .beton has the same bytes.
 """
 
-import csv
 import itertools
 import os
 import re
@@ -28,7 +27,7 @@ from pipeline import constants
 from pipeline.errors import UserError
 from pipeline.storage.sources import folders
 from pipeline.storage.sources.imagenet_tars import DEVKIT, TRUTH, val_classes
-from pipeline.storage.sources.source import Source
+from pipeline.storage.sources.source import Source, text_lines
 
 _KAGGLE = (Path("ILSVRC/Data/CLS-LOC"), Path("Data/CLS-LOC"), Path("CLS-LOC"))
 _SOLUTION = "LOC_val_solution.csv"
@@ -98,28 +97,22 @@ def _known_classes(folder: Path) -> tuple[Path, dict[str, str]]:
     above = [Path(os.path.abspath(folder)), *Path(os.path.abspath(folder)).parents][:_LEVELS]
     for place in above:
         if (place / _SOLUTION).is_file():
-            return place / _SOLUTION, _by_name(place / _SOLUTION, list(csv.reader(_lines(place / _SOLUTION)))[1:])
+            rows = [line.replace('"', "").split(",") for line in text_lines(place / _SOLUTION)]
+            return place / _SOLUTION, _by_name(place / _SOLUTION, rows[1:])
     for place in above:
         for devkit in (place / DEVKIT, place / DEVKIT.removesuffix(".tar.gz") / "data", place / "data", place):
             if devkit.is_file() or (devkit / TRUTH).is_file():
                 return devkit, _by_number(devkit, val_classes(devkit))
     for place in above[:2]:  # these two have names that other datasets may use as well
         if (place / _SYNSETS).is_file():
-            return place / _SYNSETS, _by_number(place / _SYNSETS, _lines(place / _SYNSETS))
+            return place / _SYNSETS, _by_number(place / _SYNSETS, text_lines(place / _SYNSETS))
         if (place / _LIST).is_file():
-            rows = [line.split() for line in _lines(place / _LIST)]
+            rows = [line.split() for line in text_lines(place / _LIST)]
             return place / _LIST, _by_name(place / _LIST, rows, train=folder.parent / "train")
     raise UserError(
         f"{folder} holds ImageNet's validation images without class folders, and nothing that says their classes; put "
         f"{_SOLUTION} (Kaggle), {DEVKIT} or {_SYNSETS} beside it in {above[1]}, or convert --split train alone"
     )
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text().splitlines() if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path} is not a text file ({error}); download it again") from None
 
 
 def _by_number(path: Path, synsets: list[str]) -> dict[str, str]:
@@ -140,9 +133,12 @@ def _by_name(path: Path, rows: list[list[str]], train: Path | None = None) -> di
     found = {}
     for row in rows:
         word = row[1].split()[0] if len(row) > 1 and row[1].strip() else ""
-        synset = counted[int(word)] if word.isdecimal() and int(word) < len(counted) else word
+        number = int(word) if word.isdecimal() and len(word) < 10 else len(counted)
+        synset = counted[number] if number < len(counted) else word
         if not _SYNSET.fullmatch(synset):
             help_ = f" (train/ has {len(counted)} classes to count)" if word.isdecimal() and train else ""
-            raise UserError(f"{path} has the line {' '.join(row)!r}, which names no class{help_}; download it again")
+            raise UserError(
+                f"{path} has the line {' '.join(row)[:80]!r}, which names no class{help_}; download it again"
+            )
         found[Path(row[0]).stem] = synset
     return found

@@ -9,13 +9,15 @@ A list of another length than the published one is refused: part of a test set r
 """
 
 import json
+import operator
+import os
 from pathlib import Path
 
 import numpy as np
 
 from pipeline import constants
-from pipeline.errors import UserError
-from pipeline.storage.sources.source import Source
+from pipeline.errors import BAD_BYTES, UserError
+from pipeline.storage.sources.source import Source, file_bytes, text_lines
 
 _PLACES_IMAGES = Path("data/vision/torralba/deeplearning/images256")
 
@@ -32,10 +34,11 @@ def read(root: Path, split: str, path: Path) -> Source:
     """Raises UserError for a list that is not the published one, or images that are not where it says."""
     try:
         source = _inat18(root, split, path) if path.suffix == ".json" else _places205(root, split, path)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as the list of a dataset ({error!r}); download it again") from None
+    except BAD_BYTES as error:
+        found = " ".join(repr(error).split())
+        raise UserError(f"{path} cannot be read as the list of a dataset ({found}); download it again") from None
     require_published_size(source, source.kind, path)
-    if not (source.where / source.names[0]).is_file():
+    if not os.path.isfile(source.where / source.names[0]):
         raise UserError(f"{source.where / source.names[0]} is missing; unpack the images into {root}")
     return source
 
@@ -51,7 +54,7 @@ def require_published_size(source: Source, kind: str, path: Path) -> None:
 
 
 def _places205(root: Path, split: str, path: Path) -> Source:
-    rows = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    rows = [line.split() for line in text_lines(path)]
     names, labels = [row[0] for row in rows], [int(row[1]) for row in rows]
     by_label = {label: name.rsplit("/", 1)[0] for name, label in zip(names, labels, strict=True)}
     classes = [by_label[label] for label in range(len(by_label))]
@@ -59,9 +62,9 @@ def _places205(root: Path, split: str, path: Path) -> Source:
 
 
 def _inat18(root: Path, split: str, path: Path) -> Source:
-    content = json.loads(path.read_text())
-    names = {image["id"]: image["file_name"] for image in content["images"]}
-    rows = [(names[entry["image_id"]], entry["category_id"]) for entry in content["annotations"]]
+    content = json.loads(file_bytes(path))
+    names = {image["id"]: os.fspath(image["file_name"]) for image in content["images"]}  # fails if it is no text
+    rows = [(names[entry["image_id"]], operator.index(entry["category_id"])) for entry in content["annotations"]]
     classes = [f"{entry['id']:04d}" for entry in sorted(content["categories"], key=lambda entry: entry["id"])]
     labels = np.array([label for _, label in rows], np.int64)
     return Source("inat18", split, classes, [name for name, _ in rows], labels, root)

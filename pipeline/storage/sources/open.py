@@ -88,7 +88,7 @@ def open_source(root: str | Path, split: str = "") -> Source:
         raise UserError(f"{root} {asked}, found {' and '.join(splits)}; choose one with --split")
     else:
         source = next(kind.read(root, split, found) for kind in KINDS if (found := kind.find(root, split)))
-    _check_names(source)
+    check_names(source)
     return source
 
 
@@ -118,8 +118,21 @@ def _known_near(root: Path, above: Sequence[Path] = ()) -> str:
     return ""
 
 
-def _check_names(source: Source) -> None:
-    """Raises UserError for names that x.files.tsv cannot hold: one an image, without what parts columns and lines."""
+def check_names(source: Source) -> None:
+    """Raises UserError for names that x.files.tsv cannot hold, and for labels that are no class.
+
+    One name an image, of characters that can be written, without what parts columns and lines.
+    """
+    try:
+        "".join((*source.names, *source.classes)).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        found = error.object[max(error.start - 20, 0) : error.end + 20]
+        raise UserError(f"{source.where} has {found!r} in a name, which cannot be written; rename it") from None
+    if ((source.labels < 0) | (source.labels >= len(source.classes))).any():
+        raise UserError(
+            f"{source.where} has labels from {source.labels.min()} to {source.labels.max()} for {len(source.classes)}"
+            " classes; download it again, or write it again"
+        )
     for name in source.names:
         if "\t" in name or "\n" in name:
             raise UserError(f"{str(source.where / name)!r} has a tab or a line break in its name; rename it")

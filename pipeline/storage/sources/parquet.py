@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import UserError
-from pipeline.storage.sources.source import UNLABELLED, Place, Source, Stamp
+from pipeline.errors import BAD_BYTES, UserError
+from pipeline.storage.sources.source import UNLABELLED, Place, Source, Stamp, open_file
 
 # Words in the names of files and folders, as Hugging Face reads them; of val's the first that is there counts.
 _WORDS = {
@@ -36,6 +36,7 @@ _WORDS = {
 }
 _ALL_WORDS = [word for words in _WORDS.values() for word in words]
 _LABELS = ("label", "labels", "fine_label", "cls", "class", "target")
+_MOST_ROWS = 10**8  # in one file
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?")  # older files have a digest at the end
 
 
@@ -163,31 +164,40 @@ def _require_all_shards(files: list[Path]) -> None:
 
 def _columns(path: Path) -> _Columns:
     """Raises UserError where it is not clear which columns are meant."""
-    schema, types = _open(path).schema_arrow, _arrow().types
-    parts = {f.name: [part.name for part in f.type] if types.is_struct(f.type) else [] for f in schema}
-    images = {name: f"{name}.bytes" for name, inside in parts.items() if "bytes" in inside}
-    images = images or {f.name: f.name for f in schema if types.is_binary(f.type) or types.is_large_binary(f.type)}
+    schema, types = _schema(path), _arrow().types
+    parts = {f.name: {part.name: part.type for part in f.type} if types.is_struct(f.type) else {} for f in schema}
+    images = {name: f"{name}.bytes" for name, inside in parts.items() if _is_bytes(inside.get("bytes"))}
+    images = images or {f.name: f.name for f in schema if _is_bytes(f.type)}
     image = _the_one(path, "image bytes", list(images), ("image", "img"))
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
         named = {
-            name: tuple(feature["names"])
+            name: tuple(os.fspath(text) for text in feature["names"])  # fails if one is no text
             for name, feature in features.items()
             if name in parts and isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (ValueError, AttributeError, LookupError, TypeError) as error:
+    except BAD_BYTES as error:
         raise UserError(
             f"{path} has a description of its columns (huggingface) that cannot be read ({error!r}); download it again"
         ) from None
-    candidates = list(named) or [f.name for f in schema if f.name in _LABELS and _is_label(f.type)]
+    of_labels = [f.name for f in schema if _is_label(f.type)]
+    candidates = [name for name in named if name in of_labels] or [name for name in of_labels if name in _LABELS]
     label = _the_one(path, "labels", candidates, ("label", "labels", "fine_label")) if candidates else ""
-    return _Columns(images[image], f"{image}.path" if "path" in parts[image] else "", label, named.get(label, ()))
+    with_path = _is_text(parts[image].get("path"))
+    return _Columns(images[image], f"{image}.path" if with_path else "", label, named.get(label, ()))
+
+
+def _is_bytes(kind: Any) -> bool:
+    return kind is not None and (_arrow().types.is_binary(kind) or _arrow().types.is_large_binary(kind))
+
+
+def _is_text(kind: Any) -> bool:
+    return kind is not None and (_arrow().types.is_string(kind) or _arrow().types.is_large_string(kind))
 
 
 def _is_label(kind: Any) -> bool:
-    types = _arrow().types
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind)
+    kind = kind.value_type if _arrow().types.is_dictionary(kind) else kind
+    return _arrow().types.is_integer(kind) or _is_text(kind)
 
 
 def _the_one(path: Path, what: str, columns: list[str], preferred: tuple[str, ...]) -> str:
@@ -195,7 +205,7 @@ def _the_one(path: Path, what: str, columns: list[str], preferred: tuple[str, ..
     if chosen:
         return chosen[0]
     found = f"the columns {', '.join(columns)}, any of which could hold {what}" if columns else f"no column of {what}"
-    every = ", ".join(_open(path).schema_arrow.names)
+    every = ", ".join(_schema(path).names)
     raise UserError(f"{path} has {found} (all: {every}); write it again with one, called {preferred[0]}")
 
 
@@ -210,6 +220,8 @@ def _classes(base: Path, columns: _Columns) -> tuple[list[str], dict[int | str |
         return distinct, {i: i for i in range(len(distinct))}
     files = [path for split in _WORDS for path in _files(base, split)[0] if _columns(path).label == columns.label]
     values = {value for path in files for value in _values(path, columns.label)}
+    if len({type(value) for value in values if value is not None}) > 1:
+        raise UserError(f"{base} has labels that are numbers in one file and texts in another; write them alike")
     known = sorted(value for value in values if value is not None and (isinstance(value, str) or value >= 0))
     return [str(value) for value in known], {value: i for i, value in enumerate(known)}
 
@@ -231,16 +243,27 @@ def _reading(what: str) -> Iterator[None]:
     """What pyarrow says of a damaged file, as a UserError."""
     try:
         yield
-    except (_arrow().ArrowException, OSError) as error:
-        raise UserError(
-            f"{what} cannot be read ({' '.join(str(error).split())}); download it again (in a git clone: git lfs pull)"
-        ) from None
+    except UserError:
+        raise
+    except (_arrow().ArrowException, *BAD_BYTES, OSError) as error:
+        found = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what} cannot be read ({found}); download it again (in a git clone: git lfs pull)") from None
 
 
 def _open(path: str | Path) -> Any:
     """Without threads of pyarrow's own: the converter's workers are forked."""
     with _reading(str(path)):
-        return _arrow().parquet.ParquetFile(path, pre_buffer=False)
+        open_file(path).close()  # fails if it is a pipe
+        file = _arrow().parquet.ParquetFile(path, pre_buffer=False)
+        rows = sum(file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups))
+        if not rows == file.metadata.num_rows <= _MOST_ROWS:
+            raise ValueError(f"it counts {file.metadata.num_rows} rows, its groups have {rows}")
+        return file
+
+
+def _schema(path: Path) -> Any:
+    with _reading(str(path)):
+        return _open(path).schema_arrow
 
 
 def _values(path: Path, leaf: str) -> list[Any]:
@@ -254,11 +277,12 @@ def _values(path: Path, leaf: str) -> list[Any]:
 
 def _require_images(path: Path, columns: _Columns) -> None:
     """Raises UserError where the file counts images without bytes."""
-    about = _open(path).metadata
-    for group in range(about.num_row_groups):
-        chunks = [about.row_group(group).column(i) for i in range(about.num_columns)]
-        if any(c.path_in_schema == columns.image and c.statistics and c.statistics.null_count for c in chunks):
-            raise _no_bytes(path)
+    with _reading(str(path)):
+        about = _open(path).metadata
+        for group in range(about.num_row_groups):
+            chunks = [about.row_group(group).column(i) for i in range(about.num_columns)]
+            if any(c.path_in_schema == columns.image and c.statistics and c.statistics.null_count for c in chunks):
+                raise _no_bytes(path)
 
 
 def _no_bytes(path: str | Path) -> UserError:

@@ -12,7 +12,7 @@ from pipeline import constants
 from pipeline.errors import UserError
 from pipeline.storage.beton import require_same_classes
 from pipeline.storage.sources.folders import split_of, unlabelled_images
-from pipeline.storage.sources.open import open_source, split_names
+from pipeline.storage.sources.open import check_names, open_source, split_names
 from pipeline.storage.sources.source import Source
 
 
@@ -27,7 +27,9 @@ def open_splits(root: Path, split: str, *, one_file: bool, unlabelled: bool) -> 
         split_names(root)  # raises if there is no such folder
         if not root.is_dir():
             raise UserError(f"--unlabelled takes images below a folder, and {root} is a file; leave the flag out")
-        return [unlabelled_images(root, "train")]
+        source = unlabelled_images(root, "train")
+        check_names(source)
+        return [source]
     if split or one_file:
         return [open_source(root, split)]
     return [open_source(root, name) for name in split_names(root) or [split_of(root)]]

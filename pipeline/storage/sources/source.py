@@ -2,11 +2,13 @@
 
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from pipeline.errors import UserError
 SPLITS = ("train", "val", "unlabelled")  # the last: more images for pretraining, as STL-10 has them
 UNLABELLED = ["unlabelled"]  # the classes of images without labels
 MAX_LABEL = 10**6  # more classes than any dataset has: larger numbers are something else
+MAX_IMAGE_BYTES = 2 << 30  # the largest image that is read has 180 million pixels of up to 8 bytes
 
 Place = tuple[str, int, int]  # of an image: file, offset, size in bytes or -1 for all of the file
 
@@ -24,13 +27,45 @@ Stamp = tuple[int, int]
 Read = Callable[[Place], tuple[bytes, Stamp]]
 
 
+def open_file(path: str | Path) -> BinaryIO:
+    """A file, open for reading. Raises OSError, and UserError for what may never end: a pipe, a socket or a device."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a pipe would wait for somebody who writes to it
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise UserError(f"{path} is not a file but a folder, a pipe, a socket or a device; remove it")
+    return os.fdopen(fd, "rb")
+
+
+def file_bytes(path: Path, most_bytes: int = 1 << 30) -> bytes:
+    """All of a file. Raises OSError, and UserError for what is not a file, or larger than `most_bytes`."""
+    with open_file(path) as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if size_bytes > most_bytes:
+            raise UserError(f"{path} has {size_bytes} bytes, expected are at most {most_bytes}; download it again")
+        return file.read()
+
+
+def text_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty. Raises OSError, and UserError for another kind of file."""
+    try:
+        return [line for line in file_bytes(path).decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file ({error}); download it again") from None
+
+
 def read_image(place: Place) -> tuple[bytes, Stamp]:
-    """The bytes of one image, and its stamp: that of before it was read, so a later change shows in it."""
+    """The bytes of one image, and its stamp: that of before it was read, so a later change shows in it.
+
+    Raises OSError, and UserError for what is not a file, or too large for an image.
+    """
     path, offset, size = place
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         about = os.fstat(file.fileno())
+        size_bytes = about.st_size if size < 0 else size
+        if size_bytes > MAX_IMAGE_BYTES:
+            raise UserError(f"{path} has {size_bytes} bytes, an image has at most {MAX_IMAGE_BYTES}; remove it")
         file.seek(offset)
-        return file.read(size), (about.st_size if size < 0 else size, about.st_mtime_ns)
+        return file.read(size_bytes), (size_bytes, about.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -86,7 +121,7 @@ def read_stamps(source: Source, count: int) -> np.ndarray:
     if source.pixels is not None:
         return np.array([pixel_stamp(pixels) for pixels in source.pixels[:count]], np.int64).reshape(-1, 2)
     if source.extents is not None:
-        written_ns = np.array([file.stat().st_mtime_ns for file in source.files], np.int64)
+        written_ns = np.array([_file_stamp(file)[1] for file in source.files], np.int64)
         return np.stack([source.extents[:count, 2], written_ns[source.extents[:count, 0]]], 1)
     with ThreadPoolExecutor(8) as pool:
         parts = pool.map(lambda first: _file_stamps(source, first, min(first + 1000, count)), range(0, count, 1000))
@@ -94,11 +129,12 @@ def read_stamps(source: Source, count: int) -> np.ndarray:
 
 
 def _file_stamps(source: Source, start: int, stop: int) -> np.ndarray:
-    found = []
-    for path, _, _ in image_places(source, start, stop):
-        try:
-            about = os.stat(path)
-            found.append((about.st_size, about.st_mtime_ns))
-        except FileNotFoundError:
-            found.append((-1, -1))
-    return np.array(found, np.int64)
+    return np.array([_file_stamp(path) for path, _, _ in image_places(source, start, stop)], np.int64)
+
+
+def _file_stamp(path: str | Path) -> Stamp:
+    try:
+        about = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return -1, -1
+    return about.st_size, about.st_mtime_ns

@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.storage.sources import folders
 from pipeline.storage.sources.lists import require_published_size
-from pipeline.storage.sources.source import Source
+from pipeline.storage.sources.source import Source, text_lines
 
 _KIND = "tiny imagenet"
 
@@ -33,7 +33,7 @@ def read(root: Path, split: str, folder: Path) -> Source:
     """Raises UserError for more or fewer images than the published, or a list that does not fit them."""
     source = folders.class_folders(folder, split) if split == "train" else _val(folder)
     require_published_size(source, _KIND, folder)
-    wnids = sorted((folder.parent / "wnids.txt").read_text().split())
+    wnids = sorted(word for line in text_lines(folder.parent / "wnids.txt") for word in line.split())
     if source.classes != wnids:
         raise UserError(f"the classes in {folder} are not those of {folder.parent / 'wnids.txt'}; unpack both again")
     return source
@@ -44,9 +44,8 @@ def _val(folder: Path) -> Source:
     if not listed.is_file():
         raise UserError(f"{listed}, which has the classes of the images, is missing; unpack Tiny ImageNet again")
     try:
-        lines = [line.split() for line in listed.read_text().splitlines() if line]
-        rows = sorted((line[1], f"images/{line[0]}") for line in lines)
-    except (ValueError, IndexError):
+        rows = sorted((line.split()[1], f"images/{line.split()[0]}") for line in text_lines(listed))
+    except IndexError:
         raise UserError(f"{listed} has lines without an image and its class; unpack Tiny ImageNet again") from None
     names = [name for _, name in rows]
     there = {f"images/{name}" for name in os.listdir(folder / "images")}

@@ -4,12 +4,13 @@ An image shows several classes and a .beton has one label an image: here all hav
 annotations.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import UserError
-from pipeline.storage.sources.source import Source
+from pipeline.storage.sources.source import Source, text_lines
 
 _MAIN = Path("ImageSets/Main")
 _LISTS = {"train": "trainval", "val": "test"}
@@ -33,8 +34,8 @@ def find(root: Path, split: str) -> Path | None:
 def read(root: Path, split: str, listed: Path) -> Source:
     """Lists the images of a split. Raises UserError if some of them are missing."""
     voc = listed.parents[2]
-    names = [f"JPEGImages/{line.split()[0]}.jpg" for line in listed.read_text().splitlines() if line.strip()]
-    missing = [name for name in names if not (voc / name).is_file()]
+    names = [f"JPEGImages/{line.split()[0]}.jpg" for line in text_lines(listed)]
+    missing = [name for name in names if not os.path.isfile(voc / name)]
     if missing or not names:
         raise UserError(
             f"{listed} lists {len(names)} images, {len(missing)} of them are missing"

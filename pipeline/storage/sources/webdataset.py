@@ -28,7 +28,7 @@ import numpy as np
 from pipeline.errors import UserError
 from pipeline.storage.sources.folders import NOT_DATA, SUFFIXES
 from pipeline.storage.sources.imagenet_tars import tar_members
-from pipeline.storage.sources.source import SPLITS, UNLABELLED, Source, numbered_classes
+from pipeline.storage.sources.source import SPLITS, UNLABELLED, Source, numbered_classes, open_file, text_lines
 
 FIELDS = ("label", "cls", "class", "class_id", "target", "label_name")
 _WORDS = {  # the first group that a name has
@@ -38,8 +38,8 @@ _WORDS = {  # the first group that a name has
 }
 _TARS, _GZIPPED = (".tar",), (".tar.gz", ".tgz")
 _IMAGENETS_OWN = re.compile(r"ILSVRC|n\d{8}\.tar")
-_MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
-_NUMBER = re.compile(r"[+-]?\d+")
+_MEMBER = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?\d{1,100}")
 
 _Label = tuple[str, str] | None  # the file's suffix, and the text
 
@@ -126,7 +126,7 @@ def _listed(path: Path) -> _Tar:
 
 @functools.cache  # a split asks for the labels of the others, too
 def _read_tar(path: Path, size: int, _: int) -> _Tar:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if file.read(2) == b"\x1f\x8b":
             raise UserError(f"{path} is compressed with gzip; decompress it (gunzip) to read single images from it")
         listed = _Tar([], [], [], Counter())
@@ -139,7 +139,7 @@ def _read_tar(path: Path, size: int, _: int) -> _Tar:
                 )
             try:
                 label = _label(file, parts)
-            except ValueError as error:  # no text, or no JSON
+            except (ValueError, RecursionError) as error:  # no text, or no JSON
                 raise UserError(
                     f"{path} has a label of {key!r} that cannot be read ({error}); write it again"
                 ) from None
@@ -153,16 +153,16 @@ def _read_tar(path: Path, size: int, _: int) -> _Tar:
 def _samples(path: Path, size: int, left_out: Counter[str]) -> dict[str, dict[str, tuple[int, int]]]:
     """Key → suffix → offset and size, in the order of the tar."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
-    for member in tar_members(path, 0, size):
+    for member in tar_members(path, 0, size, left_out):
         found = _MEMBER.fullmatch(member.name.removeprefix("./"))
         if found is None:
             left_out["hidden or without suffix"] += 1
             continue
+        if "\t" in member.name or "\n" in member.name:  # these part the columns and lines of x.files.tsv
+            raise UserError(f"{path} has a tab or a line break in the name {member.name!r}; rename it")
         parts, suffix = samples.setdefault(found[1], {}), found[2]
         if suffix in parts:
             raise UserError(f"{path} has {member.name} twice; each key must be of one sample")
-        if "\t" in found[1] or "\n" in found[1]:  # these part the columns and lines of x.files.tsv
-            raise UserError(f"{path} has a tab or a line break in the name {member.name!r}; rename it")
         parts[suffix] = (member.offset_data, member.size)
     return samples
 
@@ -206,15 +206,16 @@ def _classes(
     if numbers:
         classes = numbered_classes(min(folders), np.array([int(text) for text in texts]))
         return _named(folders, classes), np.array([int(text) for text in own_texts], np.int64)
-    found, labels = np.unique(own_texts, return_inverse=True)
-    return found.tolist(), labels
+    found = sorted(set(own_texts))
+    index = {text: label for label, text in enumerate(found)}
+    return found, np.array([index[text] for text in own_texts], np.int64)
 
 
 def _named(folders: set[Path], numbers: list[str]) -> list[str]:
     """The names of the classes, if a file beside the tars has them."""
     for path in sorted(folder / name for folder in folders for name in ("classes.txt", "classnames.txt")):
         if path.is_file():
-            lines = path.read_text("utf-8").splitlines()
+            lines = text_lines(path)
             if len(lines) == len(numbers) == len(set(lines)):
                 return lines
             print(f"note: {path} has {len(set(lines))} names for {len(numbers)} classes: not used", file=sys.stderr)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -260,8 +261,8 @@ def test_changed_file_list(small):
         opened.file_names()
 
 
-@pytest.fixture
-def compact(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def made_compact(tmp_path_factory) -> Path:
     """An FFCV file of four drawn images whose tables are half of it, adopted. Ours have 8 MiB of zeros between."""
     images = []
     for i in range(4):
@@ -275,10 +276,16 @@ def compact(tmp_path) -> Path:
     samples["width"], samples["height"], samples["offset"], samples["label"] = 32, 24, offsets[:4], [1, 0, 2, 1]
     allocations["sample"], allocations["offset"], allocations["bytes"] = range(4), offsets[:4], sizes
     head = beton.head_bytes(4, int(offsets[4]))
-    path = tmp_path / "compact.beton"
+    path = tmp_path_factory.mktemp("compact") / "compact.beton"
     path.write_bytes(head + samples.tobytes() + b"".join(images) + allocations.tobytes())
     convert.main(convert.ConvertConfig(source=path, workers=1))
     return path
+
+
+@pytest.fixture
+def compact(made_compact, tmp_path) -> Path:
+    """A copy of it to damage."""
+    return shutil.copytree(made_compact.parent, tmp_path / "copy") / made_compact.name
 
 
 @pytest.mark.parametrize("part", ["header", "samples", "allocations", "all"])

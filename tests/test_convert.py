@@ -601,9 +601,15 @@ def test_killed_while_finishing(images, out, tmp_path, monkeypatch, step):
     assert contents(out.parent) == contents(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-@pytest.mark.parametrize(("call", "at"), [("pwrite", 40), ("fdatasync", 1), ("fsync", 0), ("replace", 0), ("open", 0)])
-def test_a_disk_that_fails(images, out, forked, monkeypatch, number, call, at):
+@pytest.mark.parametrize(
+    ("call", "at", "number"),
+    [
+        *[("pwrite", 40, number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EIO)],
+        *[("fdatasync", 1, number) for number in (errno.ENOSPC, errno.EIO)],
+        *[("fsync", 0, errno.EDQUOT), ("replace", 0, errno.EIO), ("open", 0, errno.EROFS), ("open", 0, errno.ENOSPC)],
+    ],
+)
+def test_a_disk_that_fails(images, out, forked, monkeypatch, call, at, number):
     """At the call of that number, and at all that follow. Afterwards the same command continues."""
     calls, before = itertools.count(), getattr(os, call)
 

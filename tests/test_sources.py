@@ -353,7 +353,7 @@ def test_mutated_tars(tars, forked, name, monkeypatch):
     path, split, refused = tars / name, "train" if "train" in name else "val", 0
     content, sound, count = path.read_bytes(), open_source(tars, split), COUNT
     if name == imagenet_tars.DEVKIT:
-        count //= 3  # many have a process
+        count //= 6  # many have a process
     else:
         classes = imagenet_tars.val_classes(tars / imagenet_tars.DEVKIT)
         monkeypatch.setattr(imagenet_tars, "val_classes", lambda _: classes)
@@ -375,14 +375,14 @@ def test_mutated_devkits(tars, forked, name, monkeypatch):
     for known, content in imagenet_tars._devkit_files(tars / imagenet_tars.DEVKIT).items():
         write(folder / known, content)
     content, sound = (folder / name).read_bytes(), imagenet_tars.val_classes(folder)
-    count = COUNT // (5 if name == "meta.mat" else 10)  # each has a process
+    count = COUNT // 10  # each has a process
     for mutant in mutants(content, seed=0, count=count):
         (folder / name).write_bytes(mutant)
         classes = outcome(lambda: imagenet_tars.val_classes(folder))
         refused += isinstance(classes, UserError)
         if name == imagenet_tars.TRUTH and not isinstance(classes, UserError):
             assert set(classes) <= {*sound, "n09"}
-    assert count // 6 < refused < count
+    assert count // 6 < refused <= count
     monkeypatch.setattr(scipy.io, "loadmat", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
     assert "not all of it (its meta.mat); download it" in str(outcome(lambda: imagenet_tars.val_classes(folder)))
 

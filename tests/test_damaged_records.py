@@ -163,6 +163,7 @@ def test_checkpoints(tmp_path):
 
     damaged = [parts | mutant for mutant in value_mutants(state, 7, 200)]
     damaged += [parts | state | mutant for mutant in value_mutants({"optimizer": optimizer}, 8, 100)]
+    damaged += [parts | state | {name: torch.ones(3)} for name in state]
     for number, mutant in enumerate([parts | state, *damaged]):
         write_state(path, mutant)
         refused += taken_or_named(path, resumed, lambda step, m=mutant: taken(step, m))
@@ -213,7 +214,8 @@ def test_a_detections_checkpoint(tmp_path):
         assert iteration == mutant["iteration"] <= 9
 
     refused = 0
-    for mutant in [state, *value_mutants(state | {"model": layer.state_dict()}, 10)]:
+    tensors = [state | {name: torch.ones(3)} for name in state]
+    for mutant in [state, *tensors, *value_mutants(state | {"model": layer.state_dict()}, 10)]:
         write_state(path, {"model": layer.state_dict()} | mutant)
         refused += taken_or_named(path, resumed, lambda done, m=mutant: taken(done, m))
     assert 100 < refused < 290

@@ -173,15 +173,15 @@ def _is_ours(state: object) -> TypeGuard[dict]:
 
 def _require_usable(state: dict, path: Path) -> None:
     """Raises UserError for another version, DamagedFile for a state that lacks what is read of it."""
-    if state.get("version") != VERSION:
+    if is_whole(version := state.get("version"), 0) and version != VERSION:
         raise UserError(
-            f"{path} has checkpoint version {state.get('version')}, this program reads version {VERSION}; "
+            f"{path} has checkpoint version {version}, this program reads version {VERSION}; "
             "use the program version that wrote it"
         )
     config, model, views = state.get("config"), state.get("model"), state.get("views", [])
     good = {
         "config": isinstance(config, dict) and is_plain(config),
-        **{name: is_whole(state.get(name), 0) for name in ("step", "images")},
+        **{name: is_whole(state.get(name), 0) for name in ("version", "step", "images")},
         "views": isinstance(views, list) and all(isinstance(view, dict) for view in views) and is_plain(views),
         "model": isinstance(model, dict) and all(isinstance(name, str) for name in model),
     }
@@ -290,10 +290,10 @@ def newest_or_refuse(folder: Path) -> Stored:
     return newest
 
 
-def _info(told: object, path: Path) -> BackboneInfo:
+def _info(told: Any, path: Path) -> BackboneInfo:
     """What a file of ours tells of its backbone: a dict, or JSON. Raises DamagedFile where that cannot be used."""
     try:
-        plain: Any = json.loads(told) if isinstance(told, str) else told
+        plain: dict[str, Any] = dict(json.loads(told) if isinstance(told, str) else told)
         known = {f.name: plain[f.name] for f in fields(BackboneInfo) if f.name in plain}
         pixels = plain["normalization"]
         info = BackboneInfo(**known | {"normalization": Normalization(tuple(pixels["mean"]), tuple(pixels["std"]))})
@@ -304,6 +304,6 @@ def _info(told: object, path: Path) -> BackboneInfo:
         if not numbers or info.stem not in STEMS or "\0" in info.data:
             raise ValueError("a value that no run has")
     except (LookupError, TypeError, ValueError, RecursionError) as error:
-        text = f"{path} is damaged: what it tells of its backbone cannot be used ({error}); choose another checkpoint"
-        raise DamagedFile(text) from error
+        text = f"{path} is damaged: what it tells of its backbone cannot be used ({' '.join(str(error).split())})"
+        raise DamagedFile(f"{text}; choose another checkpoint") from error
     return info

@@ -21,7 +21,8 @@ def refuse_other_recipe(state: dict, config: dict, images: int, path: Path) -> N
     theirs, ours = recipe(state["config"]) | {"images": state["images"]}, recipe(config) | {"images": images}
     other = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
     if other:
-        found = ", ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in other)
+        values = (f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in other)
+        found = " ".join(", ".join(values).split())  # on one line
         before = theirs.get("epochs")
         more = "epochs" in other and isinstance(before, int) and ours["epochs"] > before > 0
         longer = f"; {longer_text(path.parent)}" if more else ""

@@ -123,7 +123,8 @@ class Training:
         except DamagedFile as error:
             raise UserError(f"{error}; delete it to start over") from None
         state = state if isinstance(state, dict) else {}
-        about = state.get("about") if (state.get("format"), state.get("version")) == (FORMAT, VERSION) else None
+        kind = [state.get("format"), state.get("version")]
+        about = state.get("about") if is_plain(kind) and kind == [FORMAT, VERSION] else None
         older = OLDER_SETTINGS[DETECTION[self.about["task"]].name]  # what older checkpoints do not say
         found = older | about if isinstance(about, dict) and is_plain(about) else {}
         if found != self.about:
@@ -136,8 +137,8 @@ class Training:
             load_part_(part, state.get(name), name, self.path, "delete it to start over")
         done: Any = state.get("iteration")
         if not is_whole(done, 0) or done > self.schedule.iterations:
-            text = f"{self.path} is of iteration {done!r:.60}, at most {self.schedule.iterations} was expected"
-            raise UserError(f"{text}; delete it to start over")
+            text = f"{self.path} is of no iteration up to {self.schedule.iterations}; delete it to start over"
+            raise UserError(text)
         self.iteration = done
 
     def samples(self, images: DetectionImages, start: int, stop: int) -> Iterator[tuple[list, list]]:

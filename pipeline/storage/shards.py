@@ -30,6 +30,7 @@ from pipeline.one_writer import OneWriter
 from pipeline.progress import progress
 from pipeline.storage import beton
 from pipeline.storage.beton import Beton, Stored, open_beton
+from pipeline.storage.mapped import map_file
 
 SUFFIX = ".shards.json"
 FORMAT_VERSION = 1
@@ -60,7 +61,7 @@ class Digests:
     def __init__(self, stored: Stored) -> None:
         path = beton.files_path(stored.path)
         beton.checked_bytes(path, stored.path, stored.manifest["files_sha256"])
-        self._text = np.memmap(path, np.uint8, "r")
+        self._text = map_file(path)
         self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
 
     def sha256(self, sample: int) -> str:
@@ -192,7 +193,7 @@ def open_shards(path: Path) -> Shards:
         if not tar.is_file() or tar.stat().st_size != size:
             found = f"has {tar.stat().st_size} bytes" if tar.is_file() else "is missing"
             raise UserError(f"{tar} {found}, the manifest says {size} bytes; copy it again or convert again")
-        maps.append(np.memmap(tar, np.uint8, "r"))
+        maps.append(map_file(tar))
     return Shards(
         path=path,
         manifest=manifest,

@@ -1,10 +1,12 @@
 """What every entry point shares: the command line, and the places where things are kept."""
 
+import errno
 import io
 import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 
@@ -15,6 +17,9 @@ _INSTALLED = any(REPO.glob("barlow_at_speed-*.dist-info"))  # beside the code on
 _HOME = Path.cwd() if _INSTALLED else REPO
 DATA = _HOME / "data"
 RUNS = _HOME / "runs"
+# What the operating system refuses through no fault of the code: room, rights, a failing disk, the machine's limits.
+SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+SURROUNDINGS |= {errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 def shown(path: Path) -> str:
@@ -31,6 +36,8 @@ def typed(script: str, *arguments: str | Path) -> str:
 def run_command(config_type: type, main: Callable, default=None) -> None:
     """Parses the command line into `config_type`, calls `main(config)`; a UserError becomes exit code 2.
 
+    So does what the operating system refuses, where nobody has said it better.
+
     `default`, an instance of `config_type`, stands in for the flags that are not given (a preset).
     An unknown or malformed flag is exit code 2 as well (tyro's). Anything else keeps its traceback:
     it is a fault of ours, not of the user's.
@@ -41,7 +48,16 @@ def run_command(config_type: type, main: Callable, default=None) -> None:
     try:
         main(config)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(str(error))
+    except OSError as error:
+        if error.errno not in SURROUNDINGS:
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else f"the system refuses: {error.strerror}"
+        _refuse(f"{what}; make room, change its rights, or repair the disk, then run the same command again")
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)

@@ -73,9 +73,12 @@ def test_a_port_that_is_taken(monkeypatch):
 
 @pytest.mark.parametrize(
     ("changed", "rank"),
-    [({"RANK": "0"}, 0), ({"RANK": "1"}, 1), ({"RANK": "1", "MASTER_ADDR": "no-such-machine.invalid"}, 1)],
+    [({"RANK": "0"}, 0), ({"RANK": "1", "MASTER_ADDR": "no-such-machine.invalid"}, 1)],
 )
-def test_ranks_that_do_not_come(monkeypatch, free_port, changed, rank):
+def test_ranks_that_do_not_come(monkeypatch, capsys, free_port, changed, rank):
+    """After a while it is said that they are waited for; after the limit it ends."""
+    monkeypatch.setattr("train.launch.WAIT_SAID_S", 0.3)
     said = ends(monkeypatch, **TWO | {"MASTER_PORT": str(free_port)} | changed)
     assert said.startswith(f"rank {rank} of 2 did not find the others at MASTER_ADDR=")
     assert f"MASTER_PORT={free_port} (" in said and "the limit was 0.02 minutes" in said
+    assert f"note: rank {rank} of 2 still waits for the others at MASTER_ADDR=" in capsys.readouterr().err

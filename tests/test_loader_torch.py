@@ -182,6 +182,16 @@ def test_shared_memory_that_is_full_is_told(loader):
     assert len(list(loader.batches(0, 2))) == 2
 
 
+def test_a_killed_worker_is_told(loader):
+    """The last one that uses this loader."""
+    batches = loader.batches(0, 40)
+    next(batches)
+    (worker,) = loader._loader._iterator._workers
+    worker.kill()
+    with pytest.raises(UserError, match="^a worker process of --loader torch died: "):
+        list(batches)
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A dataset that is cut short while it is in use is named, by every loader; other mapped files are not our business."""
+"""A dataset that is cut short while it is in use is named; other mapped files are not ours to name."""
 
 import shutil
 import signal
@@ -28,7 +28,7 @@ from pathlib import Path
 from pipeline.loader import make_loader
 from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
 path = Path(sys.argv[1])
-config = LoaderConfig(path, BARLOW_TWINS_VIEWS, 32, global_batch=8, workers=2, backend=sys.argv[2])
+config = LoaderConfig(path, BARLOW_TWINS_VIEWS, 32, global_batch=8, workers=2)
 with make_loader(config) as loader:
     for batch in loader.batches(0, 100):
         os.truncate(path, 8 << 20)  # where the images begin
@@ -54,16 +54,10 @@ def test_whose_file_it_is(tmp_path, whose):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["fast", pytest.param("ffcv", marks=pytest.mark.ffcv), "dali", "torch"])
-def test_while_batches_are_made(small_beton, tmp_path, backend):
-    if backend == "dali":
-        pytest.importorskip("nvidia.dali")
+def test_while_batches_are_made(small_beton, tmp_path):
     for path in small_beton.parent.glob("train.*"):
         shutil.copy(path, tmp_path / path.name)
-    done = run(TRAINS, tmp_path / "train.beton", backend)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert said and said[0].startswith(f"error: {tmp_path}/train.beton can no longer be read at byte "), done.stderr
-    if backend == "torch":  # a worker said it
-        assert "UserError: a worker process of --loader torch died: what it said stands above" in done.stderr
-    else:
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    done = run(TRAINS, tmp_path / "train.beton")
+    (line,) = done.stderr.strip().splitlines()  # of several threads that read it
+    assert line.startswith(f"error: {tmp_path}/train.beton can no longer be read at byte ")
+    assert done.returncode == 2

@@ -164,8 +164,8 @@ class TorchLoader(Loader):
                 made = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:  # DataLoader has no class of its own for it
-                if not str(error).startswith("DataLoader worker"):
+            except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: in the middle of receiving
+                if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                     raise
                 raise UserError(
                     "a worker process of --loader torch died: what it said stands above; without a word it was killed,"

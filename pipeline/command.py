@@ -8,13 +8,14 @@ from pathlib import Path
 
 import tyro
 
-from pipeline.errors import UserError
+from pipeline.errors import SURROUNDINGS, UserError, system_errors
 
 REPO = Path(__file__).resolve().parents[1]  # the code's folder: a checkout, or where the wheel was installed
 _INSTALLED = any(REPO.glob("barlow_at_speed-*.dist-info"))  # beside the code only if it was unpacked from the wheel
 _HOME = Path.cwd() if _INSTALLED else REPO
 DATA = _HOME / "data"
 RUNS = _HOME / "runs"
+TRY_AGAIN = "make room, change its rights, or repair the disk, then run the same command again"
 
 
 def shown(path: Path) -> str:
@@ -31,6 +32,8 @@ def typed(script: str, *arguments: str | Path) -> str:
 def run_command(config_type: type, main: Callable, default=None) -> None:
     """Parses the command line into `config_type`, calls `main(config)`; a UserError becomes exit code 2.
 
+    So does what the operating system refuses, where nobody has said it better.
+
     `default`, an instance of `config_type`, stands in for the flags that are not given (a preset).
     An unknown or malformed flag is exit code 2 as well (tyro's). Anything else keeps its traceback:
     it is a fault of ours, not of the user's.
@@ -39,7 +42,8 @@ def run_command(config_type: type, main: Callable, default=None) -> None:
         sys.stdout.reconfigure(errors="replace")
     config = tyro.cli(config_type, description=sys.modules["__main__"].__doc__, default=default)
     try:
-        main(config)
+        with system_errors("this command", TRY_AGAIN, only=SURROUNDINGS):
+            main(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

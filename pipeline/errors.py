@@ -1,13 +1,17 @@
 """The one kind of error that a user can fix, and what else becomes one."""
 
 import contextlib
-from collections.abc import Iterator
+import errno
+from collections.abc import Container, Iterator
 
 # What the parsers of others raise at bytes that are not what they should be, besides errors of their own kinds.
 BAD_BYTES = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError),
     *(RecursionError, NotImplementedError, MemoryError),  # nested too deep, of another version, of absurd size
 )
+# What the operating system refuses through no fault of the code: room, rights, a failing disk, the machine's limits.
+SURROUNDINGS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+SURROUNDINGS |= {errno.EIO, errno.ESTALE, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class UserError(ValueError):
@@ -15,14 +19,17 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def system_errors(what: str, advice: str) -> Iterator[None]:
+def system_errors(what: str, advice: str, *, only: Container[int] | None = None) -> Iterator[None]:
     """Raises UserError for what the operating system refuses in a block, or in a function that this decorates.
 
-    The text names the file that could not be used, or else `what` needed it, and ends in `advice`. Other errors pass.
+    The text names the file that could not be used, or else `what` needed it, and ends in `advice`. Other errors pass,
+    and so do those of the system whose errno is not in `only`.
     """
     try:
         yield
     except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
         where = error.filename if isinstance(error.filename, str) else f"a file of {what}"
         raise UserError(f"{where} could not be used ({error.strerror or error}); {advice}") from error
     except MemoryError as error:

@@ -84,6 +84,15 @@ def test_a_run_is_a_name_or_a_path(tmp_path, monkeypatch):
     assert parse("--name", "demo") == parse("--run", "demo")
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "x" * 300, "a\nb", "a\0b", "~nobody-of-this-name/x", "./circle/x"])
+def test_what_cannot_be_a_folder_is_no_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "circle").symlink_to("circle")
+    with pytest.raises(UserError, match=r"^--name .* cannot be a folder \(.*; give another one") as refused:
+        run_folder(PretrainConfig(run=name))
+    assert len(str(refused.value)) < 200 and "\n" not in str(refused.value)
+
+
 def test_an_unnamed_run_is_named_by_its_recipe():
     base = run_folder(PretrainConfig())
     assert base.parent == RUNS and base.name.startswith("imagenet-resnet50-300ep-")

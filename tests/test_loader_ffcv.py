@@ -145,6 +145,15 @@ def test_greyscale_jpegs_and_raw_pixels(tmp_path):
 
 @pytest.mark.ffcv
 @pytest.mark.slow
+def test_ffcv_reads_the_mapping_whose_loss_is_named(config):
+    """tests/test_mapped.py: a file that is cut short while it is in use."""
+    with make_loader(config) as loader:
+        next(loader.batches(0, 4))
+        assert loader._ffcv.memory_manager.context.state[0] is loader.dataset.data
+
+
+@pytest.mark.ffcv
+@pytest.mark.slow
 def test_a_damaged_image_ends_the_run_or_is_substituted(damaged, in_time, capsys):
     name = re.escape(open_beton(damaged.data).file_names()[11])
     with pytest.raises(UserError, match=f"{name}.*cannot be used: the JPEG is damaged"):

@@ -1,7 +1,14 @@
 """The reference loader: its batches are what torchvision makes of the stored files, and it keeps the contract."""
 
+import multiprocessing
+import os
 import pickle
+import resource
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +25,8 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig, Normaliz
 from pipeline.storage.beton import jpeg_bytes, open_beton
 from pipeline.storage.decode_pil import decode_pil
 from pipeline.views.reference import apply_view_pil
+from tests.support import REPO
+from tests.test_convert import living
 
 RESOLUTION = 64
 pytestmark = pytest.mark.slow  # each loader starts a process that imports torch
@@ -31,6 +40,7 @@ def config(small_beton) -> LoaderConfig:
 
 @pytest.fixture(scope="module")
 def loader(config):
+    multiprocessing.forkserver._forkserver._stop()  # that of another test: in a training, the loader is the first
     loader = TorchLoader(config)
     yield loader
     loader.close()
@@ -144,6 +154,68 @@ def test_a_damaged_image_is_named(config, tmp_path):
     with pytest.raises(UserError, match=beton.file_names()[11]):
         list(loader.batches(0, 4))
     loader.close()
+
+
+def test_signals_to_the_process_group_end_no_worker(loader):
+    """Ctrl-C, and what a batch system sends before the time is over: only the trainer decides when to stop."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    batches = loader.batches(0, 10)
+    next(batches)
+    (worker,) = loader._loader._iterator._workers
+    server = multiprocessing.forkserver._forkserver._forkserver_pid
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        for pid in (worker.pid, server):
+            os.kill(pid, number)
+    assert [batch.step for batch in batches] == list(range(1, 10)) and worker.is_alive()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_shared_memory_that_is_full_is_told(loader):
+    """Stood for by a limit of the worker's files, which shared memory is; the trainer would wait for ever."""
+    batches = loader.batches(0, 10)
+    next(batches)
+    (worker,) = loader._loader._iterator._workers
+    limits = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    with pytest.raises(UserError, match=r"^/dev/shm has no room for a batch \(.*; give it more"):
+        list(batches)
+    resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, limits)
+    assert len(list(loader.batches(0, 2))) == 2
+
+
+def test_a_killed_worker_is_told(loader):
+    """The last one that uses this loader."""
+    batches = loader.batches(0, 40)
+    next(batches)
+    (worker,) = loader._loader._iterator._workers
+    worker.kill()
+    with pytest.raises(UserError, match="^a worker process of --loader torch died: "):
+        list(batches)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from pipeline.loader import make_loader
+from pipeline.spec import BARLOW_TWINS_VIEWS, LoaderConfig
+config = LoaderConfig(Path(sys.argv[1]), BARLOW_TWINS_VIEWS, 32, global_batch=8, workers=1, backend="torch")
+loader = make_loader(config)
+batches = loader.batches(0, 100)
+next(batches)
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_trainer_leaves_no_process_behind(config):
+    command = [sys.executable, "-c", KILLED, str(config.data)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=REPO, start_new_session=True) as process:
+        assert process.stdout.readline() == b"begun\n"
+        assert len(living(process.pid)) >= 3  # its fork server and a worker
+        process.kill()
+    end = time.monotonic() + 10
+    while left := living(process.pid):
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
 
 
 def test_the_file_is_not_copied_into_the_workers(config):

@@ -13,6 +13,7 @@ from eval.metrics import knn_accuracy
 from pipeline.errors import UserError
 from pipeline.loader import make_loader
 from pipeline.spec import LoaderConfig, centre_view
+from pipeline.stopping import EXIT_REQUEUE
 from pipeline.storage.beton import open_beton
 from tests.evaluation import write_split
 from tests.test_resume import CPU, TINY, end_of
@@ -21,7 +22,7 @@ from train.checkpoint import load_backbone, read_checkpoint
 from train.config import NORMALIZATIONS
 from train.flags import resolved
 from train.online_knn import choose_images
-from train.pretrain import EXIT_FINISHED, EXIT_REQUEUE, train
+from train.pretrain import EXIT_FINISHED, train
 from train.run_data import loader_config
 
 SIDE = 32

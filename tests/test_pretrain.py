@@ -1,7 +1,10 @@
 """The loop against a float64 reference of the whole update, and what it leaves in the run folder."""
 
 import copy
+import errno
 import json
+import os
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -203,6 +206,37 @@ def test_a_disk_that_takes_no_checkpoint_ends_the_run_before_its_first_step(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not list((tmp_path / "r").iterdir())
     assert not (tmp_path / "latest").exists()
+
+
+@pytest.mark.parametrize(
+    ("by", "name", "number"),
+    [
+        ("os.open", ".writer", errno.EROFS),
+        ("pipeline.disk.open", "checkpoint.pt", errno.EDQUOT),
+        ("pipeline.disk.open", "config.json", errno.EROFS),
+        ("os.open", "metrics.jsonl", errno.ENOSPC),
+        ("pipeline.disk.open", "backbone.safetensors", errno.ENOSPC),
+        ("pipeline.disk.open", "loss.png", errno.EIO),
+    ],
+)
+def test_a_disk_that_refuses_a_file_of_a_run(tmp_path, monkeypatch, by, name, number):
+    """A sentence names it, and the same command continues: the end is that of a run which nothing happened to."""
+    module, opener = by.rsplit(".", 1)
+    usual = getattr(sys.modules[module], opener, open)
+
+    def refusing(path, *arguments, **named):
+        if name in str(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return usual(path, *arguments, **named)
+
+    config = replace(TINY, epochs=1, checkpoint_every_steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(by, refusing, raising=False)
+        with pytest.raises(UserError, match=rf"/{name}\b.*{os.strerror(number)}"):
+            run(config, tmp_path / "r")
+    assert run(config, tmp_path / "r") == run(config, tmp_path / "whole") == 0
+    ours, whole = (read_checkpoint(tmp_path / folder / "checkpoint.pt")["model"] for folder in ("r", "whole"))
+    assert all(torch.equal(weight, whole[part]) for part, weight in ours.items())
 
 
 def test_a_new_run_begins_where_another_ended(tmp_path, capsys):

@@ -1,12 +1,13 @@
 """scripts/pretrain.slurm with stand-ins for SLURM's commands: what the ranks are told, and when the job is requeued."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from train.pretrain import EXIT_REQUEUE
+from pipeline.stopping import EXIT_REQUEUE
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "pretrain.slurm"
 
@@ -36,7 +37,7 @@ exit "${OTHERS:-0}"
 """
 
 
-def submit(folder: Path, code: int, signal: str = "", others: int = 0, *flags: str) -> subprocess.CompletedProcess:
+def submit(folder: Path, code: int, sent: str = "", others: int = 0, *flags: str) -> subprocess.CompletedProcess:
     for name, text in (("bin/srun", SRUN), ("bin/scontrol", SCONTROL), (".venv/bin/python", PYTHON)):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def submit(folder: Path, code: int, signal: str = "", others: int = 0, *flags: s
         "SLURM_JOB_NODELIST": "node[7-8]",
         "CODE": str(code),
         "OTHERS": str(others),
-        "SIGNAL": signal,
+        "SIGNAL": sent,
     }
     command = ["bash", "-c", 'export SCRIPT_PID=$$; exec bash "$@"', "_", SCRIPT, *flags]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
@@ -68,11 +69,18 @@ def test_what_the_ranks_are_told(tmp_path):
     assert requeued(tmp_path) == []
 
 
-@pytest.mark.parametrize(("others", "signal"), [(EXIT_REQUEUE, ""), (0, ""), (EXIT_REQUEUE, "TERM"), (1, "USR1")])
-def test_75_goes_back_into_the_queue(tmp_path, others, signal):
-    done = submit(tmp_path, EXIT_REQUEUE, signal, others)
+@pytest.mark.parametrize(("others", "sent"), [(EXIT_REQUEUE, ""), (0, ""), (EXIT_REQUEUE, "TERM"), (1, "USR1")])
+def test_75_goes_back_into_the_queue(tmp_path, others, sent):
+    done = submit(tmp_path, EXIT_REQUEUE, sent, others)
     assert requeued(tmp_path) == ["30007"]
     assert done.returncode == EXIT_REQUEUE and "goes back into the queue" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_had_not_yet_begun_does_too(tmp_path, number):
+    """The signal ends it before Python can answer: bash and srun then say 128 and its number."""
+    assert submit(tmp_path, 128 + number).returncode == 128 + number
+    assert requeued(tmp_path) == ["30007"]
 
 
 @pytest.mark.parametrize("code", [0, 1, 2, 130, 137])

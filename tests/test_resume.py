@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from pipeline.errors import UserError
+from pipeline.stopping import EXIT_INTERRUPTED, EXIT_REQUEUE
 from tests.oracles_train import SyntheticLoader
 from train.checkpoint import read_checkpoint
 from train.config import PretrainConfig
@@ -24,7 +25,7 @@ from train.distributed import Ranks
 from train.ending import finished
 from train.flags import resolved
 from train.methods.barlow_twins import BarlowTwins
-from train.pretrain import EXIT_FINISHED, EXIT_INTERRUPTED, EXIT_REQUEUE, train
+from train.pretrain import EXIT_FINISHED, train
 
 CPU = Ranks(0, 1, torch.device("cpu"), None)
 TINY = PretrainConfig(
@@ -105,7 +106,7 @@ def test_the_comparison_sees_a_difference(tmp_path):
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGUSR1, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)],
+    [(signal.SIGTERM, EXIT_REQUEUE), (signal.SIGUSR2, EXIT_REQUEUE), (signal.SIGINT, EXIT_INTERRUPTED)],
 )
 def test_a_signal_writes_a_checkpoint_at_the_next_step(tmp_path, number, code):
     before = signal.getsignal(number)
@@ -183,7 +184,8 @@ class SlowLoader(StoppingLoader):
             yield batch
 
 
-KILLS, SIXTY = 20, {"epochs": 12, "checkpoint_every_steps": 2, "keep": 3}
+KILLS = int(os.environ.get("KILLS", 20))  # results/README.md has a longer run
+SIXTY = {"epochs": 12, "checkpoint_every_steps": 2, "keep": 3}
 
 
 def run_to_be_killed(folder: Path) -> None:

@@ -136,6 +136,16 @@ def test_charts_come_in_groups(tmp_path):
     assert [(point.step, point.value) for point in events.Scalars("loss/loss")] == [(2, 3.0), (4, 5.0)]
 
 
+def test_a_disk_that_takes_no_tensorboard_file_ends_no_run(tmp_path, capsys):
+    (tmp_path / "tensorboard").touch()
+    log = run_log(tmp_path, log_every=2)
+    for step in range(4):
+        log.record(step, metrics(1.0), {})
+    log.close()
+    assert len(lines(tmp_path)) == 2
+    assert capsys.readouterr().err.count("note: nothing more for TensorBoard (File exists)") == 1
+
+
 def test_a_collapse_is_named_once(tmp_path, capsys):
     log = run_log(tmp_path, log_every=2)
     for step in range(8):

@@ -203,9 +203,8 @@ class FullDisk(SyntheticLoader):
             yield batch
 
 
-# TensorBoard writes in a thread of its own, which ends on the same disk.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_disk_that_fills_up_ends_the_run_within_a_step_or_two(tmp_path):
+    """TensorBoard's thread, which meets the same disk, says nothing of its own."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     loader = FullDisk(43, 8)
     try:

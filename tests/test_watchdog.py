@@ -5,17 +5,19 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.errors import UserError
 from tests.oracles_train import SyntheticLoader
 from tests.test_resume import bits
 from tests.test_world_size import run
 from train.checkpoint import read_checkpoint
-from train.distributed import Ranks, start_ranks, stop_ranks
+from train.distributed import Ranks, joined_ranks
 from train.watchdog import EXIT_STUCK, Watchdog, culprits
 
 pytestmark = pytest.mark.usefixtures("training_forkserver")
@@ -48,14 +50,18 @@ class StoppedLoader(SyntheticLoader):
     def batches(self, start_step=0, stop_step=None):
         for batch in super().batches(start_step, stop_step):
             if batch.step == 2 and self.rank == self.world_size - 1:
-                if self.stop == "process":
-                    os.kill(os.getpid(), signal.SIGSTOP)
+                if self.stop != "loader":
+                    os.kill(os.getpid(), signal.SIGSTOP if self.stop == "process" else signal.SIGKILL)
                 time.sleep(60)
             yield batch
 
 
 class StuckLoader(StoppedLoader):
     stop = "loader"
+
+
+class KilledLoader(StoppedLoader):
+    stop = "killed"
 
 
 class LossyLoader(SyntheticLoader):
@@ -68,7 +74,7 @@ class LossyLoader(SyntheticLoader):
         return views
 
 
-KINDS = {"process": StoppedLoader, "loader": StuckLoader, "lossy": LossyLoader}
+KINDS = {"process": StoppedLoader, "loader": StuckLoader, "killed": KilledLoader, "lossy": LossyLoader}
 
 
 def one_rank(rank: int, world_size: int, port: int, folder: Path, kind: str, flags: dict) -> None:
@@ -83,10 +89,11 @@ def one_rank(rank: int, world_size: int, port: int, folder: Path, kind: str, fla
     import train.runlog
 
     train.runlog.RUNS = folder
-    ranks = start_ranks()
-    code = run(folder / "r", ranks, torch.float32, KINDS[kind], **flags)
-    stop_ranks()
-    raise SystemExit(code)
+    try:
+        with joined_ranks() as ranks:
+            sys.exit(run(folder / "r", ranks, torch.float32, KINDS[kind], **flags))
+    except UserError as error:
+        sys.exit(f"error: {error}")
 
 
 def start(world_size: int, folder: Path, kind: str, **flags) -> list[multiprocessing.Process]:
@@ -115,9 +122,24 @@ def test_a_stuck_rank_is_named(tmp_path, kind, expected):
         process.kill()
         process.join()
     assert processes[0].exitcode == EXIT_STUCK
-    line = next(line for line in said.splitlines() if line.startswith("error: rank"))
+    line = next(line for line in said.splitlines() if " waited " in line)
     assert re.match(rf"error: rank \d waited 0.0333 minutes in step \d: {expected}", line)
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_rank_leaves_the_other_a_sentence(tmp_path):
+    """And no traceback beside it, though the connection breaks in the middle of the network's forward pass."""
+    processes = start(2, tmp_path, "killed")
+    for process in processes:
+        process.join(60)
+    said = (tmp_path / "said0").read_text()
+    assert [process.exitcode for process in processes] == [1, -signal.SIGKILL], said
+    (line,) = (line for line in said.splitlines() if line.startswith("error:"))
+    assert re.match(
+        r"error: rank 0 lost the connection to another rank, .* \([^/]*\); the same command continues", line
+    )
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow

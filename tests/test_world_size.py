@@ -18,6 +18,7 @@ from torch import nn
 
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
+from pipeline.stopping import EXIT_REQUEUE
 from tests.oracles_train import SyntheticLoader, barlow_loss_torch
 from train.agreement import only_writer, require_same_start
 from train.batchnorm import CrossRankBatchNorm
@@ -27,7 +28,7 @@ from train.distributed import Ranks, largest, start_ranks, stop_ranks, sum_over_
 from train.flags import resolved
 from train.methods.barlow_twins import BarlowTwinsLoss
 from train.online_linear import OnlineLinear
-from train.pretrain import EXIT_REQUEUE, train
+from train.pretrain import train
 
 IMAGES, WIDTH = 16, 12
 TINY = PretrainConfig(

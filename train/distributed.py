@@ -8,6 +8,7 @@ gradients of what every rank took out. With both, one update is the same at any 
 import contextlib
 import os
 import signal
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.progress import say_line
+from pipeline.stopping import STOP_SIGNALS
+from train.launch import finding_each_other, lost_rank, own_gpu, rank_and_world_size
 
 TIMEOUT = timedelta(minutes=30)
 FAILED = 1000  # above every signal's number: a failure outranks them
@@ -34,23 +37,39 @@ class Ranks(NamedTuple):
 def start_ranks(timeout_minutes: float = 0) -> Ranks:
     """Joins the processes that torchrun (or SLURM with the same variables) started; NCCL on GPUs, gloo on CPUs.
 
-    A collective gives up after `timeout_minutes`; 0 for `TIMEOUT`.
+    A collective gives up after `timeout_minutes`; 0 for `TIMEOUT`. Raises UserError for variables that cannot be, and
+    where the ranks do not find each other in that time.
     """
     timeout = timedelta(minutes=timeout_minutes) or TIMEOUT
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", own_gpu(torch.cuda.device_count()))
         torch.cuda.set_device(device)
     if world_size == 1:
         return Ranks(0, 1, device, None)
-    store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(f"start {start_number()}", store)
-    backend, on = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=on)
-    control = dist.new_group(backend="gloo", timeout=timeout)
+    with finding_each_other(rank, world_size, timeout.total_seconds() / 60):
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start {start_number()}", store)
+        backend, on = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=on)
+        control = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(control, dist.ProcessGroup), "every rank is in the group of all"
     return Ranks(rank, world_size, device, control)
+
+
+@contextlib.contextmanager
+def joined_ranks(timeout_minutes: float = 0) -> Iterator[Ranks]:
+    """`start_ranks`, and `stop_ranks` at the end. Where another rank is lost meanwhile, a UserError says so."""
+    ranks = start_ranks(timeout_minutes)
+    try:
+        yield ranks
+    except RuntimeError as error:
+        if (lost := lost_rank(error, ranks.rank)) is None:
+            raise
+        raise lost from error
+    finally:
+        stop_ranks()
 
 
 def start_number() -> str:
@@ -161,7 +180,7 @@ def averaging_gradients(module: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 and SIGINT as a wish to stop that all ranks grant at the same step.
+    """The STOP_SIGNALS as a wish to stop that all ranks grant at the same step.
 
     A signal may reach the ranks in different steps, and one that stopped alone would leave the others waiting
     in a collective. So every step each rank sends its wish without waiting, and acts on the answer to the wish
@@ -173,7 +192,7 @@ class StopRequest:
         self.ranks = ranks
         self.signal = 0
         self.pending: tuple[torch.Tensor, dist.Work] | None = None
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        self.previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
 
     def _note(self, number, frame):
         if not self.signal and self.ranks.rank == 0:

@@ -7,6 +7,7 @@ the values and fills in what was left open.
 import hashlib
 import json
 import os
+import re
 from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +39,7 @@ LEAST = {
 # --scale-loss 0.024; LARS hides that factor for weights, not for 1-d parameters. Issue 7 states it for batch 256 alone.
 # The separate rate came in June 2021 (commit 046eec3) with 0.0048, which is this share of 2048's 0.2.
 LR_BIASES_SHARE = 0.024
+LONGEST_NAME_BYTES = 255  # of a folder, on all common file systems
 # Flags that only some methods have; with the others they must keep their default.
 OF_METHODS = {
     "predictor": ("barlow_twins", "byol", "simsiam"),
@@ -160,10 +162,26 @@ def _refuse_what_cannot_step(config: PretrainConfig) -> None:
 
 
 def run_folder(config: PretrainConfig) -> Path:
-    """Where a run lives: --name as a name under runs/, as a path if it looks like one, or made from the recipe."""
+    """Where a run lives: --name as a name under runs/, as a path if it looks like one, or made from the recipe.
+
+    Raises UserError for a name that no folder can have.
+    """
     if config.run:
         is_path = os.sep in config.run or config.run.startswith((".", "~"))
-        return (Path(config.run).expanduser() if is_path else RUNS / config.run).resolve()
+        if re.search(r"[\0-\x1f\x7f]", config.run):
+            raise _no_folder(config.run, "it has characters that cannot be printed")
+        try:
+            folder = (Path(config.run).expanduser() if is_path else RUNS / config.run).resolve()
+        except RuntimeError as error:  # an unknown user, or links in a circle
+            raise _no_folder(config.run, str(error)) from error
+        if any(len(os.fsencode(part)) > LONGEST_NAME_BYTES for part in folder.parts):
+            raise _no_folder(config.run, f"a folder's name has at most {LONGEST_NAME_BYTES} bytes")
+        return folder
     identity = json.dumps([recipe(as_plain(config)), str(config.data)], sort_keys=True)
     short = hashlib.sha256(identity.encode()).hexdigest()[:6]
     return RUNS / f"{config.preset}-{config.arch.replace('/', '_')}-{config.epochs}ep-{short}"
+
+
+def _no_folder(name: str, reason: str) -> UserError:
+    shown = name if len(name) <= 60 else f"{name[:60]}…"
+    return UserError(f"--name {shown!r} cannot be a folder ({reason}); give another one, short and plain, or a path")

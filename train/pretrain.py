@@ -5,29 +5,35 @@
     python train/pretrain.py --preset cifar10 --help        another experiment card, and its values
     python train/pretrain.py --preset cifar10-byol          another method; imagenet-simclr, …-moco_v2, …-swav
 
-Started again, the same command continues where the run stopped, to the step. SIGTERM and SIGUSR1 write a checkpoint
-at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 130; a second Ctrl-C ends at once.
+Started again, the same command continues where the run stopped, to the step. SIGTERM, SIGUSR1 and SIGUSR2 write a
+checkpoint at the next step and end with exit code 75 (run me again), Ctrl-C likewise with 130; a second Ctrl-C ends at
+once, and so does each of them before the first step.
 """
 
 import contextlib
 import os
-import signal
 import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":  # the imports below take seconds, in which a batch system may send a signal
+    from pipeline.stopping import end_at_signals
+
+    end_at_signals()
 
 import torch
 
 from pipeline.command import run_command, shown
 from pipeline.loader import Loader, make_loader
 from pipeline.one_writer import OneWriter
+from pipeline.stopping import exit_code
 from pipeline.storage.shards import open_stored
 from train.agreement import only_writer, require_same_start
 from train.checkpoint import export_backbone, longer_text
 from train.config import PretrainConfig, as_plain
 from train.cpu_cost import say_cost
 from train.curves import plot_loss
-from train.distributed import Ranks, StopRequest, largest, say, start_ranks, stop_ranks
+from train.distributed import Ranks, StopRequest, joined_ranks, largest, say
 from train.ending import end_text, finished, next_text
 from train.flags import chosen_preset, resolved
 from train.memory import with_device_defaults
@@ -38,7 +44,7 @@ from train.runstate import RunState
 from train.update import make_update
 from train.watchdog import Watchdog
 
-EXIT_FINISHED, EXIT_REQUEUE, EXIT_INTERRUPTED = 0, 75, 130  # 75 is sysexits' EX_TEMPFAIL: worth another try
+EXIT_FINISHED = 0
 
 
 def main(config: PretrainConfig) -> None:
@@ -48,8 +54,7 @@ def main(config: PretrainConfig) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    ranks = start_ranks(2 * config.timeout_minutes)  # the watchdog speaks first
-    try:
+    with joined_ranks(2 * config.timeout_minutes) as ranks:  # the watchdog speaks first
         images = dataset_sha256(open_stored(train_beton(config.data)))
         require_same_start(ranks, config, images)
         if largest(ranks, int(ranks.rank == 0 and finished(config, images))):
@@ -65,8 +70,6 @@ def main(config: PretrainConfig) -> None:
                 say(ranks, next_text(config))
         finally:
             loader.close()
-    finally:
-        stop_ranks()
     sys.exit(code)
 
 
@@ -131,7 +134,7 @@ def train_alone(
                 state.finish()
             if stopping and step + 1 < stop_step:
                 say(ranks, f"stopped after step {step + 1}; the same command continues from there")
-                return EXIT_INTERRUPTED if stopping == signal.SIGINT else EXIT_REQUEUE
+                return exit_code(stopping)
         knn.report(log, wait=True)
 
     if ranks.rank == 0:

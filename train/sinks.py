@@ -4,8 +4,10 @@ Each sink has `line` for a line of training metrics, `accuracy` for what was mea
 `close`. None of them can end a run, except that wandb must be installed if it is asked for.
 """
 
+import contextlib
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,19 @@ def grouped(values: Mapping[str, float | None]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Numbers and pictures. A disk that does not take its file ends the pictures, not the run."""
+    """Numbers and pictures. A disk that does not take its file ends the pictures, not the run.
+
+    TensorBoard writes in a thread of its own. What the disk says there it says again at the next call, so that thread's
+    traceback is left out.
+    """
 
     def __init__(self, folder: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter  # a second to import, and rank 0 alone needs it
 
-        self.board: SummaryWriter | None = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+        self.board: SummaryWriter | None = None
+        self.usual_hook, threading.excepthook = threading.excepthook, self._thread_ended
+        with self._disk_may_refuse():
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def line(self, line: Mapping[str, Any]) -> None:
         self.accuracy(line["step"], line)
@@ -54,14 +63,24 @@ class TensorBoard:
 
     def close(self) -> None:
         self._add("close")
+        threading.excepthook = self.usual_hook
 
     def _add(self, what: str, *arguments) -> None:
-        try:
-            if self.board:
+        if self.board:
+            with self._disk_may_refuse():
                 getattr(self.board, what)(*arguments)
+
+    @contextlib.contextmanager
+    def _disk_may_refuse(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             self.board = None
             say_line(f"note: nothing more for TensorBoard ({error.strerror or error})")
+
+    def _thread_ended(self, about: threading.ExceptHookArgs) -> None:
+        if not (isinstance(about.exc_value, OSError) and type(about.thread).__name__ == "_AsyncWriterThread"):
+            self.usual_hook(about)
 
 
 class Wandb:

@@ -78,6 +78,7 @@ class FfcvLoader(Loader):
             batches_ahead=AHEAD,
         )
         torch.set_num_threads(threads)  # FFCV sets PyTorch's threads to its own number
+        self._ffcv.memory_manager.context.mmap = self.dataset.file_of(0)[1]  # ours, whose loss is named (mapped.py)
 
     def _made(self, epoch: int, parts: list[np.ndarray]) -> Generator[tuple[np.ndarray, np.ndarray]]:
         """(ids, views (B, V, S, S, 3)) of each part of an epoch; the next one may overwrite the views."""

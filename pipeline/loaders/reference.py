@@ -2,9 +2,16 @@
 
 It shares the order, the draws and the stand-ins with the loader made of parts, and nothing that it proves: neither
 decoder nor kernels nor threads. It yields the same batches, at the speed such pipelines usually have.
+
+    trainer ── fork server, once it has imported what they need ── worker processes
+       ◀────────────── views in shared memory, the rest by a pipe ──────┘
 """
 
+import contextlib
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -17,9 +24,56 @@ from pipeline.errors import UserError
 from pipeline.loaders.bad_images import BadImages
 from pipeline.loaders.base import Loader, samples_in_use, view_params
 from pipeline.spec import Batch, LoaderConfig
+from pipeline.stopping import STOP_SIGNALS
 from pipeline.storage.beton import Beton, open_beton
 from pipeline.storage.decode_pil import decode_pil
 from pipeline.views.reference import apply_view_pil
+
+# Ctrl-C, and what a batch system sends, reach the whole process group. It is the trainer that decides when its workers
+# end; with SIGTERM, if one of them hangs.
+NOT_FOR_WORKERS = {*STOP_SIGNALS} - {signal.SIGTERM}
+
+
+@contextlib.contextmanager
+def _unsignalled() -> Iterator[None]:
+    """A fork server that begins inside is spared those signals."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NOT_FOR_WORKERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_trainer(_number: int) -> None:
+    """A worker's first act: it leaves signals to the trainer, and ends with it, however that ends.
+
+    DataLoader's own watch sees the fork server alone, which lives as long as its children.
+    """
+    for number in NOT_FOR_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+
+    def wait() -> None:
+        trainer = multiprocessing.parent_process()
+        assert trainer is not None, "a worker has one"
+        trainer.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, name="ends with the trainer", daemon=True).start()
+
+
+def _shared(shape: tuple[int, ...]) -> torch.Tensor:
+    """Float32 memory (B, 3, S, S), channels-last, that the trainer sees too. Raises UserError if there is too little.
+
+    A tensor that is not shared yet would be when it is sent, in a thread whose error nobody hears: the trainer waits.
+    """
+    memory = torch.empty(shape, memory_format=torch.channels_last)
+    try:
+        return memory.share_memory_() if len(memory) else memory
+    except RuntimeError as error:
+        raise UserError(
+            f"/dev/shm has no room for a batch ({str(error).splitlines()[0]}); give it more (docker run --shm-size=8g),"
+            " or take fewer --workers, or --loader fast, which needs none"
+        ) from None
 
 
 class _Steps(torch.utils.data.Dataset):
@@ -42,7 +96,7 @@ class _Steps(torch.utils.data.Dataset):
         step, epoch, wanted = request
         try:
             ids = self.bad.decodable(epoch, wanted)
-            return self._views(epoch, ids), torch.from_numpy(ids), step, epoch, int((ids != wanted).sum())
+            return self._views(epoch, ids), ids.tolist(), step, epoch, int((ids != wanted).sum())
         except UserError as error:
             return error
 
@@ -50,7 +104,7 @@ class _Steps(torch.utils.data.Dataset):
         c, side = self.config, self.config.resolution_at(epoch)
         params = view_params(c, self.beton, epoch, ids)
         shape = (len(ids), 3, side, side)
-        views = tuple(torch.empty(shape, memory_format=torch.channels_last) for _ in c.rows)
+        views = tuple(_shared(shape) for _ in c.rows)
         for b, sample in enumerate(ids):
             image = decode_pil(self.beton, int(sample))
             for v, row in enumerate(c.rows):
@@ -84,23 +138,42 @@ class TorchLoader(Loader):
             num_workers=self.workers,
             multiprocessing_context="forkserver",
             persistent_workers=True,
+            worker_init_fn=_end_with_trainer,
         )
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
         """Batches start_step … stop_step - 1 across epochs; without shuffling, the one pass over all samples."""
         c = self.config
         stream = self._pass.stream = self.stream(start_step, stop_step)
-        assert self._loader is not None
-        for made in self._loader:
-            if isinstance(made, UserError):
-                raise made
-            views, sample, *numbers = made
-            label = torch.from_numpy(self.labels[sample.numpy()])
+        for made in self._made():
+            views, ids, *numbers = made
+            sample, label = torch.tensor(ids, dtype=torch.int64), torch.from_numpy(self.labels[ids])
             views = tuple(view.to(c.device, c.view_type) for view in views)
             yield Batch(views, label.to(c.device), sample.to(c.device), *numbers)
             self.require_open()
             if self._pass.stream is not stream:
                 raise UserError("another pass was begun on this loader: its processes make one pass at a time")
+
+    def _made(self) -> Iterator[tuple]:
+        """What the workers make of the stream. Raises UserError for one of theirs, or if one of them died."""
+        assert self._loader is not None
+        with _unsignalled():
+            batches = iter(self._loader)
+        while True:
+            try:
+                made = next(batches)
+            except StopIteration:
+                return
+            except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: in the middle of receiving
+                if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+                    raise
+                raise UserError(
+                    "a worker process of --loader torch died: what it said stands above; without a word it was killed,"
+                    " for too little memory perhaps; run the same command again, with fewer --workers"
+                ) from error
+            if isinstance(made, UserError):
+                raise made
+            yield made
 
     def close(self) -> None:
         """Ends the worker processes. The loader cannot be used afterwards."""

@@ -25,6 +25,7 @@ from pipeline.storage.ffcv_file import ALLOCATION as ALLOCATION  # part of what 
 from pipeline.storage.ffcv_file import DESCRIPTOR, FFCV_VERSION, HEADER, TYPE_IMAGE, TYPE_LABEL, Tables, read_tables
 from pipeline.storage.ffcv_file import MODE_JPEG as MODE_JPEG
 from pipeline.storage.ffcv_file import MODE_RAW as MODE_RAW
+from pipeline.storage.mapped import map_file
 
 FORMAT_VERSION = 1  # of our manifest and file table; FFCV's own version stands in the header
 PAGE_BYTES = 8 << 20  # the page size FFCV's writer uses
@@ -240,5 +241,5 @@ def mapped_beton(path: Path, tables: Tables, manifest: dict) -> Beton:
         modes=np.ascontiguousarray(tables.images["mode"]),
         offsets=tables.images["offset"].astype(np.int64),
         sizes_bytes=tables.sizes_bytes,
-        data=np.memmap(path, np.uint8, "r"),
+        data=map_file(path),
     )

@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline.errors import UserError
 from pipeline.storage.beton import Stored, checked_bytes, files_path, jpeg_bytes
+from pipeline.storage.mapped import map_file
 
 
 class Digests:
@@ -19,7 +20,7 @@ class Digests:
         content = checked_bytes(self._path, stored.path, stored.manifest["files_sha256"])
         if content.count(b"\n") != len(stored) + 1:
             raise UserError(f"{self._path} lists other images than {stored.path.name} has; convert again")
-        self._text = np.memmap(self._path, np.uint8, "r")
+        self._text = map_file(self._path)
         self._ends = np.flatnonzero(self._text == ord("\n"))  # of the heading, of sample 0, …
 
     def match(self, sample: int) -> bool:

@@ -31,6 +31,7 @@ from pipeline.one_writer import OneWriter
 from pipeline.progress import progress
 from pipeline.storage import beton
 from pipeline.storage.beton import Beton, Stored, open_beton
+from pipeline.storage.mapped import map_file
 
 SUFFIX = ".shards.json"
 FORMAT_VERSION = 1
@@ -204,7 +205,7 @@ def open_shards(path: Path) -> Shards:
         if not os.path.isfile(tar) or tar.stat().st_size != size:
             found = f"has {tar.stat().st_size} bytes" if os.path.isfile(tar) else "is missing"
             raise UserError(f"{tar} {found}, the manifest says {size} bytes; copy it again or convert again")
-        maps.append(np.memmap(tar, np.uint8, "r"))
+        maps.append(map_file(tar))
     index = _read_index(path, manifest, [len(mapped) for mapped in maps])
     return Shards(
         path=path,

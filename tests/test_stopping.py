@@ -1,0 +1,65 @@
+"""A signal before there is a step: during the imports, and while the ranks wait for each other."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.stopping import EXIT_INTERRUPTED, EXIT_REQUEUE, STOP_SIGNALS
+
+PRETRAIN = Path(__file__).resolve().parents[1] / "train" / "pretrain.py"
+
+
+def start(**environment) -> subprocess.Popen:
+    command = [sys.executable, str(PRETRAIN), "--preset", "cifar10-demo"]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | environment)
+
+
+def end_of(process: subprocess.Popen, number: int) -> tuple[int, str]:
+    process.send_signal(number)
+    try:
+        _, said = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    return process.returncode, said
+
+
+def wait_until(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+
+
+def handles(process: subprocess.Popen, number: int) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    (caught,) = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(caught >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_during_the_imports(number):
+    process = start()
+    wait_until(lambda: handles(process, STOP_SIGNALS[-1]), process)
+    code, said = end_of(process, number)
+    assert code == (EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE)
+    (line,) = said.strip().splitlines()
+    assert line.startswith(f"{signal.Signals(number).name}: no step was under way, nothing is lost; ")
+
+
+@pytest.mark.slow
+def test_while_the_ranks_wait_for_each_other():
+    """The main thread is inside PyTorch then, and would run no handler for half an hour."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = start(RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    tables = [Path(f"/proc/{process.pid}/net/{table}") for table in ("tcp", "tcp6")]
+    wait_until(lambda: any(f":{port:04X} " in table.read_text() for table in tables), process)
+    time.sleep(0.2)
+    code, said = end_of(process, signal.SIGTERM)
+    assert code == EXIT_REQUEUE and "Traceback" not in said

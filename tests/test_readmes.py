@@ -107,6 +107,9 @@ COMMANDS: dict[str, Small | str] = {
     ),
     "semisup.py --save FILE.safetensors": "tests/test_semisup.py::test_timm_loads_the_saved_network_in_one_line",
     # measurements
+    f"{BENCH}/rival.py --data data/imagenette --images DIR --resolution 64 --out results/rival/imagenette --seed 0": (
+        "tests/test_rival.py::test_a_stopped_run_continues"
+    ),
     "python scripts/doctor.py": "tests/test_doctor.py::test_what_a_report_of_a_fault_needs",
     "python scripts/doctor.py --data data/imagenet": "tests/test_doctor.py::test_the_command",
     "bash scripts/gpu_report.sh": GPU_REPORT,

@@ -328,7 +328,7 @@ def test_a_lock_that_cannot_be_read(tmp_path):
         (FileNotFoundError(errno.ENOENT, "No such file", "x.jpg"), r"^x.jpg could not be used .No such file.; do y$"),
         (OSError(errno.EIO, "I/O error"), r"^a file of the work could not be used .I/O error.; do y$"),
         (OSError("broken"), r"^a file of the work could not be used .broken.; do y$"),
-        (MemoryError(), "^memory was too short for the work; do y$"),
+        (MemoryError(), "^memory was too short for the work; end other programs, then run the same command again$"),
         (RuntimeError("can't start new thread"), "^no further thread can be started for the work; .*ulimit -u"),
     ],
 )

@@ -38,6 +38,15 @@ def end_at_signals() -> None:
     threading.Thread(target=_listen, args=(heard,), name="signals", daemon=True).start()
     for number in STOP_SIGNALS:
         signal.signal(number, _end)
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+def _leave_to_parent() -> None:
+    """A forked child has the same pipe: a signal to it alone would end this process."""
+    signal.set_wakeup_fd(-1)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def end_with_parent() -> None:

@@ -15,7 +15,7 @@ _INSTALLED = any(REPO.glob("barlow_at_speed-*.dist-info"))  # beside the code on
 _HOME = Path.cwd() if _INSTALLED else REPO
 DATA = _HOME / "data"
 RUNS = _HOME / "runs"
-TRY_AGAIN = "make room, change its rights, or repair the disk, then run the same command again"
+TRY_AGAIN = "make room, change its rights, repair the disk, or raise the limit, then run the same command again"
 
 
 def shown(path: Path) -> str:

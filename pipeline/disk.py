@@ -51,15 +51,18 @@ def flush_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, *, keep_as: Path | None = None, advice: str = "", size_bytes: int = 0) -> Iterator[BinaryIO]:
+def whole_file(
+    path: Path, *, keep_as: Path | None = None, advice: str = "", size_bytes: int = 0, alone: bool = False
+) -> Iterator[BinaryIO]:
     """A file to write to, which gets its name when the block ends without an error; else all is as it was before.
 
-    With `keep_as` the file that had the name before is kept under that one. Raises UserError, which ends in `advice`,
-    if the disk or the folder refuses it; nothing half-written stays behind.
+    With `keep_as` the file that had the name before is kept under that one. What a killed process left of `path` is
+    removed: at once if this one is `alone`, as it holds the only right to write (one_writer.py), else an hour later.
+    Raises UserError, which ends in `advice`, if the disk or the folder refuses it; nothing half-written stays behind.
     """
     temporary = _temporary(path)
     try:
-        _remove_leftovers(path)
+        remove_temporaries(path, older_than_s=0.0 if alone else LEFTOVER_S)
         with open(temporary, "xb") as file:
             yield file
             file.flush()
@@ -110,10 +113,12 @@ def require_room(path: Path, size_bytes: int, advice: str = "") -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_whole(path: Path, content: bytes | str, *, keep_as: Path | None = None, advice: str = "") -> None:
+def write_whole(
+    path: Path, content: bytes | str, *, keep_as: Path | None = None, advice: str = "", alone: bool = False
+) -> None:
     """`whole_file` with this content; text is written as UTF-8, and what is not text in a file's name as its bytes."""
     data = content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content
-    with whole_file(path, keep_as=keep_as, advice=advice, size_bytes=len(data)) as file:
+    with whole_file(path, keep_as=keep_as, advice=advice, size_bytes=len(data), alone=alone) as file:
         file.write(data)
 
 
@@ -129,10 +134,11 @@ def _give_second_name(path: Path, name: Path) -> None:
         os.replace(path, name)
 
 
-def _remove_leftovers(path: Path) -> None:
+def remove_temporaries(path: Path, *, older_than_s: float) -> None:
+    """Removes what processes that were killed while they wrote `path` left behind, and wrote to so long ago."""
     for old in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > LEFTOVER_S:
+            if not older_than_s or time.time() - old.stat().st_mtime > older_than_s:
                 old.unlink()
 
 

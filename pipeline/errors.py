@@ -22,8 +22,9 @@ class UserError(ValueError):
 def system_errors(what: str, advice: str, *, only: Container[int] | None = None) -> Iterator[None]:
     """Raises UserError for what the operating system refuses in a block, or in a function that this decorates.
 
-    The text names the file that could not be used, or else `what` needed it, and ends in `advice`. Other errors pass,
-    and so do those of the system whose errno is not in `only`.
+    The text names the file that could not be used, or else `what` needed it, and ends in `advice`; short memory and a
+    limit of processes have advice of their own. Other errors pass, and so do those of the system whose errno is not in
+    `only`.
     """
     try:
         yield
@@ -33,7 +34,9 @@ def system_errors(what: str, advice: str, *, only: Container[int] | None = None)
         where = error.filename if isinstance(error.filename, str) else f"a file of {what}"
         raise UserError(f"{where} could not be used ({error.strerror or error}); {advice}") from error
     except MemoryError as error:
-        raise UserError(f"memory was too short for {what}; {advice}") from error
+        raise UserError(
+            f"memory was too short for {what}; end other programs, then run the same command again"
+        ) from error
     except RuntimeError as error:
         if "can't start new thread" not in str(error):
             raise

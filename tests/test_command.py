@@ -31,7 +31,7 @@ def command(monkeypatch, error: BaseException) -> None:
             "error: /a/b could not be used (Read-only file system); make room, ",
         ),
         (OSError(errno.EMFILE, "Too many"), "error: a file of this command could not be used (Too many); make room, "),
-        (MemoryError(), "error: memory was too short for this command; make room, "),
+        (MemoryError(), "error: memory was too short for this command; end other programs, "),
     ],
 )
 def test_a_sentence(monkeypatch, capsys, error, said):

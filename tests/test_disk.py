@@ -135,6 +135,14 @@ def test_what_a_killed_process_left_is_removed_an_hour_later(tmp_path):
     assert names(tmp_path) == sorted([other.name, young.name, "st[a]te"])
 
 
+def test_the_only_writer_removes_it_at_once(tmp_path):
+    young, other = tmp_path / ".state.1.tmp", tmp_path / ".state2.1.tmp"
+    for path in (young, other):
+        path.write_bytes(b"half")
+    write_whole(tmp_path / "state", b"whole", alone=True)
+    assert names(tmp_path) == sorted([other.name, "state"])
+
+
 def test_a_link_to_a_folder_is_followed_and_a_file_keeps_its_name(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "blob").write_bytes(b"")
@@ -320,7 +328,7 @@ def test_a_lock_that_cannot_be_read(tmp_path):
         (FileNotFoundError(errno.ENOENT, "No such file", "x.jpg"), r"^x.jpg could not be used .No such file.; do y$"),
         (OSError(errno.EIO, "I/O error"), r"^a file of the work could not be used .I/O error.; do y$"),
         (OSError("broken"), r"^a file of the work could not be used .broken.; do y$"),
-        (MemoryError(), "^memory was too short for the work; do y$"),
+        (MemoryError(), "^memory was too short for the work; end other programs, then run the same command again$"),
         (RuntimeError("can't start new thread"), "^no further thread can be started for the work; .*ulimit -u"),
     ],
 )

@@ -95,6 +95,13 @@ def test_mutated_lists(kind, request):
     assert 100 < refused < COUNT
 
 
+def test_a_list_that_is_no_text_has_one_sentence(places):
+    path = places / "trainvalsplit_places205" / "val_places205.csv"
+    path.write_bytes(b"a/b\xe9.jpg 0\n")
+    with pytest.raises(UserError, match=r"^\S*val_places205\.csv is not a text file \(.*\); download it again$"):
+        open_source(places, "val")
+
+
 def test_images_that_are_not_there(inat):
     (inat / "train_val2018/Fungi/0/b.jpg").unlink()
     with pytest.raises(UserError, match=r"Fungi/0/b\.jpg is missing; unpack the images into"):

@@ -193,6 +193,13 @@ def test_verify_names_the_changed_image(beton):
     verify(open_shards(pack_shards(beton, PER_SHARD)), 1)
 
 
+def test_what_one_that_was_killed_left_goes_at_once(beton):
+    for name in ("train.shards.begun", "train-000001.tar", "train.shards.npy"):
+        (beton.path.parent / f".{name}.0123456789ab.tmp").write_bytes(b"half")
+    pack_shards(beton, PER_SHARD)
+    assert not list(beton.path.parent.glob(".*"))
+
+
 def test_two_at_once(beton):
     with (
         OneWriter(beton.path.with_name("train.shards.writing"), "them"),

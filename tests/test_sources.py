@@ -1,5 +1,6 @@
 """Datasets on disk: the right images, classes and order, and clear words where something is wrong."""
 
+import errno
 import faulthandler
 import gzip
 import hashlib
@@ -302,6 +303,15 @@ def test_a_devkit_that_is_not_whole(tars, content):
     other = gzip.compress(tar_of({"readme.txt": b"x"}))
     write(path, {"empty": b"", "no gzip": b"x" * 99, "half": whole[: len(whole) // 2], "other files": other}[content])
     with pytest.raises(UserError, match=r"t12\.tar\.gz is not the devkit, or not all of it .*; download it again"):
+        open_source(tars, "val")
+
+
+def test_a_devkit_is_not_blamed_for_what_the_machine_refuses(tars, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(workers, "ProcessPoolExecutor", refused)
+    with pytest.raises(UserError, match=r"^1 worker processes cannot be started \(.*Too many open files"):
         open_source(tars, "val")
 
 

@@ -11,8 +11,21 @@ from pathlib import Path
 import pytest
 
 from pipeline.stopping import EXIT_INTERRUPTED, EXIT_REQUEUE, STOP_SIGNALS
+from tests.support import REPO
 
-PRETRAIN = Path(__file__).resolve().parents[1] / "train" / "pretrain.py"
+FORKS = """
+import os, signal, time
+from pipeline.stopping import end_at_signals
+end_at_signals()
+if not (child := os.fork()):
+    time.sleep(60)
+time.sleep(0.5)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+time.sleep(0.2)
+print("lives")
+"""
+PRETRAIN = REPO / "train" / "pretrain.py"
 
 
 def start(**environment) -> subprocess.Popen:
@@ -49,6 +62,11 @@ def test_during_the_imports(number):
     assert code == (EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE)
     (line,) = said.strip().splitlines()
     assert line.startswith(f"{signal.Signals(number).name}: no step was under way, nothing is lost; ")
+
+
+def test_a_signal_to_a_forked_child_is_the_childs():
+    done = subprocess.run([sys.executable, "-c", FORKS], capture_output=True, text=True, timeout=60, cwd=REPO)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{-signal.SIGTERM}\nlives\n", "")
 
 
 @pytest.mark.slow

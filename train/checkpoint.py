@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from pipeline.command import shown
-from pipeline.disk import TEMPORARY, write_whole
+from pipeline.disk import remove_temporaries, write_whole
 from pipeline.errors import UserError
 from pipeline.spec import Normalization, is_whole
 from train.content import (
@@ -121,8 +121,7 @@ def remove_run_before(folder: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Removes, at once, the GB that a process left behind which was killed while it wrote. For the only writer."""
     for name in (CHECKPOINT, BACKBONE):
-        for path in folder.glob(f".{name}.*{TEMPORARY}"):
-            path.unlink(missing_ok=True)
+        remove_temporaries(folder / name, older_than_s=0.0)
 
 
 def newest_checkpoint(folder: Path) -> Stored | None:

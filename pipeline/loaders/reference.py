@@ -9,9 +9,7 @@ decoder nor kernels nor threads. It yields the same batches, at the speed such p
 
 import contextlib
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -24,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.loaders.bad_images import BadImages
 from pipeline.loaders.base import Loader, samples_in_use, view_params
 from pipeline.spec import Batch, LoaderConfig
-from pipeline.stopping import STOP_SIGNALS
+from pipeline.stopping import STOP_SIGNALS, end_with_parent
 from pipeline.storage.beton import Beton, open_beton
 from pipeline.storage.decode_pil import decode_pil
 from pipeline.views.reference import apply_view_pil
@@ -44,21 +42,11 @@ def _unsignalled() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_trainer(_number: int) -> None:
-    """A worker's first act: it leaves signals to the trainer, and ends with it, however that ends.
-
-    DataLoader's own watch sees the fork server alone, which lives as long as its children.
-    """
+def _start_worker(_number: int) -> None:
+    """A worker's first act: it leaves signals to the trainer, and ends with it. DataLoader watches the fork server."""
     for number in NOT_FOR_WORKERS:
         signal.signal(number, signal.SIG_IGN)
-
-    def wait() -> None:
-        trainer = multiprocessing.parent_process()
-        assert trainer is not None, "a worker has one"
-        trainer.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, name="ends with the trainer", daemon=True).start()
+    end_with_parent()
 
 
 def _shared(shape: tuple[int, ...]) -> torch.Tensor:
@@ -138,7 +126,7 @@ class TorchLoader(Loader):
             num_workers=self.workers,
             multiprocessing_context="forkserver",
             persistent_workers=True,
-            worker_init_fn=_end_with_trainer,
+            worker_init_fn=_start_worker,
         )
 
     def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:

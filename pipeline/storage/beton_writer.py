@@ -257,8 +257,8 @@ class BetonWriter:
         """The names, in an order in which no moment shows a .beton beside another file's manifest."""
         self._one.require()
         self.path.unlink(missing_ok=True)
-        write_whole(beton.files_path(self.path), files)
-        write_whole(beton.manifest_path(self.path), manifest)
+        write_whole(beton.files_path(self.path), files, alone=True)
+        write_whole(beton.manifest_path(self.path), manifest, alone=True)
         os.replace(self.partial_path, self.path)
         flush_folder(self.path.parent)
         self.journal_path.unlink()

@@ -98,7 +98,7 @@ def _layout(source: Beton, shard_images: int) -> tuple[np.ndarray, list[int]]:
 
 def _write_shard(source: Beton, ids: range, path: Path) -> None:
     """No time and no owner is noted, so that the same images give the same bytes."""
-    with whole_file(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with whole_file(path, alone=True) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for sample in ids:
             label = b"%d" % source.labels[sample]
             members = [("jpg", beton.jpeg_bytes(source, sample).tobytes()), ("cls", label)]
@@ -146,7 +146,7 @@ def _pack(source: Beton, shard_images: int, path: Path) -> None:
     if not begun.is_file() or begun.read_bytes() != content:
         for old in path.parent.glob(glob.escape(_beside(path, "").name) + "-??????.tar"):
             old.unlink()
-        write_whole(begun, content)
+        write_whole(begun, content, alone=True)
     missing = [shard for shard in range(len(sizes)) if not _shard_path(path, shard).is_file()]
     needed, free = sum(sizes[shard] for shard in missing), shutil.disk_usage(path.parent).free
     if needed > free:
@@ -157,7 +157,7 @@ def _pack(source: Beton, shard_images: int, path: Path) -> None:
     for shard in progress(missing, _beside(path, "-*.tar").name, len(missing), unit="shard"):
         first = shard * shard_images
         _write_shard(source, range(first, min(first + shard_images, len(source))), _shard_path(path, shard))
-    write_whole(_beside(path, ".shards.npy"), buffer.getvalue())
+    write_whole(_beside(path, ".shards.npy"), buffer.getvalue(), alone=True)
     os.replace(begun, path)
     print(f"{path}: {len(source)} images in {len(sizes)} shards, {sum(sizes) / 1e6:.1f} MB")
 

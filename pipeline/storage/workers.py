@@ -21,6 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from pipeline.errors import UserError
+from pipeline.stopping import end_with_parent
 
 CHUNK_IMAGES = 32  # a worker's task
 AHEAD_CHUNKS = 4  # a worker, made before they are asked for
@@ -131,14 +132,9 @@ def _start_worker(forked_by: int, shared: memoryview | None) -> None:
     _shared = shared
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")  # Pillow's, about damaged metadata of images that are fine
-    if not forked_by:  # made by a fork server, which itself lives as long as its children
-        threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    if not forked_by:  # but made by a fork server
+        end_with_parent()
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != forked_by:
         os._exit(1)
-
-
-def _end_with(process: multiprocessing.process.BaseProcess) -> None:
-    process.join()
-    os._exit(1)

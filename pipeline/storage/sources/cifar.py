@@ -109,6 +109,8 @@ def read(root: Path, split: str, folder: Path) -> Source:
             raise ValueError(f"{labels.size} labels for {len(pixels)} images, a class number for each is expected")
         if labels.min() < 0 or labels.max() > 99:
             raise ValueError(f"labels from {labels.min()} to {labels.max()}")
+    except UserError:
+        raise
     except (*BAD_BYTES, OSError, Unreadable, pickle.UnpicklingError) as error:
         found = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what} in {folder} cannot be read ({found}); fetch it again") from None

@@ -81,6 +81,8 @@ def tar_members(path: Path, start: int, end: int, left_out: Counter[str]) -> lis
                 file.seek(tar.offset)  # where tarfile found no more: it also stops, silently, at what is no header
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("the empty block at its end is missing")
+    except UserError:
+        raise
     except (*BAD_BYTES, tarfile.TarError) as error:
         raise UserError(f"{path} is not a tar file, or not all of it ({error}); download it again") from None
     return members
@@ -125,9 +127,13 @@ def val_classes(devkit: Path) -> list[str]:
         with Workers(1) as worker:  # in a process of its own: SciPy can crash at a damaged file
             by_id = dict(next(worker.in_order(_ids_and_synsets, [(files["meta.mat"],)])))
         return [by_id[int(line)] for line in files[TRUTH].decode().split()]
+    except WorkerDiedError:
+        found = "its meta.mat"
+    except UserError:
+        raise
     except (*BAD_BYTES, OSError, tarfile.TarError, zlib.error) as error:
-        found = "its meta.mat" if isinstance(error, WorkerDiedError) else " ".join(repr(error).split())
-        raise UserError(f"{devkit} is not the devkit, or not all of it ({found}); download it again") from None
+        found = " ".join(repr(error).split())
+    raise UserError(f"{devkit} is not the devkit, or not all of it ({found}); download it again")
 
 
 def _ids_and_synsets(meta: bytes) -> list[tuple[int, str]]:

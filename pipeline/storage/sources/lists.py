@@ -34,6 +34,8 @@ def read(root: Path, split: str, path: Path) -> Source:
     """Raises UserError for a list that is not the published one, or images that are not where it says."""
     try:
         source = _inat18(root, split, path) if path.suffix == ".json" else _places205(root, split, path)
+    except UserError:
+        raise
     except BAD_BYTES as error:
         found = " ".join(repr(error).split())
         raise UserError(f"{path} cannot be read as the list of a dataset ({found}); download it again") from None

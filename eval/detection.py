@@ -42,7 +42,7 @@ from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
 from train.agreement import only_writer
 from train.batchnorm import with_global_batch_norm
-from train.distributed import Ranks, largest, say, start_ranks, stop_ranks
+from train.distributed import Ranks, joined_ranks, largest, say
 
 EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
 
@@ -244,11 +244,8 @@ def main(config: DetectionConfig) -> dict | None:
     if config.export_detectron2:
         export(config, config.export_detectron2)
         return None
-    ranks = start_ranks()
-    try:
+    with joined_ranks() as ranks:
         made = measure(config, ranks)
-    finally:
-        stop_ranks()
     if isinstance(made, int):
         sys.exit(made)
     return made

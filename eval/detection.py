@@ -18,7 +18,6 @@ Ctrl-C write one first. The detections stay beside it, in COCO's results form. O
 
 import json
 import pickle
-import signal
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -40,11 +39,10 @@ from pipeline.command import DATA, run_command
 from pipeline.disk import followed_once, write_whole
 from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter
+from pipeline.stopping import exit_code
 from train.agreement import only_writer
 from train.batchnorm import with_global_batch_norm
-from train.distributed import Ranks, largest, say, start_ranks, stop_ranks
-
-EXIT_REQUEUE, EXIT_INTERRUPTED = 75, 130
+from train.distributed import Ranks, joined_ranks, largest, say
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def measure(config: DetectionConfig, ranks: Ranks) -> dict | int | None:
         images = DetectionImages(train_split.records, masks=masks, keep_ignored=config.task == "voc", seed=config.seed)
         if asked := train(training, images, config.checkpoint_every):
             say(ranks, f"stopped after iteration {training.iteration}; the same command continues from there")
-            return EXIT_INTERRUPTED if asked == signal.SIGINT else EXIT_REQUEUE
+            return exit_code(asked)
         take_precise_statistics(training, images)
         detections = detect(training, test_split, masks)
         if writer is None:  # of all ranks but the first
@@ -244,11 +242,8 @@ def main(config: DetectionConfig) -> dict | None:
     if config.export_detectron2:
         export(config, config.export_detectron2)
         return None
-    ranks = start_ranks()
-    try:
+    with joined_ranks() as ranks:
         made = measure(config, ranks)
-    finally:
-        stop_ranks()
     if isinstance(made, int):
         sys.exit(made)
     return made

@@ -39,6 +39,7 @@ from pipeline.storage.beton import Stored
 from pipeline.storage.shards import SUFFIX as SHARDS
 from pipeline.storage.shards import open_stored
 from train.content import tensor_file
+from train.launch import rank_and_world_size
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def write_features(config: ExtractConfig, encoder: Encoder, beton: Stored, to: P
 
 def main(config: ExtractConfig) -> None:
     """Keeps features, or writes them to a file. Raises UserError."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_world_size()
     if not config.images and not config.to:
         keep_for_evaluations(config, rank, world_size)
         return

@@ -14,7 +14,6 @@ so that features of another checkpoint are never used, however a file came to it
 
 import functools
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
@@ -31,6 +30,7 @@ from pipeline.progress import progress
 from pipeline.spec import CentreCrop, LoaderConfig, Squash, centre_view
 from pipeline.storage.beton import Stored
 from train.checkpoint import BackboneInfo, load_backbone
+from train.launch import own_gpu
 from train.model import make_backbone, require_side
 from train.run_data import dataset_sha256
 
@@ -88,7 +88,7 @@ def open_encoder(
     elif random_seed is not None:
         kind, module, info = "untrained", *random_encoder(info, random_seed)
     require_side(module, info.arch, info.resolution_px)
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{own_gpu(torch.cuda.device_count())}" if torch.cuda.is_available() else "cpu"
     return Encoder(kind, module.eval().to(device).to(memory_format=torch.channels_last), info, device)
 
 

@@ -11,7 +11,7 @@ from eval.features import KINDS
 from pipeline.spec import is_whole
 from train.curves import is_number
 
-LARGEST_WHOLE = 1 << 64  # of a seed
+LARGEST_WHOLE = 1 << 64
 
 
 def _is_text(value: Any) -> bool:
@@ -22,18 +22,23 @@ def _is_count(value: Any) -> bool:
     return is_whole(value, 0) and value < LARGEST_WHOLE
 
 
+def _is_seed_number(value: Any) -> bool:
+    return is_whole(value, -LARGEST_WHOLE) and value < LARGEST_WHOLE
+
+
 def _is_dict(value: Any) -> bool:
     return isinstance(value, dict)
 
 
 TEXTS = ("protocol", "metric", "arch", "checkpoint", "checkpoint_sha256", "time", "dataset", "split")
-COUNTS = ("step", "resolution_px", "train_images", "val_images", "classes", "seed")
+COUNTS = ("step", "resolution_px", "train_images", "val_images", "classes")
 NEEDED: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(TEXTS, _is_text),
     **dict.fromkeys(COUNTS, _is_count),
     **dict.fromkeys(("value", "seconds", "epochs"), is_number),
     **dict.fromkeys(("details", "settings", "changed"), _is_dict),
     "encoder": KINDS.__contains__,
+    "seed": _is_seed_number,
     "fraction": lambda value: value is None or is_number(value),
     "values": lambda values: _is_dict(values) and all(map(is_number, values.values())),
     "dataset_sha256": lambda digests: _is_dict(digests) and all(map(_is_text, digests.values())),
@@ -59,4 +64,4 @@ def wrong_fields(line: dict) -> list[str]:
 
 
 def _is_seed(seed: Any, names: list[str]) -> bool:
-    return _is_dict(seed) and _is_count(seed.get("seed")) and all(is_number(seed.get(name)) for name in names)
+    return _is_dict(seed) and _is_seed_number(seed.get("seed")) and all(is_number(seed.get(name)) for name in names)

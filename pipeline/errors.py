@@ -2,11 +2,12 @@
 
 import contextlib
 import errno
+import struct
 from collections.abc import Container, Iterator
 
 # What the parsers of others raise at bytes that are not what they should be, besides errors of their own kinds.
 BAD_BYTES = (
-    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError),
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, EOFError, struct.error),
     *(RecursionError, NotImplementedError, MemoryError),  # nested too deep, of another version, of absurd size
 )
 # What the operating system refuses through no fault of the code: room, rights, a failing disk, the machine's limits.

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -155,11 +156,14 @@ def test_projector_widths():
             projector_widths(bad)
 
 
-def test_too_small_values_are_refused():
+def test_values_out_of_range_are_refused():
     with pytest.raises(UserError, match="--global-batch 1 "):
         resolved(PretrainConfig(global_batch=1))
     with pytest.raises(UserError, match="--epochs -1 "):
         resolved(PretrainConfig(epochs=-1))
+    for minutes in (math.nan, math.inf, 1e300):
+        with pytest.raises(UserError, match=r"--timeout-minutes \S+ is too (small|large); give at "):
+            resolved(PretrainConfig(timeout_minutes=minutes))
 
 
 def test_data_is_a_folder_or_a_file(tmp_path):

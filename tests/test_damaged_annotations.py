@@ -118,6 +118,13 @@ def test_a_fault_in_cocos_file_has_a_place(coco, changes, place):
         open_coco(coco.parents[1], "val2017")
 
 
+def test_polygons_of_fewer_than_three_corners_are_left_out(coco):
+    """As Detectron2 does; one beside a whole one is no reason to refuse all of the file."""
+    both = {**OBJECTS[0], "segmentation": [SQUARE[:4], SQUARE, SQUARE[2:4]]}
+    coco.write_text(json.dumps(INSTANCES | {"annotations": [both, *OBJECTS[1:]]}))
+    assert open_coco(coco.parents[1], "val2017").records[0].outlines[0] == [SQUARE]
+
+
 # ---- VOC ----
 
 ANNOTATION = b"""<annotation><folder>VOC2007</folder><size><width>50</width><height>40</height></size>

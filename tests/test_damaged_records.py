@@ -4,6 +4,7 @@ as they stand, which plain JSON, safetensors and torch tell. What may happen: te
 
 import copy
 import json
+import math
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -273,6 +274,15 @@ def test_a_runs_record(tmp_path, name):
             told = json.loads(mutant)
             same_flags = as_plain(config).keys() & told.keys() - {"data", "init_from"}  # as paths
             assert all(told[flag] == as_plain(config)[flag] for flag in same_flags)
+
+
+def test_what_flags_may_say_is_no_damage(tmp_path):
+    """A negative --seed of an evaluation; --checkpoint-every-minutes inf."""
+    result = RESULT | {"seed": -1, "details": {"seeds": [{"seed": -1, "top1": 49.0}]}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(result) + "\n")
+    assert [result["seed"] for result in read_results(tmp_path)] == [-1]
+    (tmp_path / "config.json").write_text(json.dumps(RECORDS["config.json"] | {"checkpoint_every_minutes": math.inf}))
+    assert read_config(tmp_path).checkpoint_every_minutes == math.inf
 
 
 Values = st.recursive(

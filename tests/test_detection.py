@@ -248,6 +248,15 @@ def test_bad_input_is_named(eight, coco, tmp_path, monkeypatch):
 # ---- scores ----
 
 
+def test_a_lost_rank_is_a_sentence(monkeypatch):
+    def measure(config, ranks):
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    monkeypatch.setattr(detection, "measure", measure)
+    with pytest.raises(UserError, match="rank 0 lost the connection to another rank"):
+        main(DetectionConfig(task="voc"))
+
+
 def perfect(split: Split) -> list[dict]:
     found = []
     for r in split.records:

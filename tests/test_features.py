@@ -137,7 +137,11 @@ def test_ranks_share_the_parts(encoder, val, data, in_parts, monkeypatch, tmp_pa
         made.append(sorted(in_parts))
         in_parts.clear()
     assert made == [[16, 16, 16], [12, 14, 16]]
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="WORLD_SIZE is 'two'; expected a whole number"):
+        extract.main(ExtractConfig(checkpoint=run))
     monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
     subject = open_subject(ExtractConfig(checkpoint=run, fraction=0.16))
     subject.val_features(), subject.train_features()
     assert in_parts == [], "every part was there"

@@ -310,6 +310,7 @@ def test_names_of_results_are_text(tmp_path, capsys):
         ("a_b <c> | d", "a_b &lt;c> \\| d"),
         ("`knn|x` 5 % `", "`knn\\|x` 5 % \\`"),
         ("``x``", "\\``x`\\`"),
+        ("`a\\|<b>`", "\\`a\\\\\\|&lt;b>\\`"),
         ("a\\|b\n# c", "a\\\\\\|b # c"),
         ("[1, 2] ![x](y) [z]: u", "[1, 2] ![x\\](y) [z\\]: u"),
         ("a & b &amp; &#60;", "a & b &amp;amp; &amp;#60;"),

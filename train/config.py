@@ -175,8 +175,8 @@ class Running:
     """stop: an image that cannot be decoded ends the run, and its file is named. substitute: another image, chosen by
     the seed, the epoch and the image, takes its place, and metrics.jsonl counts such images."""
     check_bytes: bool = True
-    """Compare each image's bytes with their digest of the conversion when it is first used; one that has changed on the
-    disk counts as one that cannot be decoded."""
+    """Compare each image's bytes with the conversion's digest (in .files.tsv beside the data) when it is first used;
+    one that has changed on the disk counts as one that cannot be decoded."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue from the run's checkpoint if there is one. never: start over and replace it."""
     activations: Activations = "auto"

@@ -6,6 +6,7 @@ the values and fills in what was left open.
 
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import fields, replace
@@ -35,6 +36,7 @@ LEAST = {
     "prototypes": 2,
     "knn_images": 100,
 }
+MOST = {"timeout_minutes": 1_000_000}  # two years; PyTorch's networks take no time limit of any length
 # Barlow Twins: the 1-d rate as a share of the weights'. The table above was measured in March 2021 with one rate and
 # --scale-loss 0.024; LARS hides that factor for weights, not for 1-d parameters. Issue 7 states it for batch 256 alone.
 # The separate rate came in June 2021 (commit 046eec3) with 0.0048, which is this share of 2048's 0.2.
@@ -83,7 +85,7 @@ def resolved(config: Config) -> Config:
 
     Raises UserError for values that are out of range or do not go together. What is left to the device stays so.
     """
-    _refuse_small_values(config)
+    _refuse_values_out_of_range(config)
     card = PRESETS.get(f"{config.preset}-{config.method}", PRESETS[config.preset])
     config = replace(config, preset=card.preset)
     _refuse_another_methods_flags(config, card.method)
@@ -105,10 +107,12 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _refuse_small_values(config: PretrainConfig) -> None:
+def _refuse_values_out_of_range(config: PretrainConfig) -> None:
     for name, least in LEAST.items():
-        if getattr(config, name) < least:
-            raise UserError(f"{_flag(name)} {getattr(config, name)} is too small; give at least {least}")
+        value, most = getattr(config, name), MOST.get(name, math.inf)
+        if not least <= value <= most:  # so is NaN
+            wrong = f"large; give at most {most:g}" if value > most else f"small; give at least {least}"
+            raise UserError(f"{_flag(name)} {value} is too {wrong}")
 
 
 def _refuse_another_methods_flags(config: PretrainConfig, method: str) -> None:

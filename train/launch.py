@@ -1,6 +1,6 @@
 """How the processes of one training find each other: what the launcher told this one, and what is said if they do not.
 
-    RANK, WORLD_SIZE          which of how many processes this is; without both it trains alone
+    RANK, WORLD_SIZE          which of how many processes this is; without both it is the only one
     LOCAL_RANK                which GPU of this machine is its own; without it the first
     MASTER_ADDR, MASTER_PORT  where rank 0 listens
 
@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.progress import say_line
 
 WAIT_SAID_S = 30.0  # after which a process says that it waits for the others
-SET_THEM = "torchrun and scripts/pretrain.slurm set it; to train in one process, unset RANK and WORLD_SIZE"
+SET_THEM = "torchrun and scripts/pretrain.slurm set it; to run one process alone, unset RANK and WORLD_SIZE"
 
 
 def _number(name: str, least: int, most: int, default: int | None = None, *, of: str = "") -> int:
@@ -35,13 +35,9 @@ def _number(name: str, least: int, most: int, default: int | None = None, *, of:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Which process this is, of how many. Raises UserError where the environment does not say it, or where to meet."""
+    """Which process this is, of how many. Raises UserError where the environment does not say it."""
     world_size = _number("WORLD_SIZE", 1, 1_000_000, 1)
     rank = _number("RANK", 0, world_size - 1, 0 if world_size == 1 else None, of=f", as WORLD_SIZE is {world_size}")
-    if world_size > 1:
-        _number("MASTER_PORT", 1, 65535, of=", the port where rank 0 listens")
-        if not os.environ.get("MASTER_ADDR", "").strip():
-            raise UserError(f"MASTER_ADDR is not set; expected the name or address of rank 0's machine; {SET_THEM}")
     return rank, world_size
 
 
@@ -52,9 +48,15 @@ def own_gpu(gpus: int) -> int:
 
 @contextlib.contextmanager
 def finding_each_other(rank: int, world_size: int, minutes: float) -> Iterator[None]:
-    """The processes connect inside, within so many minutes. Says so if that takes long; UserError where they do not."""
-    port = os.environ["MASTER_PORT"]
-    place = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={port}"
+    """The processes connect inside, within so many minutes. Says so if that takes long.
+
+    Raises UserError where they do not, or where the environment does not say where to meet.
+    """
+    port = _number("MASTER_PORT", 1, 65535, of=", the port where rank 0 listens")
+    address = os.environ.get("MASTER_ADDR", "").strip()
+    if not address:
+        raise UserError(f"MASTER_ADDR is not set; expected the name or address of rank 0's machine; {SET_THEM}")
+    place = f"MASTER_ADDR={address} MASTER_PORT={port}"
     text = f"note: rank {rank} of {world_size} still waits for the others at {place}, for at most {minutes:.3g} minutes"
     waits = threading.Timer(WAIT_SAID_S, say_line, [text])
     waits.daemon = True

@@ -100,7 +100,7 @@ def _fault(entry: dict, height: int, width: int) -> str:
     if entry.get("iscrowd", 0) not in (0, 1):
         return f"has iscrowd {entry['iscrowd']!r:.60}, expected is 0 or 1"
     boxed = box_fits((x, y, x + across, y + down), height, width)
-    if boxed and outline_fits(entry["segmentation"], height, width):
+    if boxed and outline_fits(_drawn(entry["segmentation"]), height, width):
         return ""
     return f"has a {'segmentation' if boxed else 'bbox'} that is not in an image of {width}×{height} px"
 
@@ -116,5 +116,12 @@ def _record(folder: Path, image: dict, objects: list[dict], label: dict[int, int
         boxes,
         np.array([label[o["category_id"]] for o in objects], np.int64),
         np.array([o.get("iscrowd", 0) for o in objects], bool),
-        [o["segmentation"] for o in objects],
+        [_drawn(o["segmentation"]) for o in objects],
     )
+
+
+def _drawn(outline: list | dict) -> list | dict:
+    """An outline without its polygons of fewer than three corners, which Detectron2 leaves out, too."""
+    if isinstance(outline, dict):
+        return outline
+    return [polygon for polygon in outline if not (isinstance(polygon, list) and len(polygon) in (2, 4))]

@@ -9,7 +9,6 @@ and without images that have no object, and judged with all of its images, as De
 import hashlib
 import json
 import os
-import struct
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,12 +23,9 @@ from PIL import Image
 from eval.detector.outlines import outline_mask
 from eval.voc import CLASSES as VOC_CLASSES
 from eval.voc import read_annotation
-from pipeline.errors import UserError
+from pipeline.errors import BAD_BYTES, UserError
 from pipeline.spec import is_whole
 from pipeline.storage.any_image import FORMATS, MAX_PIXELS
-
-# What Pillow's parsers raise for a damaged file.
-DAMAGE = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
 
 
 @dataclass(frozen=True)
@@ -203,7 +199,7 @@ def read_image(record: Record) -> np.ndarray:
         with Image.open(record.path, formats=FORMATS) as image:
             side_px = image.width, image.height
             pixels = np.array(image.convert("RGB")) if side_px == (record.width, record.height) else None
-    except (*DAMAGE, Image.DecompressionBombError) as error:
+    except (*BAD_BYTES, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{record.path} cannot be read ({error}); unpack the dataset's images again") from None
     if pixels is None:
         raise UserError(

@@ -5,6 +5,7 @@ else's file only its results tell.
 """
 
 import json
+import math
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,10 @@ def _is_of(kind: Any, value: object) -> bool:
         return isinstance(value, str) and "\0" not in value
     if get_origin(kind) is tuple:
         return isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
-    if kind in (int, float):
-        return is_number(value) and (kind is float or isinstance(value, int))
+    if kind is float:
+        return is_number(value) or value == math.inf  # --checkpoint-every-minutes may be
+    if kind is int:
+        return is_number(value) and isinstance(value, int)
     return isinstance(value, kind)
 
 

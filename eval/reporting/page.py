@@ -30,7 +30,7 @@ def with_code(text: str) -> Markup:
 
 def as_markdown(text: str) -> str:
     """Text as Markdown that shows it, `marked` parts as code: no tag, no link, no further cell, row or paragraph."""
-    parts = re.split("(`[^`]+`)", " ".join(text.split()))
+    parts = re.split(r"(`(?:[^`\\]|\\(?!\|))+`)", " ".join(text.split()))  # in code, no more can escape a |
     parts[::2] = [re.sub(r"[\\`<|]|\](?=[(\[:])|&(?=#?\w+;)", _escaped, part) for part in parts[::2]]
     parts[1::2] = [part.replace("|", r"\|") for part in parts[1::2]]  # all else is text in there
     return "".join(parts)

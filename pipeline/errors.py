@@ -24,13 +24,13 @@ def system_errors(what: str, advice: str, *, only: Container[int] | None = None)
     """Raises UserError for what the operating system refuses in a block, or in a function that this decorates.
 
     The text names the file that could not be used, or else `what` needed it, and ends in `advice`; short memory and a
-    limit of processes have advice of their own. Other errors pass, and so do those of the system whose errno is not in
-    `only`.
+    limit of processes have advice of their own. Other errors pass: also those of the system whose errno is not in
+    `only`, and a pipe that nobody reads any more.
     """
     try:
         yield
     except OSError as error:
-        if only is not None and error.errno not in only:
+        if isinstance(error, BrokenPipeError) or (only is not None and error.errno not in only):
             raise
         where = error.filename if isinstance(error.filename, str) else f"a file of {what}"
         raise UserError(f"{where} could not be used ({error.strerror or error}); {advice}") from error

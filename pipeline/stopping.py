@@ -77,5 +77,5 @@ def _end(number: int, _frame: FrameType | None) -> None:
     if os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{name}: no step was under way, nothing is lost; the same command begins again\n".encode())
+            os.write(2, f"\n{name}: no step was under way, nothing is lost; run the same command again\n".encode())
     os._exit(exit_code(number))

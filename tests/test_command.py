@@ -1,12 +1,15 @@
 """How a command ends: a user's mistake and what the system refuses are a sentence, a fault of ours is a traceback."""
 
 import errno
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 
 from pipeline.command import run_command
 from pipeline.errors import UserError
+from tests.support import REPO
 
 
 @dataclass(frozen=True)
@@ -45,3 +48,14 @@ def test_a_sentence(monkeypatch, capsys, error, said):
 def test_a_fault_of_ours(monkeypatch, error):
     with pytest.raises(type(error)):
         command(monkeypatch, error)
+
+
+def test_a_pipe_that_nobody_reads_any_more():
+    """The command's end is quiet, and it is told apart from a mistake."""
+    code = "from pipeline.command import run_command; from tests.test_command import Config; "
+    code += "run_command(Config, lambda _: print('x' * 1_000_000, flush=True))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141

@@ -229,6 +229,7 @@ WRONG = {
     "global_batch": [(0, "whole number of 1"), (49, r"larger than the dataset \(48 images\)"), *NOT_WHOLE],
     "seed": [(2**64, "64 bits"), *NOT_WHOLE],
     "shuffle": [("no", "True or False")],
+    "check_bytes": [(1, "True or False")],
     "ids": [
         ([48], "ids go from 48 to 48; .* has 48 images, 0 to 47"),
         ([-1, 3], "ids go from -1 to 3"),

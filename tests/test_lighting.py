@@ -66,7 +66,7 @@ def chain(p: ViewParams, b: int, side: int, alpha) -> transforms.Compose:
 @pytest.fixture
 def subject(small_beton, tmp_path):
     for split in ("train", "val"):
-        for end in ("beton", "manifest.json"):
+        for end in ("beton", "manifest.json", "files.tsv"):
             (tmp_path / f"{split}.{end}").symlink_to(small_beton.with_name(f"train.{end}"))
     run = write_run(tmp_path / "run", tmp_path)
     return open_subject(SubjectConfig(checkpoint=run, data=tmp_path, seed=3, resolution=48, workers=1))

@@ -1,5 +1,6 @@
 """Fixtures the whole suite shares: where real images are, a small dataset made of them, quick child processes."""
 
+import gc
 import importlib.util
 import multiprocessing
 import multiprocessing.forkserver
@@ -93,6 +94,7 @@ def same_arithmetic(monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def training_forkserver() -> None:
     """A fork server with the trainer loaded, so that no child imports it anew. Another test's server lacks it."""
+    gc.collect()  # a loader that is garbage still has its processes, for whose end the server waits
     multiprocessing.forkserver._forkserver._stop()
     multiprocessing.set_forkserver_preload(["train.pretrain", "timm", "torch.utils.tensorboard"])
 

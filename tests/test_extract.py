@@ -104,6 +104,9 @@ def test_flags_that_do_not_go_together(run, folder, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=said):
             main(ExtractConfig(**given | other))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="to run one process alone, unset RANK and WORLD_SIZE"):
+        main(ExtractConfig(**given))
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="start it without torchrun"):
         main(ExtractConfig(**given))
     assert not (tmp_path / "x.npy").exists()

@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import shlex
 import signal
 import sys
@@ -49,8 +50,16 @@ def run_command(config_type: type, main: Callable, default=None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except BrokenPipeError:  # as in `… | head`: what is still buffered has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():  # another pipe: a fault of ours
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # as in `… | head`: what is still buffered has nowhere to go
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _nobody_reads_stdout() -> bool:
+    asked = select.poll()
+    asked.register(1, 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))

@@ -213,8 +213,8 @@ class LoaderConfig:
     blocks          None: every epoch a full shuffle; else a block-shuffled one, for files larger than the memory
     on_bad_image    "stop": an image that cannot be decoded raises UserError with its file's name; "substitute":
                     another sample stands in for it (bad_images.py), in shuffled streams
-    check_bytes     an image whose bytes are no longer those of the conversion counts as one that cannot be decoded;
-                    they are hashed when it is first used
+    check_bytes     hash each image's bytes at its first use; one that has changed since the conversion counts as one
+                    that cannot be decoded
     resolutions     (first epoch, px), ascending: sides of the views that change with the epoch; () for resolution_px
     backend         fast, ffcv, resident, torch or dali: who decodes (loader.py); the batches are the same
     workers         threads (of torch: processes) of this rank; 0 for one a core it may use

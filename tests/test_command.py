@@ -44,7 +44,15 @@ def test_a_sentence(monkeypatch, capsys, error, said):
     assert (text := capsys.readouterr().err).startswith(said) and text.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file", "x"), ValueError(), KeyError("x")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "x"),
+        BrokenPipeError(errno.EPIPE, "x"),
+        ValueError(),
+        KeyError("x"),
+    ],
+)
 def test_a_fault_of_ours(monkeypatch, error):
     with pytest.raises(type(error)):
         command(monkeypatch, error)

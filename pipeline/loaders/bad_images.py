@@ -95,7 +95,7 @@ class BadImages:
 
     def decodable(self, epoch: int, wanted: np.ndarray) -> np.ndarray:
         """`replaced`, for a backend whose own decoder does not judge: each sample is judged at its first use."""
-        while True:
+        while self.substitute or self._digests:
             ids = self.replaced(epoch, wanted)
             new = np.unique(ids[~self._judged[ids]]).tolist()
             if not new:
@@ -104,6 +104,7 @@ class BadImages:
                 if status != OK:
                     self.note(sample, STATUS_TEXT[status])
                 self._judged[sample] = True
+        return wanted
 
     def _judge(self, sample: int) -> int:
         """A status: of the bytes, and before them, if there may be a stand-in, libjpeg-turbo's of a decode."""

@@ -5,6 +5,7 @@ import importlib.util
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -49,6 +50,29 @@ def small_beton(tmp_path_factory, imagenet_sample) -> Path:
         target.symlink_to(path)
     main(ConvertConfig(out=root / "train.beton", source=root / "images", max_side=10_000, workers=1))
     return root / "train.beton"
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """The folder of 70 small images of two classes: three chunks of a conversion's work."""
+    from tests.conversions import drawn
+
+    for i in range(70):
+        drawn(tmp_path / "images" / f"class_{i % 2}" / f"{i:02d}.jpg", i)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    """Where a conversion of them is to go, in a folder of its own."""
+    return tmp_path / "out" / "set.beton"
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Workers are forked, as in a process of its own, where torch is not loaded: they inherit what a test replaces."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr("pipeline.storage.workers.threading.active_count", lambda: 1)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.one_writer import OneWriter, _machine
 from pipeline.storage import beton, beton_writer, conversion, parts
 from pipeline.storage.sources.source import Source
-from tests.test_convert import as_source, contents, drawn, stop_after, wait_for_bytes
+from tests.conversions import as_source, contents, drawn, stop_after, wait_for_bytes
 
 REPO = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, str(REPO / "pipeline" / "convert.py")]

@@ -102,7 +102,8 @@ def test_outlines_in_cocos_text():
     ("changes", "place"),
     [
         ({"images": [*IMAGES, IMAGES[0]]}, "images has an id twice"),
-        ({"images": IMAGES[1:]}, r"annotations\[0\] is of an image or a category that is not listed"),
+        ({"images": IMAGES[2:]}, "annotations has no object of an image that is listed"),
+        ({"categories": CATEGORIES[:1]}, r"annotations\[0\] is of a category that is not listed"),
         ({"categories": []}, "categories is missing or lists nothing"),
         ({"annotations": [{**OBJECTS[0], "bbox": [10, 5, -3, 20]}]}, r"annotations\[0\] has a bbox that is not in an"),
         ({"annotations": [*OBJECTS, {**OBJECTS[0], "bbox": [1, 2, 3]}]}, r"annotations\[3\] has bbox \[1, 2, 3\], exp"),
@@ -123,6 +124,13 @@ def test_polygons_of_fewer_than_three_corners_are_left_out(coco):
     both = {**OBJECTS[0], "segmentation": [SQUARE[:4], SQUARE, SQUARE[2:4]]}
     coco.write_text(json.dumps(INSTANCES | {"annotations": [both, *OBJECTS[1:]]}))
     assert open_coco(coco.parents[1], "val2017").records[0].outlines[0] == [SQUARE]
+
+
+def test_objects_of_images_that_are_not_listed_are_left_out(coco, capsys):
+    """As pycocotools does: whoever shortens the list often leaves the objects as they are."""
+    coco.write_text(json.dumps(INSTANCES | {"images": IMAGES[1:]}))
+    assert [len(record.labels) for record in open_coco(coco.parents[1], "val2017").records] == [1, 0]
+    assert "2 of 3 objects left out, of images not listed" in capsys.readouterr().err
 
 
 # ---- VOC ----

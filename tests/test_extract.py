@@ -104,7 +104,7 @@ def test_flags_that_do_not_go_together(run, folder, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=said):
             main(ExtractConfig(**given | other))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="to run one process alone, unset RANK and WORLD_SIZE"):
+    with pytest.raises(UserError, match="to run one process alone, unset RANK, WORLD_SIZE and LOCAL_RANK"):
         main(ExtractConfig(**given))
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="start it without torchrun"):

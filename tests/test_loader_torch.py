@@ -25,8 +25,8 @@ from pipeline.spec import BARLOW_TWINS_VIEWS, CentreCrop, LoaderConfig, Normaliz
 from pipeline.storage.beton import jpeg_bytes, open_beton
 from pipeline.storage.decode_pil import decode_pil
 from pipeline.views.reference import apply_view_pil
+from tests.conversions import living
 from tests.support import REPO
-from tests.test_convert import living
 
 RESOLUTION = 64
 pytestmark = pytest.mark.slow  # each loader starts a process that imports torch
@@ -180,6 +180,18 @@ def test_shared_memory_that_is_full_is_told(loader):
         list(batches)
     resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, limits)
     assert len(list(loader.batches(0, 2))) == 2
+
+
+def test_workers_that_cannot_start_are_told(config):
+    """For want of open files here; a process that cannot be had gives an OSError, too."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with TorchLoader(config) as loader:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 2, limits[1]))
+        try:
+            with pytest.raises(UserError, match=r"^the worker processes of --loader torch cannot be st.* open files"):
+                next(loader.batches(0, 2))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_killed_worker_is_told(loader):

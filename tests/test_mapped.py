@@ -22,6 +22,16 @@ os.truncate(other, 5000)
 assert int(ours[4999]) == 1
 print(int((ours if sys.argv[3] == "ours" else theirs)[9000]))
 """
+CONVERTS = """
+import os, sys
+from pathlib import Path
+from pipeline.storage.sources.open import open_source
+path = Path(sys.argv[1]) / "unlabeled_X.bin"
+pixels = open_source(path.parent, "unlabelled").pixels
+os.truncate(path, 5000)
+assert int(pixels[0, 0, 0, 0]) == 0
+print(int(pixels[1, 0, 0, 0]))
+"""
 TRAINS = """
 import os, sys
 from pathlib import Path
@@ -51,6 +61,16 @@ def test_whose_file_it_is(tmp_path, whose):
         assert done.returncode == 2 and done.stdout == ""
         assert f"error: {tmp_path / 'ours'} can no longer be read at byte 9000: it was cut short" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_while_pixels_are_converted(tmp_path):
+    """STL-10's, 27,648 bytes an image, which are read from where they lie."""
+    with open(tmp_path / "unlabeled_X.bin", "wb") as file:
+        file.truncate(100_000 * 27648)
+    done = run(CONVERTS, tmp_path)
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"error: {tmp_path}/unlabeled_X.bin can no longer be read at byte 27648: ")
+    assert (done.returncode, done.stdout) == (2, "")
 
 
 @pytest.mark.slow

@@ -50,8 +50,8 @@ COMMANDS: dict[str, Small | str] = {
     ".venv/bin/python -m pytest tests/test_lars.py": "scripts/test.sh::.venv/bin/python -m pytest",
     "pytest tests/test_world_size.py tests/test_pretrain.py tests/test_resume.py -o junit_family=legacy "
     "--junitxml FILE": "scripts/test.sh::pytest",
-    "KILLS=30 pytest tests/test_resume.py tests/test_convert.py -k 'sigkill or any_moment' -o junit_family=legacy "
-    "--junitxml FILE": "scripts/test.sh::pytest",
+    "KILLS=30 pytest tests/test_resume.py tests/test_convert_stops.py -k 'sigkill or any_moment' "
+    "-o junit_family=legacy --junitxml FILE": "scripts/test.sh::pytest",
     "pytest -m gpu": GPU_REPORT,
     # from images to a page
     "bash scripts/convert_imagenet.sh": WALK,

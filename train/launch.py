@@ -19,7 +19,7 @@ from pipeline.errors import UserError
 from pipeline.progress import say_line
 
 WAIT_SAID_S = 30.0  # after which a process says that it waits for the others
-SET_THEM = "torchrun and scripts/pretrain.slurm set it; to run one process alone, unset RANK and WORLD_SIZE"
+SET_THEM = "torchrun and scripts/pretrain.slurm set it; to run one process alone, unset RANK, WORLD_SIZE and LOCAL_RANK"
 
 
 def _number(name: str, least: int, most: int, default: int | None = None, *, of: str = "") -> int:

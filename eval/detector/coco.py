@@ -6,6 +6,7 @@ Every value that is used is checked, and what is wrong is named with its place i
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,20 @@ def open_coco(root: Path, part: str) -> Split:
         if len(ids) < len(rows):
             raise _unusable(path, which, "has an id twice")
     size = {image["id"]: (image["height"], image["width"]) for image in images}
+    elsewhere = 0  # of images that are not listed: the file's list was shortened, its objects were not
     for number, entry in enumerate(objects):
-        known = entry["image_id"] in size and entry["category_id"] in label
-        fault = _fault(entry, *size[entry["image_id"]]) if known else "is of an image or a category that is not listed"
+        if entry["image_id"] not in size:
+            elsewhere += 1
+            continue
+        known = entry["category_id"] in label
+        fault = _fault(entry, *size[entry["image_id"]]) if known else "is of a category that is not listed"
         if fault:
             raise _unusable(path, f"annotations[{number}]", fault)
         by_image[entry["image_id"]].append(entry)
+    if elsewhere == len(objects):
+        raise _unusable(path, "annotations", "has no object of an image that is listed")
+    if elsewhere:
+        print(f"note: {path}: {elsewhere} of {len(objects)} objects left out, of images not listed", file=sys.stderr)
     records = [_record(root / part, image, by_image[image["id"]], label) for image in images]
     require_images(records, path)
     return Split(f"COCO {part}", [c["name"] for c in categories], records)

@@ -143,10 +143,16 @@ class TorchLoader(Loader):
                 raise UserError("another pass was begun on this loader: its processes make one pass at a time")
 
     def _made(self) -> Iterator[tuple]:
-        """What the workers make of the stream. Raises UserError for one of theirs, or if one of them died."""
+        """What the workers make of the stream. Raises UserError for theirs, if they cannot start, or if one died."""
         assert self._loader is not None
-        with _unsignalled():
-            batches = iter(self._loader)
+        try:
+            with _unsignalled():
+                batches = iter(self._loader)
+        except (OSError, EOFError) as error:  # the second: of a fork server that ended while it started
+            raise UserError(
+                f"the worker processes of --loader torch cannot be started ({str(error) or type(error).__name__}); take"
+                " fewer --workers, or allow more processes and open files (ulimit -u, ulimit -n)"
+            ) from error
         while True:
             try:
                 made = next(batches)

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline import constants
 from pipeline.errors import UserError
+from pipeline.storage.mapped import map_file
 from pipeline.storage.sources.source import UNLABELLED, Source
 
 _NAMES = {"train": "train", "val": "test", "unlabelled": "unlabeled"}  # as the files are called
@@ -27,7 +28,7 @@ def read(root: Path, split: str, path: Path) -> Source:
     count, labelled = constants.STL10_IMAGES[split], split != "unlabelled"
     shape = (count, 3, _SIDE_PX, _SIDE_PX)
     _require_bytes(path, int(np.prod(shape)))
-    pixels = np.asarray(np.memmap(path, np.uint8, "r", shape=shape)).transpose(0, 3, 2, 1)  # a view: still on disk
+    pixels = np.asarray(map_file(path)).reshape(shape).transpose(0, 3, 2, 1)  # a view: still on disk
     labels, classes = np.zeros(count, np.int64), UNLABELLED
     if labelled:
         path_y = path.with_name(f"{_NAMES[split]}_y.bin")

@@ -110,6 +110,9 @@ COMMANDS: dict[str, Small | str] = {
     f"{BENCH}/rival.py --data data/imagenette --images DIR --resolution 64 --out results/rival/imagenette --seed 0": (
         "tests/test_rival.py::test_a_stopped_run_continues"
     ),
+    f"{BENCH}/rival.py --data data/cifar10 --images data/cifar10/source --out results/rival/cifar10 --seed 0": (
+        "tests/test_rival.py::test_a_stopped_run_continues"
+    ),
     "python scripts/doctor.py": "tests/test_doctor.py::test_what_a_report_of_a_fault_needs",
     "python scripts/doctor.py --data data/imagenet": "tests/test_doctor.py::test_the_command",
     "bash scripts/gpu_report.sh": GPU_REPORT,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.utils.data
 import torchvision.transforms.functional as F
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from pipeline.errors import UserError
 from pipeline.loaders.bad_images import BadImages
@@ -149,6 +150,7 @@ class TorchLoader(Loader):
             with _unsignalled():
                 batches = iter(self._loader)
         except (OSError, EOFError) as error:  # the second: of a fork server that ended while it started
+            _MultiProcessingDataLoaderIter._shutdown = True  # else the half-made one's end is a traceback
             raise UserError(
                 f"the worker processes of --loader torch cannot be started ({str(error) or type(error).__name__}); take"
                 " fewer --workers, or allow more processes and open files (ulimit -u, ulimit -n)"

@@ -185,14 +185,16 @@ def test_shared_memory_that_is_full_is_told(loader):
 def test_workers_that_cannot_start_are_told(config):
     """For want of open files here; a process that cannot be had gives an OSError, too."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with TorchLoader(config) as loader:
+    for more in (1, 3, 5, 8):
+        loader = TorchLoader(replace(config, workers=2))
         free = [number for number in range(300) if not os.path.exists(f"/proc/self/fd/{number}")]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free[1], limits[1]))  # a number that no file may have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], limits[1]))  # a number that no file may have
         try:
             with pytest.raises(UserError, match=r"^the worker processes of --loader torch cannot be st.* open files"):
                 next(loader.batches(0, 2))
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        loader.close()
 
 
 def test_a_killed_worker_is_told(loader):

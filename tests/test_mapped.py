@@ -63,7 +63,7 @@ def test_whose_file_it_is(tmp_path, whose):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_while_pixels_are_converted(tmp_path):
+def test_pixels_that_a_conversion_reads(tmp_path):
     """STL-10's, 27,648 bytes an image, which are read from where they lie."""
     with open(tmp_path / "unlabeled_X.bin", "wb") as file:
         file.truncate(100_000 * 27648)

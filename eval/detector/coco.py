@@ -78,7 +78,8 @@ def open_coco(root: Path, part: str) -> Split:
     if elsewhere == len(objects):
         raise _unusable(path, "annotations", "has no object of an image that is listed")
     if elsewhere:
-        print(f"note: {path}: {elsewhere} of {len(objects)} objects left out, of images not listed", file=sys.stderr)
+        what = f"{elsewhere} of {len(objects)} objects left out, of images not listed"
+        print(f"note: {path}: {what}; unpack it again unless the list was shortened on purpose", file=sys.stderr)
     records = [_record(root / part, image, by_image[image["id"]], label) for image in images]
     require_images(records, path)
     return Split(f"COCO {part}", [c["name"] for c in categories], records)

@@ -76,7 +76,7 @@ def _end(name: str, at: int) -> None:
     _ending.acquire()  # the first of several threads speaks; the others wait here for the end
     text = (
         f"\nerror: {name} can no longer be read at byte {at}: it was cut short while in use, or its disk fails; put the"
-        " whole file back, check it with pipeline/convert.py --verify, and run the same command again\n"
+        " whole file back (pipeline/convert.py --verify checks a .beton), and run the same command again\n"
     )
     with contextlib.suppress(OSError):
         os.write(2, text.encode("utf-8", "surrogateescape"))

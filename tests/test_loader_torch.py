@@ -1,5 +1,7 @@
 """The reference loader: its batches are what torchvision makes of the stored files, and it keeps the contract."""
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
@@ -9,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -182,19 +185,26 @@ def test_shared_memory_that_is_full_is_told(loader):
     assert len(list(loader.batches(0, 2))) == 2
 
 
-def test_workers_that_cannot_start_are_told(config):
-    """For want of open files here; a process that cannot be had gives an OSError, too."""
+@contextlib.contextmanager
+def files_left(number: int) -> Iterator[None]:
+    """As few more files as that can be opened by this process."""
+    gc.collect()  # else files of earlier tests are closed meanwhile, and more are left
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for more in (1, 3, 5, 8):
-        loader = TorchLoader(replace(config, workers=2))
-        free = [number for number in range(300) if not os.path.exists(f"/proc/self/fd/{number}")]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free[more], limits[1]))  # a number that no file may have
-        try:
-            with pytest.raises(UserError, match=r"^the worker processes of --loader torch cannot be st.* open files"):
-                next(loader.batches(0, 2))
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        loader.close()
+    free = [fd for fd in range(limits[0]) if not os.path.exists(f"/proc/self/fd/{fd}")]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[number], limits[1]))  # a number that no file may have
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_too_few_open_files_to_receive_are_told(config):
+    loader = TorchLoader(config)
+    batches = loader.batches(0, 40)
+    next(batches)
+    with files_left(0), pytest.raises(UserError, match="^too many open files to receive a batch"):
+        list(batches)
+    loader.close()
 
 
 def test_a_killed_worker_is_told(loader):
@@ -205,6 +215,18 @@ def test_a_killed_worker_is_told(loader):
     worker.kill()
     with pytest.raises(UserError, match="^a worker process of --loader torch died: "):
         list(batches)
+
+
+@pytest.mark.parametrize("number", [0, 1, 3, 5, 8])
+def test_too_few_open_files_are_told(config, number):
+    """The workers cannot start, or they can, and what they made cannot be received."""
+    server = multiprocessing.forkserver._forkserver
+    server._stop()
+    loader = TorchLoader(replace(config, workers=2))
+    with files_left(number), pytest.raises(UserError, match=r"worker processes of --loader torch.* open files"):
+        next(loader.batches(0, 2))
+    loader.close()
+    server._stop()  # it has the limit, too
 
 
 KILLED = """

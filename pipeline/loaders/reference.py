@@ -102,6 +102,10 @@ class _Steps(torch.utils.data.Dataset):
         return views
 
 
+# How torch says that a batch's shared memory, which comes as a file descriptor, found no free one here.
+_NO_FILES = ("Too many open files", "received 0 items of ancdata")
+
+
 class _Pass:
     """What the DataLoader takes its work from: the stream of the pass that runs."""
 
@@ -161,6 +165,11 @@ class TorchLoader(Loader):
             except StopIteration:
                 return
             except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: in the middle of receiving
+                if isinstance(error, RuntimeError) and str(error).startswith(_NO_FILES):
+                    raise UserError(
+                        "too many open files to receive a batch from the worker processes of --loader torch; allow more"
+                        " open files (ulimit -n), and run the same command again"
+                    ) from error
                 if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
                     raise
                 raise UserError(

@@ -17,7 +17,10 @@ class Digests:
 
     def __init__(self, stored: Stored) -> None:
         self._stored, self._path = stored, files_path(stored.path)
-        content = checked_bytes(self._path, stored.path, stored.manifest["files_sha256"])
+        try:
+            content = checked_bytes(self._path, stored.path, stored.manifest["files_sha256"])
+        except UserError as error:
+            raise UserError(f"{error}; or train without its check of each image's bytes (--no-check-bytes)") from None
         if content.count(b"\n") != len(stored) + 1:
             raise UserError(f"{self._path} lists other images than {stored.path.name} has; convert again")
         self._text = map_file(self._path)

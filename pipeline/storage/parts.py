@@ -57,14 +57,17 @@ class Part(NamedTuple):
 
 def chosen_part(text: str, environment: Mapping[str, str]) -> Part | None:
     """The part that --part names, or else torchrun's environment; None for all in one. Raises UserError."""
+    said, expected = f"--part {text}", "K/N with K from 0 to N - 1, such as 0/4, 1/4, 2/4 and 3/4"
     if not text and {"RANK", "WORLD_SIZE"} <= environment.keys():
-        text = f"{environment['RANK']}/{environment['WORLD_SIZE']}"
+        rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+        text, said = f"{rank}/{world_size}", f"RANK is {rank!r} and WORLD_SIZE {world_size!r}"
+        expected = "whole numbers, RANK from 0 to WORLD_SIZE - 1; torchrun sets them, or give --part K/N"
     if not text:
         return None
     found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
     part = Part(int(found[1]), int(found[2])) if found else None
     if part is None or part.number >= part.of:
-        raise UserError(f"--part {text}: expected K/N with K from 0 to N - 1, such as 0/4, 1/4, 2/4 and 3/4")
+        raise UserError(f"{said}: expected {expected}")
     return part if part.of > 1 else None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -41,9 +42,17 @@ def config(small_beton) -> LoaderConfig:
     return LoaderConfig(small_beton, views, RESOLUTION, global_batch=12, seed=3, workers=1, backend="torch")
 
 
+def end_fork_server() -> None:
+    """And with it its processes, for which its own end would wait."""
+    server = multiprocessing.forkserver._forkserver
+    if server._forkserver_pid is not None:
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+    server._stop()
+
+
 @pytest.fixture(scope="module")
 def loader(config):
-    multiprocessing.forkserver._forkserver._stop()  # that of another test: in a training, the loader is the first
+    end_fork_server()  # that of another test: in a training, the loader is the first
     loader = TorchLoader(config)
     yield loader
     loader.close()
@@ -190,8 +199,8 @@ def files_left(number: int) -> Iterator[None]:
     """As few more files as that can be opened by this process."""
     gc.collect()  # else files of earlier tests are closed meanwhile, and more are left
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = [fd for fd in range(limits[0]) if not os.path.exists(f"/proc/self/fd/{fd}")]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free[number], limits[1]))  # a number that no file may have
+    free = (fd for fd in itertools.count() if not os.path.exists(f"/proc/self/fd/{fd}"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, number, None)), limits[1]))
     try:
         yield
     finally:
@@ -217,16 +226,22 @@ def test_a_killed_worker_is_told(loader):
         list(batches)
 
 
-@pytest.mark.parametrize("number", [0, 1, 3, 5, 8])
+@pytest.mark.parametrize("number", [0, 4, 8, 11, 14])
 def test_too_few_open_files_are_told(config, number):
-    """The workers cannot start, or they can, and what they made cannot be received."""
-    server = multiprocessing.forkserver._forkserver
-    server._stop()
+    """None of the two workers can start, or one, or what they made cannot be received; nothing of them stays behind."""
+    end_fork_server()
     loader = TorchLoader(replace(config, workers=2))
-    with files_left(number), pytest.raises(UserError, match=r"worker processes of --loader torch.* open files"):
-        next(loader.batches(0, 2))
-    loader.close()
-    server._stop()  # it has the limit, too
+    try:
+        with files_left(number), pytest.raises(UserError, match=r"worker processes of --loader torch.* open files"):
+            next(loader.batches(0, 2))
+        loader.close()
+        gc.collect()
+        end = time.monotonic() + 10
+        while left := multiprocessing.active_children():
+            assert time.monotonic() < end, left
+            time.sleep(0.05)
+    finally:
+        end_fork_server()  # it has the limit, too
 
 
 KILLED = """

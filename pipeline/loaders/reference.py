@@ -115,6 +115,22 @@ class _Pass:
         return self.stream
 
 
+class _Processes(_MultiProcessingDataLoaderIter):
+    """torch's worker processes. Where not all could be started, its own end asks for what there is not yet."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "_workers_status"):  # set once all have started
+            super().__del__()
+            return
+        for worker in getattr(self, "_workers", ()):
+            worker.kill()
+
+
+class _DataLoader(torch.utils.data.DataLoader):
+    def _get_iterator(self) -> _Processes:
+        return _Processes(self)
+
+
 class TorchLoader(Loader):
     """Batches from a .beton file by Pillow and torchvision; see LoaderConfig and Batch for what is in them."""
 
@@ -124,7 +140,7 @@ class TorchLoader(Loader):
         # A forked process would inherit numba's and torch's thread pools in an unknown state. So a clean server
         # forks the workers, once it has imported what they need.
         multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-        self._loader: torch.utils.data.DataLoader | None = torch.utils.data.DataLoader(
+        self._loader: _DataLoader | None = _DataLoader(
             _Steps(config),
             batch_size=None,
             sampler=self._pass,
@@ -153,8 +169,9 @@ class TorchLoader(Loader):
         try:
             with _unsignalled():
                 batches = iter(self._loader)
-        except (OSError, EOFError) as error:  # the second: of a fork server that ended while it started
-            _MultiProcessingDataLoaderIter._shutdown = True  # else the half-made one's end is a traceback
+        except (OSError, EOFError, RuntimeError) as error:  # the second: of a fork server that ended while it started
+            if isinstance(error, RuntimeError) and not str(error).startswith("can't start new thread"):
+                raise
             raise UserError(
                 f"the worker processes of --loader torch cannot be started ({str(error) or type(error).__name__}); take"
                 " fewer --workers, or allow more processes and open files (ulimit -u, ulimit -n)"

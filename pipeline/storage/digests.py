@@ -20,7 +20,8 @@ class Digests:
         try:
             content = checked_bytes(self._path, stored.path, stored.manifest["files_sha256"])
         except UserError as error:
-            raise UserError(f"{error}; or train without its check of each image's bytes (--no-check-bytes)") from None
+            where = "pretraining's --no-check-bytes, LoaderConfig's check_bytes=False"
+            raise UserError(f"{error}; training can do without its check of the images' bytes ({where})") from None
         if content.count(b"\n") != len(stored) + 1:
             raise UserError(f"{self._path} lists other images than {stored.path.name} has; convert again")
         self._text = map_file(self._path)

@@ -61,7 +61,7 @@ def chosen_part(text: str, environment: Mapping[str, str]) -> Part | None:
     if not text and {"RANK", "WORLD_SIZE"} <= environment.keys():
         rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
         text, said = f"{rank}/{world_size}", f"RANK is {rank!r} and WORLD_SIZE {world_size!r}"
-        expected = "whole numbers, RANK from 0 to WORLD_SIZE - 1; torchrun sets them, or give --part K/N"
+        expected = "whole numbers, RANK from 0 to WORLD_SIZE - 1; torchrun sets them; else unset both"
     if not text:
         return None
     found = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)

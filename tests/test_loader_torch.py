@@ -226,6 +226,41 @@ def test_a_killed_worker_is_told(loader):
         list(batches)
 
 
+def no_process_left() -> None:
+    end = time.monotonic() + 10
+    while left := multiprocessing.active_children():
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("part", "error"),
+    [
+        (multiprocessing.context.ForkServerProcess, OSError(11, "Resource temporarily unavailable")),
+        (multiprocessing.queues.Queue, RuntimeError("can't start new thread")),
+    ],
+)
+def test_workers_that_only_partly_start_end(config, monkeypatch, part, error):
+    """The second process cannot be had, or the second thread that sends to one."""
+    name = "start" if hasattr(part, "start") else "_start_thread"
+    start, calls = getattr(part, name), []
+
+    def first_only(self):
+        calls.append(self)
+        if len(calls) == 2:
+            raise error
+        start(self)
+
+    loader = TorchLoader(replace(config, workers=2))
+    monkeypatch.setattr(part, name, first_only)
+    with pytest.raises(UserError, match="^the worker processes of --loader torch cannot be started") as raised:
+        next(loader.batches(0, 2))
+    assert len(calls) == 2 and raised.value.__cause__ is error
+    no_process_left()  # while the error is held
+    loader.close()
+    gc.collect()  # torch's own end of what was started says nothing
+
+
 @pytest.mark.parametrize("number", [0, 4, 8, 11, 14])
 def test_too_few_open_files_are_told(config, number):
     """None of the two workers can start, or one, or what they made cannot be received; nothing of them stays behind."""
@@ -236,10 +271,7 @@ def test_too_few_open_files_are_told(config, number):
             next(loader.batches(0, 2))
         loader.close()
         gc.collect()
-        end = time.monotonic() + 10
-        while left := multiprocessing.active_children():
-            assert time.monotonic() < end, left
-            time.sleep(0.05)
+        no_process_left()
     finally:
         end_fork_server()  # it has the limit, too
 

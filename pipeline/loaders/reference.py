@@ -116,14 +116,18 @@ class _Pass:
 
 
 class _Processes(_MultiProcessingDataLoaderIter):
-    """torch's worker processes. Where not all could be started, its own end asks for what there is not yet."""
+    """torch's worker processes. Where only some could be started, they end at once; torch's own end is a traceback."""
 
-    def __del__(self) -> None:
-        if hasattr(self, "_workers_status"):  # set once all have started
-            super().__del__()
-            return
-        for worker in getattr(self, "_workers", ()):
-            worker.kill()
+    def __init__(self, loader: torch.utils.data.DataLoader) -> None:
+        try:
+            super().__init__(loader)
+        except BaseException:
+            for worker in getattr(self, "_workers", ()):
+                worker.kill()
+            if getattr(self, "_worker_pids_set", False):
+                torch.utils.data._utils.signal_handling._remove_worker_pids(id(self))
+            self._shutdown, self._worker_pids_set = True, False
+            raise
 
 
 class _DataLoader(torch.utils.data.DataLoader):
